@@ -1,0 +1,1 @@
+"""Values without I/O: refs, rings, blocksets, INode trees."""

@@ -1,0 +1,1 @@
+"""The actor runtime: actors, handles, object refs and supervision."""

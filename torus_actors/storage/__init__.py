@@ -1,0 +1,1 @@
+"""Storing blocks on a disk."""
