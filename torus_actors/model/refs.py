@@ -129,7 +129,7 @@ class BlockRef(bytes):
         return INodeRef(self[0:5] + b"\0\0\0" + self[8:16])
 
     @property
-    def index(self) -> int:
+    def index(self) -> int:  # type: ignore[override]
         """Which block of that INode; not a position in the file."""
         return int.from_bytes(self[16:24], "little")
 
