@@ -12,7 +12,6 @@ import pykka
 
 from torus_actors.errors import ActorCrashed, Invalid, TorusError
 from torus_actors.runtime.messages import REDELIVERIES_MAX, Call, Handler, handlers_of
-from torus_actors.runtime.refs import ObjectRef
 
 if TYPE_CHECKING:
     from torus_actors.runtime.cell import Cell
@@ -211,7 +210,7 @@ class LoopActor(_Exposing, pykka.Actor):
             if reply_to is not None:
                 reply_to.fail(Invalid(f"{self.cell.name} has no method {call.method}"))
             return
-        if reply_to is not None and reply_to.future.done():
+        if reply_to is not None and reply_to.done():
             return  # given up while it waited: nobody would see the answer
         call.deliveries += 1
         try:
@@ -221,6 +220,9 @@ class LoopActor(_Exposing, pykka.Actor):
                 self._running += 1
                 self._tasks[task] = call
                 task.add_done_callback(self._task_done)
+                return
+            if handler.deferred:
+                handler.function(self, reply_to, *call.args, **call.kwargs)
                 return
             result = handler.function(self, *call.args, **call.kwargs)
         except Exception as error:
@@ -310,7 +312,7 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
             if reply_to is not None:
                 reply_to.fail(Invalid(f"{self.cell.name} has no method {call.method}"))
             return None
-        if reply_to is not None and reply_to.future.done():
+        if reply_to is not None and reply_to.done():
             return None
         call.deliveries += 1
         self._current = call
@@ -355,5 +357,5 @@ def redeliver_or_fail(cell: Cell, call: Call, error: ActorCrashed) -> None:
         and cell.will_restart
     ):
         cell.requeue(call)
-    elif isinstance(call.reply_to, ObjectRef):
+    elif call.reply_to is not None:
         call.reply_to.fail(error)

@@ -75,6 +75,7 @@ class Handler:
         is_async: whether it returns a coroutine.
         remote: whether other nodes may call it.
         idempotent: whether doing it twice is the same as once, so that it may be redelivered.
+        deferred: whether it takes the reply as its first argument and answers it itself, later.
         check: raises Invalid unless arguments fit the annotations.
     """
 
@@ -82,23 +83,29 @@ class Handler:
     is_async: bool
     remote: bool
     idempotent: bool
+    deferred: bool
     check: Callable[[Sequence[Any], bool], None]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def expose(*, remote: bool = False, idempotent: bool = False) -> Callable[[F], F]:
+def expose(
+    *, remote: bool = False, idempotent: bool = False, deferred: bool = False
+) -> Callable[[F], F]:
     """Mark a method as callable by message.
 
     Args:
         remote: other nodes may call it too; its arguments are then checked against its
             annotations before it runs.
         idempotent: after a crash in the middle it is handed to the restarted actor.
+        deferred: the (synchronous) method gets the reply as its first argument and sees to it that
+            it is answered, by a callback and without a task: for the data path. What it waits for
+            must outlive the actor, or fail when the actor dies.
     """
 
     def mark(function: F) -> F:
-        function.__torus_expose__ = (remote, idempotent)  # type: ignore[attr-defined]
+        function.__torus_expose__ = (remote, idempotent, deferred)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -111,10 +118,15 @@ def handlers_of(cls: type) -> dict[str, Handler]:
         marks = getattr(function, "__torus_expose__", None)
         if marks is None:
             continue
-        remote, idempotent = marks
+        remote, idempotent, deferred = marks
         check = _argument_check(cls, function) if remote else _no_check
         found[name] = Handler(
-            function, inspect.iscoroutinefunction(function), remote, idempotent, check
+            function,
+            inspect.iscoroutinefunction(function),
+            remote,
+            idempotent,
+            deferred,
+            check,
         )
     return found
 
@@ -127,8 +139,12 @@ def _argument_check(
     cls: type, function: Callable[..., Any]
 ) -> Callable[[Sequence[Any], bool], None]:
     hints = typing.get_type_hints(function)
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    skipped = 2 if function.__torus_expose__[2] else 1  # type: ignore[attr-defined]
+    parameters = list(inspect.signature(function).parameters.values())[skipped:]
     wants_payload = any(p.name == "payload" for p in parameters)
+    needs_payload = wants_payload and any(
+        p.name == "payload" and p.default is inspect.Parameter.empty for p in parameters
+    )
     positional = [p for p in parameters if p.name != "payload"]
     allowed = [_runtime_types(hints.get(p.name, Any)) for p in positional]
     required = sum(p.default is inspect.Parameter.empty for p in positional)
@@ -141,6 +157,8 @@ def _argument_check(
             )
         if has_payload and not wants_payload:
             raise Invalid(f"{where} takes no payload")
+        if needs_payload and not has_payload:
+            raise Invalid(f"{where} needs a payload")
         for value, types_, parameter in zip(args, allowed, positional, strict=False):
             if types_ is not None and not isinstance(value, types_):
                 raise Invalid(f"{where}: {parameter.name} may not be {type(value).__name__}")

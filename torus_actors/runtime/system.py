@@ -77,6 +77,13 @@ class ActorSystem:
         self._root: Cell | None = None
         _current.set(self)
 
+    def on_loop(self, function: Callable[[Any], None], value: Any) -> None:
+        """Run ``function(value)`` on the loop: now if this is its thread, soon otherwise."""
+        if threading.get_ident() == self.thread_id:
+            function(value)
+        elif not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(function, value)
+
     @staticmethod
     def current() -> ActorSystem:
         """The system that was made in this context."""

@@ -1,0 +1,329 @@
+"""The bridge: carries calls between the actors of different nodes over TCP.
+
+Responsible for listening, for one outgoing link to each peer it knows, for reconnecting with
+backoff, and for failing calls at once when a peer is lost. Other actors do not send it messages to
+make calls: handles of remote actors use ``Bridge.call``, which runs on the same loop, because a
+message in between would cost more than the call.
+
+Messages in: ``set_peers`` (who is where), ``set_cluster``. Its death closes every connection: calls
+in flight fail with PeerLost, callers on the data path try again, and the successor listens anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from torus_actors.actors.links import InLink, Link, OutLink
+from torus_actors.errors import Closed, Invalid, NoPeer, Overloaded, PeerLost, TorusError
+from torus_actors.model.buffers import BufferPool
+from torus_actors.runtime import LoopActor, ObjectRef, expose
+from torus_actors.wire.hello import Identity
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 1.0
+"""A peer in the same cluster answers a SYN in milliseconds, or it is not there."""
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 1.0
+"""Pause between attempts to reach a peer: a restarted one is back soon, and one attempt a second to
+each dead peer costs nothing."""
+
+WAITING_CALLS_MAX = 512
+"""Calls that may wait for a connection being made."""
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeConfig:
+    """What a bridge needs.
+
+    Attributes:
+        identity: of this node; the cluster may become known later.
+        listen: ``(host, port)``, or None for a client, which nobody calls.
+        secret: of the cluster, or None.
+    """
+
+    identity: Identity
+    listen: tuple[str, int] | None = None
+    secret: bytes | None = None
+
+
+class Bridge(LoopActor):
+    """See the module; at the same time the system's Transport."""
+
+    def __init__(self, config: BridgeConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._identity = config.identity
+        self._pool = BufferPool()
+        self._peers: dict[str, _Peer] = {}
+        self._in_links: dict[InLink, None] = {}
+        self._server: asyncio.Server | None = None
+        self._listening: tuple[str, int] | None = None
+        self._closed = False
+
+    async def setup(self) -> None:
+        """Listen, and connect again to the peers the predecessor knew."""
+        if self._config.listen is not None:
+            host, port = self._config.listen
+            try:
+                self._server = await self.system.loop.create_server(self._accept, host, port)
+            except OSError as error:
+                raise Invalid(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            self._listening = self._server.sockets[0].getsockname()[:2]
+        cluster = self.system.heirlooms.get("cluster_id")
+        if cluster is not None:
+            self._identity = replace(self._identity, cluster=cluster)
+        self.system.transport = self
+        self.set_peers(self.system.heirlooms.get("peer_addresses", {}))
+
+    async def cleanup(self) -> None:
+        """Close everything; calls in flight fail."""
+        self._closed = True
+        if self.system.transport is self:
+            self.system.transport = None
+        for peer in list(self._peers.values()):
+            peer.close(Closed("this node's bridge stopped"))
+        self._peers.clear()
+        for link in list(self._in_links):
+            link.abort(Closed("this node's bridge stopped"))
+        if self._server is not None:
+            self._server.close()
+
+    # -- messages --------------------------------------------------------------------------------
+
+    @expose()
+    def set_peers(self, addresses: dict[str, str]) -> None:
+        """Know these peers and no others: node id to ``host:port``."""
+        self.system.heirlooms["peer_addresses"] = dict(addresses)
+        for node, peer in list(self._peers.items()):
+            if not node.startswith("@") and addresses.get(node) != peer.address:
+                del self._peers[node]
+                peer.close(NoPeer(f"peer {node} left or moved"))
+        for node, address in addresses.items():
+            if node not in self._peers and node != self.system.node_id:
+                self._peers[node] = peer = _Peer(self, node, address)
+                peer.connect()
+
+    @expose()
+    def set_cluster(self, cluster: str | None) -> None:
+        """From now on connect only with nodes of this cluster."""
+        self.system.heirlooms["cluster_id"] = cluster
+        self._identity = replace(self._identity, cluster=cluster)
+
+    @expose()
+    def listening(self) -> tuple[str, int] | None:
+        """The address it listens on, with the port the system chose if that was 0."""
+        return self._listening
+
+    @expose()
+    def peers(self) -> list[dict[str, Any]]:
+        """Every known peer, whether it is connected, and why not."""
+        return [
+            {"node": p.node, "address": p.address, "up": p.up, "reason": p.reason}
+            for p in self._peers.values()
+        ]
+
+    # -- the transport -----------------------------------------------------------------------------
+
+    def call(
+        self,
+        node: str,
+        actor: str,
+        method: str,
+        args: tuple[Any, ...],
+        payload: Any,
+        timeout_s: float,
+    ) -> ObjectRef[Any]:
+        """Call an actor of another node. Loop thread.
+
+        Args:
+            node: its id, or ``@host:port`` where only its address is known.
+            actor: name of the actor there.
+            method: one of its methods that other nodes may call.
+            args: what the codec can carry.
+            payload: None, a buffer or a list of them; not to be changed before the answer.
+            timeout_s: deadline, seconds from now.
+        """
+        ref: ObjectRef[Any] = ObjectRef(self.system, self.system.loop.time() + timeout_s)
+        peer = self._peers.get(node) or self._stranger(node)
+        if peer is None:
+            ref.fail(NoPeer(f"no peer {node} is known"))
+        elif peer.link is not None and peer.up:
+            peer.link.call(ref, actor, method, args, payload)
+        else:
+            peer.call_later(ref, (actor, method, args, payload))
+        return ref
+
+    def cast(self, node: str, actor: str, method: str, args: tuple[Any, ...], payload: Any) -> None:
+        """Send without an answer; dropped if there is no connection."""
+        peer = self._peers.get(node) or self._stranger(node)
+        if peer is not None and peer.link is not None and peer.up:
+            peer.link.cast(actor, method, args, payload)
+
+    def is_up(self, node: str) -> bool:
+        """Whether a peer is connected (this node itself always is)."""
+        peer = self._peers.get(node)
+        return node == self.system.node_id or (peer is not None and peer.up)
+
+    def is_down(self, node: str) -> bool:
+        """Whether a peer is known not to answer: not connected, and not just being connected."""
+        if node == self.system.node_id:
+            return False
+        peer = self._peers.get(node)
+        return peer is None or (not peer.up and peer.failures > 0)
+
+    def _stranger(self, node: str) -> _Peer | None:
+        if not node.startswith("@") or self._closed:
+            return None
+        peer = self._peers[node] = _Peer(self, node, node[1:])
+        return peer
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def _accept(self) -> InLink:
+        return InLink(
+            self.system,
+            "accept",
+            self._identity,
+            self._config.secret,
+            self._pool,
+            self._in_ready,
+            self._in_lost,
+        )
+
+    def _in_ready(self, link: Link) -> None:
+        self._in_links[cast(InLink, link)] = None
+
+    def _in_lost(self, link: Link, reason: TorusError) -> None:
+        self._in_links.pop(cast(InLink, link), None)
+
+    def make_link(self, peer: _Peer) -> OutLink:
+        """A new outgoing link for a peer."""
+        return OutLink(
+            self.system,
+            "dial",
+            self._identity,
+            self._config.secret,
+            self._pool,
+            peer.link_ready,
+            peer.link_lost,
+        )
+
+
+class _Peer:
+    """One peer: its link, or the attempts to get one."""
+
+    def __init__(self, bridge: Bridge, node: str, address: str) -> None:
+        self.bridge = bridge
+        self.node = node
+        self.address = address
+        self.link: OutLink | None = None
+        self.up = False
+        self.failures = 0
+        self.reason = ""
+        self._waiting: deque[tuple[ObjectRef[Any], tuple[Any, ...]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._connecting = False
+        self._closed = False
+
+    def call_later(self, ref: ObjectRef[Any], call: tuple[Any, ...]) -> None:
+        """No link yet: wait for the attempt under way, or fail if attempts keep failing."""
+        if self._closed or (self.failures and not self._connecting_first()):
+            ref.fail(PeerLost(f"{self._name()} cannot be reached: {self.reason}"))
+            return
+        if len(self._waiting) >= WAITING_CALLS_MAX:
+            ref.fail(Overloaded(f"too many calls wait for {self._name()}"))
+            return
+        self._waiting.append((ref, call))
+        self.connect()
+
+    def _connecting_first(self) -> bool:
+        # An address is dialed because of the call itself, so each call deserves an attempt.
+        return self.node.startswith("@")
+
+    def _name(self) -> str:
+        return self.address if self.node.startswith("@") else f"peer {self.node[:8]}"
+
+    def connect(self) -> None:
+        """Start an attempt unless one is under way."""
+        if self._connecting or self.up or self._closed:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._connecting = True
+        self.bridge.spawn(self._connect())
+
+    async def _connect(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self.bridge.system.loop.create_connection(
+                    lambda: self._new_link(), host.strip("[]"), int(port)
+                )
+        except (OSError, TimeoutError, ValueError) as error:
+            text = "no answer" if isinstance(error, TimeoutError) else _plain(error)
+            self._failed(PeerLost(text))
+
+    def _new_link(self) -> OutLink:
+        self.link = self.bridge.make_link(self)
+        return self.link
+
+    def link_ready(self, link: Link) -> None:
+        """The handshake is done."""
+        expected = self.node
+        if not expected.startswith("@") and link.peer.node != expected:
+            link.abort(PeerLost(f"{self.address} is now node {link.peer.node}"))
+            return
+        self._connecting = False
+        self.up = True
+        self.failures = 0
+        self.reason = ""
+        waiting, self._waiting = self._waiting, deque()
+        for ref, (actor, method, args, payload) in waiting:
+            if not ref.done():
+                cast(OutLink, link).call(ref, actor, method, args, payload)
+
+    def link_lost(self, link: Link, reason: TorusError) -> None:
+        """The link broke, or never came to be."""
+        if link is self.link:
+            self.link = None
+            self._failed(reason)
+
+    def _failed(self, error: TorusError) -> None:
+        if self.up:
+            log.info("%s lost: %s", self._name(), error)
+        self._connecting = False
+        self.up = False
+        self.failures += 1
+        self.reason = str(error)
+        waiting, self._waiting = self._waiting, deque()
+        for ref, _ in waiting:
+            failure = error if not isinstance(error, PeerLost) else None
+            ref.fail(failure or PeerLost(f"{self._name()} cannot be reached: {error}"))
+        if self._closed or self.node.startswith("@"):
+            return
+        pause = min(BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S)
+        pause *= 0.75 + self.bridge.system.rng.random() / 2
+        self._timer = self.bridge.system.loop.call_later(pause, self.connect)
+
+    def close(self, error: TorusError) -> None:
+        """Give the peer up."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.link is not None:
+            self.link.abort(error)
+        self._failed(error)
+
+
+def _plain(error: Exception) -> str:
+    """An error of the system as a few words."""
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    return getattr(error, "strerror", None) or str(error)

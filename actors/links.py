@@ -1,0 +1,426 @@
+"""Connections between nodes: the asyncio side of the wire protocol.
+
+The side that dialed calls, the side that accepted answers. A link lives until its connection
+breaks, the other side falls silent, or a frame breaks a rule; it is never reused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torus_actors.errors import (
+    ActorNotFound,
+    Invalid,
+    NotSupported,
+    Overloaded,
+    PeerLost,
+    ProtocolError,
+    TorusError,
+)
+from torus_actors.model.buffers import BufferPool
+from torus_actors.runtime import ObjectRef, Reply
+from torus_actors.runtime.messages import Call
+from torus_actors.wire.frames import Buffer, Frame, FrameDecoder, Kind, encode
+from torus_actors.wire.hello import Hello, Identity, PeerIdentity
+from torus_actors.wire.limits import TIMEOUT_MAX_MS
+from torus_actors.wire.messages import (
+    decode_call,
+    decode_error,
+    decode_reply,
+    encode_call,
+    encode_error,
+    encode_reply,
+)
+
+if TYPE_CHECKING:
+    from torus_actors.runtime import ActorSystem
+
+log = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 0.4
+"""How often a link is looked after; a silent one is pinged."""
+
+SILENCE_MAX_S = 1.5
+"""A peer that sent nothing for this long, though pinged, is lost: with hand-off and hedging behind
+it, a client then waits well under three seconds for a machine that was switched off."""
+
+HELLO_TIMEOUT_S = 3.0
+"""A connection that has not introduced itself by then is closed."""
+
+IN_FLIGHT_CALLS_MAX = 4096
+"""Calls of one link without answer; more is a caller that does not wait."""
+
+SERVED_CALLS_MAX = 1024
+SERVED_BYTES_MAX = 64 << 20
+"""What one connection may have in work here; beyond it, it is not read from, so that TCP makes the
+other side wait. 64 MiB are 128 blocks of the default size."""
+
+WRITE_HIGH_WATER = 32 << 20
+"""Bytes waiting to be sent from which on a link takes no more calls."""
+
+
+class Link(asyncio.BufferedProtocol):
+    """What both sides share: framing, handshake, liveness.
+
+    Args:
+        system: the node's actor system.
+        side: which side opened the connection.
+        identity: of this node.
+        secret: of the cluster, or None.
+        on_ready: called with the link once the other side is known.
+        on_lost: called once with the link and the reason when it ended.
+    """
+
+    def __init__(
+        self,
+        system: ActorSystem,
+        side: Literal["dial", "accept"],
+        identity: Identity,
+        secret: bytes | None,
+        pool: BufferPool,
+        on_ready: Callable[[Link], None],
+        on_lost: Callable[[Link, TorusError], None],
+    ) -> None:
+        self.system = system
+        self.loop = system.loop
+        self.ready = False
+        self.lost = False
+        self._side = side
+        self._hello = Hello(side, identity, secret, system.rng.randbytes(32))
+        self._decoder = FrameDecoder(pool.take)
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._reason: TorusError | None = None
+        self._heard_at = self.loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+        self.get_buffer = self._decoder.get_buffer  # type: ignore[method-assign]
+
+    @property
+    def peer(self) -> PeerIdentity:
+        """Who is at the other end."""
+        return self._hello.peer
+
+    @property
+    def where(self) -> str:
+        """The other end's address, for logs."""
+        transport = self._transport
+        name = transport.get_extra_info("peername") if transport is not None else None
+        return f"{name[0]}:{name[1]}" if name else "?"
+
+    # -- asyncio's callbacks ---------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the handshake."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        self._heard_at = self.loop.time()
+        self._timer = self.loop.call_later(PING_INTERVAL_S, self._tick)
+        hello = self._hello.start()
+        if hello:
+            self._transport.writelines(hello)
+
+    def get_buffer(self, sizehint: int) -> Any:
+        """Where to receive; replaced by the decoder's own method."""
+        return self._decoder.get_buffer(sizehint)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Handle what arrived; whatever breaks a rule ends this link and nothing else."""
+        self._heard_at = self.loop.time()
+        try:
+            frames = self._decoder.buffer_updated(nbytes)
+            while frames and not self.ready:
+                frames = self._shake(frames)
+            if frames:
+                self._on_frames(frames)
+        except TorusError as error:
+            self._refuse(error)
+
+    def _shake(self, frames: list[Frame]) -> list[Frame]:
+        first, *rest = frames
+        out = self._hello.receive(first)
+        transport = self._transport
+        assert transport is not None
+        if out:
+            transport.writelines(out)
+        if self._hello.done:
+            self.ready = True
+            rest += self._decoder.lift_limits()
+            self._on_ready(self)
+        return rest
+
+    def _refuse(self, error: TorusError) -> None:
+        log.warning("connection with %s ended: %s", self.where, error)
+        if self._transport is not None and not self._transport.is_closing():
+            out = self._hello.refusal(error)
+            if out:
+                self._transport.writelines(out)
+                self._reason = error
+                self._transport.close()  # lets the refusal reach the other side
+                return
+        self.abort(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone, for whatever reason."""
+        self._end(PeerLost(str(exc) if exc else "the other side closed the connection"))
+
+    def abort(self, error: TorusError) -> None:
+        """End the link now."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._end(error)
+
+    def _end(self, error: TorusError) -> None:
+        if self.lost:
+            return
+        self.lost = True
+        self.ready = False
+        if self._timer is not None:
+            self._timer.cancel()
+        reason = self._reason or error
+        self._finish(reason)
+        self._on_lost(self, reason)
+
+    def _finish(self, reason: TorusError) -> None:
+        """Let go of what hung on the link."""
+
+    def _tick(self) -> None:
+        silence = self.loop.time() - self._heard_at
+        if not self.ready:
+            if silence > HELLO_TIMEOUT_S:
+                self.abort(PeerLost(f"no handshake within {HELLO_TIMEOUT_S:g} s"))
+                return
+        elif self._side == "dial":
+            if silence > SILENCE_MAX_S:
+                self.abort(PeerLost(f"silent for {silence:.1f} s"))
+                return
+            if silence > PING_INTERVAL_S / 2:
+                assert self._transport is not None
+                self._transport.writelines(encode(Kind.PING, 0))
+            self._sweep()
+        self._timer = self.loop.call_later(PING_INTERVAL_S, self._tick)
+
+    def _sweep(self) -> None:
+        """Forget calls that were given up."""
+
+    def _on_frames(self, frames: list[Frame]) -> None:
+        raise NotImplementedError
+
+
+class OutLink(Link):
+    """The dialing side: sends calls, receives their answers in any order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_flight: dict[int, ObjectRef[Any]] = {}
+        self._next_id = 1
+        self._congested = False
+
+    def pause_writing(self) -> None:
+        """The socket does not keep up."""
+        self._congested = True
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._congested = False
+
+    def call(
+        self,
+        ref: ObjectRef[Any],
+        actor: str,
+        method: str,
+        args: Sequence[Any],
+        payload: Any,
+    ) -> None:
+        """Send a call.
+
+        Args:
+            ref: gets the answer; must have a deadline.
+            actor: name of the actor there.
+            method: one of its methods that other nodes may call.
+            args: what the codec can carry.
+            payload: None, a buffer or a list of buffers; not to be changed before the answer.
+        """
+        if self._congested or len(self._in_flight) >= IN_FLIGHT_CALLS_MAX:
+            ref.fail(Overloaded(f"the link to {self.where} is full"))
+            return
+        assert ref.deadline is not None and self._transport is not None
+        left_ms = int((ref.deadline - self.loop.time()) * 1000)
+        request_id = self._next_id
+        try:
+            meta = encode_call(actor, method, args, min(max(left_ms, 1), TIMEOUT_MAX_MS))
+            out = encode(Kind.CALL, request_id, meta, _parts(payload))
+        except TorusError as error:
+            ref.fail(error)
+            return
+        self._next_id = request_id + 1
+        self._in_flight[request_id] = ref
+        self._transport.writelines(out)
+
+    def cast(self, actor: str, method: str, args: Sequence[Any], payload: Any) -> None:
+        """Send a message without an answer."""
+        if not self._congested:
+            assert self._transport is not None
+            meta = encode_call(actor, method, args, 0)
+            self._transport.writelines(encode(Kind.CAST, 0, meta, _parts(payload)))
+
+    def _on_frames(self, frames: list[Frame]) -> None:
+        for kind, request_id, meta, payload in frames:
+            if kind is Kind.REPLY:
+                ref = self._in_flight.pop(request_id, None)
+                if ref is None:
+                    continue  # its caller gave up on it
+                result = decode_reply(meta)
+                ref._resolve(result if payload is None else Reply(result, (payload,)))
+            elif kind is Kind.ERROR:
+                ref = self._in_flight.pop(request_id, None)
+                if ref is not None:
+                    ref._reject(decode_error(meta))
+            elif kind is not Kind.PONG:
+                raise ProtocolError(f"{kind.name} frame from the side that answers")
+
+    def _sweep(self) -> None:
+        if self._in_flight:
+            for request_id in [i for i, ref in self._in_flight.items() if ref.done()]:
+                del self._in_flight[request_id]
+
+    def _finish(self, reason: TorusError) -> None:
+        lost, self._in_flight = self._in_flight, {}
+        for ref in lost.values():
+            ref.fail(PeerLost(f"connection lost: {reason}"))
+
+
+class InLink(Link):
+    """The accepting side: hands calls to actors here and sends back what they answer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._calls = 0
+        self._bytes = 0
+        self._paused = False
+
+    def _on_frames(self, frames: list[Frame]) -> None:
+        transport = self._transport
+        assert transport is not None
+        for kind, request_id, meta, payload in frames:
+            if kind is Kind.CALL or kind is Kind.CAST:
+                self._serve(kind is Kind.CALL, request_id, meta, payload)
+            elif kind is Kind.PING:
+                transport.writelines(encode(Kind.PONG, request_id))
+            else:
+                raise ProtocolError(f"{kind.name} frame from the side that calls")
+        if (self._calls > SERVED_CALLS_MAX or self._bytes > SERVED_BYTES_MAX) and not self._paused:
+            self._paused = True
+            transport.pause_reading()
+
+    def _serve(
+        self, answered: bool, request_id: int, meta: bytes | memoryview, payload: memoryview | None
+    ) -> None:
+        actor, method, args, timeout_ms = decode_call(meta)
+        size = len(payload) if payload is not None else 0
+        reply = WireReply(self, request_id, size, timeout_ms) if answered else None
+        try:
+            cell = self.system.cells.get(actor)
+            if cell is None:
+                raise ActorNotFound(f"no actor {actor} on this node")
+            handler = cell.handlers.get(method)
+            if handler is None or not handler.remote:
+                if not cell.handlers:
+                    raise ActorNotFound(f"{actor} has not started yet")
+                raise NotSupported(f"{actor} has no method {method} for other nodes")
+            handler.check(args, payload is not None)
+            if cell.waiting() >= cell.spec.inbox_max:
+                raise Overloaded(f"{actor} has {cell.spec.inbox_max} messages waiting")
+        except TorusError as error:
+            if reply is not None:
+                reply.fail(error)
+            return
+        kwargs = {} if payload is None else {"payload": payload}
+        cell.inbox.put(Call(method, tuple(args), kwargs, reply))
+
+    def taken(self, size: int) -> None:
+        """A call with a payload of ``size`` bytes came into work."""
+        self._calls += 1
+        self._bytes += size
+
+    def answered(self, size: int, out: list[Buffer]) -> None:
+        """It is answered."""
+        self._calls -= 1
+        self._bytes -= size
+        if self.lost:
+            return
+        transport = self._transport
+        assert transport is not None
+        transport.writelines(out)
+        if (
+            self._paused
+            and self._calls <= SERVED_CALLS_MAX // 2
+            and self._bytes <= SERVED_BYTES_MAX // 2
+        ):
+            self._paused = False
+            transport.resume_reading()
+
+
+class WireReply:
+    """Where an actor's answer to a call from another node goes; an ObjectRef's other half."""
+
+    __slots__ = ("_deadline", "_done", "_link", "_request_id", "_size")
+
+    def __init__(self, link: InLink, request_id: int, size: int, timeout_ms: int) -> None:
+        self._link = link
+        self._request_id = request_id
+        self._size = size
+        self._done = False
+        self._deadline = link.loop.time() + timeout_ms / 1000
+        link.taken(size)
+
+    def done(self) -> bool:
+        """Whether nobody waits any more: answered, given up, or the connection is gone."""
+        if not self._done and (self._link.lost or self._link.loop.time() > self._deadline):
+            self._done = True
+            self._link.answered(self._size, [])
+        return self._done
+
+    def set(self, value: Any = None) -> None:
+        """Answer; any thread."""
+        self._link.system.on_loop(self._set, value)
+
+    def fail(self, error: BaseException) -> None:
+        """Fail; any thread."""
+        self._link.system.on_loop(self._fail, error)
+
+    def set_exception(self, exc_info: Any = None) -> None:
+        """Fail with an exception triple; any thread."""
+        self.fail(exc_info[1])
+
+    def _set(self, value: Any) -> None:
+        if self._done:
+            return
+        try:
+            if type(value) is Reply:
+                out = encode(
+                    Kind.REPLY, self._request_id, encode_reply(value.result), value.payload
+                )
+            else:
+                out = encode(Kind.REPLY, self._request_id, encode_reply(value))
+        except Invalid as error:
+            self._fail(error)
+            return
+        self._done = True
+        self._link.answered(self._size, out)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._done:
+            return
+        self._done = True
+        known = error if isinstance(error, TorusError) else TorusError(repr(error))
+        self._link.answered(self._size, encode(Kind.ERROR, self._request_id, encode_error(known)))
+
+
+def _parts(payload: Any) -> Sequence[Buffer]:
+    if payload is None:
+        return ()
+    return payload if isinstance(payload, (list, tuple)) else (payload,)
