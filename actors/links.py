@@ -279,6 +279,8 @@ class OutLink(Link):
                 ref = self._in_flight.pop(request_id, None)
                 if ref is not None:
                     ref._reject(decode_error(meta))
+            elif kind is Kind.HELLO:
+                self._hello.receive(Frame(kind, request_id, meta, payload))  # a late refusal
             elif kind is not Kind.PONG:
                 raise ProtocolError(f"{kind.name} frame from the side that answers")
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pykka
 
-from torus_actors.errors import ActorCrashed, Invalid, TorusError
-from torus_actors.runtime.messages import REDELIVERIES_MAX, Call, Handler, handlers_of
+from torus_actors.errors import ActorCrashed, Closed, Invalid, TorusError
+from torus_actors.runtime.inbox import Inbox, adopted_inbox
+from torus_actors.runtime.messages import (
+    NO_REPLY,
+    REDELIVERIES_MAX,
+    Call,
+    Handler,
+    handlers_of,
+)
 
 if TYPE_CHECKING:
     from torus_actors.runtime.cell import Cell
@@ -23,42 +29,8 @@ TURN_MESSAGES_MAX = 256
 """Messages one actor handles before the loop gets its turn: a flooded actor must not starve the
 others, and 256 cheap messages are well under a millisecond."""
 
-_adopted = threading.local()
-"""The inbox that the actor being constructed takes over. pykka creates inboxes in a static method,
-which knows neither the actor nor its cell."""
-
-
-class LoopInbox:
-    """A cell's inbox: put from any thread, drained on the loop."""
-
-    __slots__ = ("items", "loop", "thread_id", "wake")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, thread_id: int) -> None:
-        self.items: deque[Any] = deque()
-        self.loop = loop
-        self.thread_id = thread_id
-        self.wake: Any = None
-
-    def put(self, envelope: Any, /) -> None:
-        """Queue an envelope and see that the actor gets its turn."""
-        self.items.append(envelope)
-        if self.wake is not None:
-            if threading.get_ident() == self.thread_id:
-                self.wake()
-            else:
-                self.loop.call_soon_threadsafe(self._wake_up)
-
-    def _wake_up(self) -> None:
-        if self.wake is not None:
-            self.wake()
-
-    def get(self) -> Any:
-        """Take the oldest envelope; the drain checks first that there is one."""
-        return self.items.popleft()
-
-    def empty(self) -> bool:
-        """Whether nothing waits."""
-        return not self.items
+SETUP_TIMEOUT_S = 60.0
+"""An actor whose setup takes longer counts as crashed."""
 
 
 def _is_stop(message: Any) -> bool:
@@ -70,6 +42,7 @@ class _Exposing:
     """What both kinds share: the table of exposed methods and the place in the system."""
 
     handlers: ClassVar[dict[str, Handler]] = {}
+    setup_timeout_s: ClassVar[float | None] = SETUP_TIMEOUT_S
     cell: Cell
     system: ActorSystem
 
@@ -89,6 +62,19 @@ class _Exposing:
 
         return Blueprint(cls, options)
 
+    def _handle_foreign(self, envelope: Any) -> None:
+        """A message sent with pykka's own ActorRef: a stop request, or something else; any thread.
+
+        Calls must come through a handle, which gives them a deadline and a bound.
+        """
+        if _is_stop(envelope.message):
+            self.system.on_loop(self.cell.stop_soon, self)
+            if envelope.reply_to is not None:
+                envelope.reply_to.set(None)
+        elif envelope.reply_to is not None:
+            error = Invalid(f"{self.cell.name}: send calls through a handle")
+            envelope.reply_to.set_exception((Invalid, error, None))
+
 
 class LoopActor(_Exposing, pykka.Actor):
     """An actor on the node's event loop.
@@ -103,13 +89,14 @@ class LoopActor(_Exposing, pykka.Actor):
     def __init__(self) -> None:
         super().__init__()
         self._tasks: dict[asyncio.Task[Any], Call | None] = {}
+        self._cancelled: list[asyncio.Task[Any]] = []
         self._scheduled = False
         self._running = 0
         self._accepting = False
 
     @staticmethod
     def _create_actor_inbox() -> Any:
-        return _adopted.inbox
+        return adopted_inbox()
 
     @staticmethod
     def _create_future() -> Any:
@@ -118,47 +105,71 @@ class LoopActor(_Exposing, pykka.Actor):
 
     def _start_actor_loop(self) -> None:
         self._loop = self.system.loop
-        self._inbox = cast(LoopInbox, self.actor_inbox)
+        # Handlers run in the system's context, not in that of whoever woke the actor.
+        self._context = self.system.context
+        self._inbox = cast(Inbox, self.actor_inbox)
         self._items = self._inbox.items
         self._concurrency = self.cell.spec.max_concurrency
+        task = self._loop.create_task(self.setup(), context=self._context.copy())
+        self._tasks[task] = None
+        task.add_done_callback(self._setup_done)
 
     async def setup(self) -> None:
         """Prepare; no message is handled before it returns. Runs on the loop."""
 
     async def cleanup(self) -> None:
-        """Let go of what the actor holds; also after a crash. Runs on the loop."""
+        """Let go of what the actor holds; also after a crash or a failed setup. Runs on the loop.
+
+        The actor's tasks have ended by then.
+        """
 
     def spawn(self, coroutine: Any) -> asyncio.Task[Any]:
-        """Run a coroutine as part of this actor: it dies with it, and its bug is the actor's."""
+        """Run a coroutine as part of this actor: it dies with it, and its bug is the actor's.
+
+        Raises:
+            Closed: the actor is dead already; nothing would end the task.
+        """
+        if self.actor_stopped.is_set():
+            coroutine.close()
+            raise Closed(f"{self.cell.name} has ended")
         task = self._loop.create_task(coroutine)
         self._tasks[task] = None
         task.add_done_callback(self._task_done)
         return task
 
+    def _setup_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(task, None)
+        self.cell.set_up(self, _error_of(task))
+
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         call = self._tasks.pop(task, None)
-        if call is not None:
-            self._running -= 1
-            self._wake()
-        if task.cancelled():
-            return
-        error = task.exception()
         if call is None:
+            # An actor may well cancel what it spawned.
+            error = None if task.cancelled() else task.exception()
             if error is not None:
                 self.cell.crashed(self, error)
-        elif error is None:
-            if call.reply_to is not None:
-                call.reply_to.set(task.result())
-        else:
+            return
+        self._running -= 1
+        self._wake()
+        error = _error_of(task)
+        if error is not None:
             self._handler_failed(call, error)
+        elif call.reply_to is not None:
+            call.reply_to.set(task.result())
 
     # -- called by the cell ------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start handling messages."""
         self._accepting = True
+        self._inbox.any_thread = False
         self._inbox.wake = self._wake
         self._wake()
+
+    def quiesce(self) -> list[asyncio.Future[Any]]:
+        """Take no new message; return the handlers still at work."""
+        self._accepting = False
+        return [task for task, call in self._tasks.items() if call is not None]
 
     def halt(self) -> list[Call]:
         """Stop handling messages; return the calls that were cut off in the middle."""
@@ -166,25 +177,39 @@ class LoopActor(_Exposing, pykka.Actor):
         if self._inbox.wake == self._wake:
             self._inbox.wake = None
         calls = [call for call in self._tasks.values() if call is not None]
-        for task in list(self._tasks):
+        for task in self._tasks:
             task.remove_done_callback(self._task_done)
+            task.remove_done_callback(self._setup_done)
+            task.add_done_callback(self._last_words)
             task.cancel()
+        self._cancelled = list(self._tasks)
         self._tasks.clear()
         pykka.ActorRegistry.unregister(self.actor_ref)
         self.actor_stopped.set()
         return calls
 
-    def quiesce(self) -> list[asyncio.Task[Any]]:
-        """Take no new message; return the handlers still at work."""
-        self._accepting = False
-        return [task for task, call in self._tasks.items() if call is not None]
+    def _last_words(self, task: asyncio.Task[Any]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, TorusError):
+            log.warning("%s: a task failed as it was ended: %r", self.cell.name, error)
+
+    async def wind_up(self, timeout_s: float) -> None:
+        """After ``halt``: wait for the cancelled tasks to end, then clean up."""
+        if self._cancelled:
+            await asyncio.wait(self._cancelled, timeout=timeout_s)
+        try:
+            await asyncio.wait_for(self.cleanup(), timeout_s)
+        except TorusError as error:
+            log.warning("%s: cleanup: %s", self.cell.name, error)
+        except Exception:
+            log.exception("%s: cleanup failed", self.cell.name)
 
     # -- the loop ----------------------------------------------------------------------------
 
     def _wake(self) -> None:
         if not self._scheduled and self._items and self._accepting:
             self._scheduled = True
-            self._loop.call_soon(self._drain)
+            self._loop.call_soon(self._drain, context=self._context)
 
     def _drain(self) -> None:
         self._scheduled = False
@@ -222,10 +247,13 @@ class LoopActor(_Exposing, pykka.Actor):
                 task.add_done_callback(self._task_done)
                 return
             if handler.deferred:
-                handler.function(self, reply_to, *call.args, **call.kwargs)
+                reply = NO_REPLY if reply_to is None else reply_to
+                handler.function(self, reply, *call.args, **call.kwargs)
                 return
             result = handler.function(self, *call.args, **call.kwargs)
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a stray CancelledError must not stop the drain either
             self._handler_failed(call, error)
             return
         if reply_to is not None:
@@ -240,15 +268,12 @@ class LoopActor(_Exposing, pykka.Actor):
             return
         self.cell.crashed(self, error, call)
 
-    def _handle_foreign(self, envelope: Any) -> None:
-        """A message sent with pykka's own ActorRef: a stop request, or a (method, args) tuple."""
-        if _is_stop(envelope.message):
-            self.cell.stop_soon()
-            if envelope.reply_to is not None:
-                envelope.reply_to.set(None)
-        elif envelope.reply_to is not None:
-            error = Invalid("send calls through a handle")
-            envelope.reply_to.set_exception((Invalid, error, None))
+
+def _error_of(task: asyncio.Task[Any]) -> BaseException | None:
+    """Why a task failed, if it did. One that was cancelled by others failed too."""
+    if task.cancelled():
+        return RuntimeError("cancelled from outside, or let the cancellation of another through")
+    return task.exception()
 
 
 class BlockingActor(_Exposing, pykka.ThreadingActor):
@@ -260,91 +285,149 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
 
     use_daemon_thread: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, handler in cls.handlers.items():
+            if handler.is_async or handler.deferred:
+                raise TypeError(f"{cls.__name__}.{name}: a blocking actor's methods just return")
+
     def __init__(self) -> None:
         super().__init__()
+        # Guards the fields below, which the loop and the actor's thread both change.
+        self._turn = threading.Condition()
+        self._accepting = False
+        self._leaving = False
         self._current: Call | None = None
-        self._halted = threading.Event()
 
     @staticmethod
     def _create_actor_inbox() -> Any:
-        return _adopted.inbox
+        return adopted_inbox()
+
+    def _start_actor_loop(self) -> None:
+        self._ended: asyncio.Future[None] = self.system.loop.create_future()
+        super()._start_actor_loop()
 
     def setup(self) -> None:
         """Prepare; no message is handled before it returns."""
 
     def cleanup(self) -> None:
-        """Let go of what the actor holds."""
+        """Let go of what the actor holds; also after a crash or a failed setup."""
+
+    # -- the thread --------------------------------------------------------------------------
 
     def _actor_loop(self) -> None:
-        loop = self.system.loop
+        crash: BaseException | None = None
         try:
             self.setup()
         except BaseException as error:
-            loop.call_soon_threadsafe(self.cell.thread_started, self, error)
-            return
-        loop.call_soon_threadsafe(self.cell.thread_started, self, None)
-        crash: tuple[BaseException, Call] | None = None
-        while not self._halted.is_set():
-            call: Any = self.actor_inbox.get()
-            if call is None:
-                break
-            crash = self._run_one(call)
-            if crash is not None:
-                break
+            self.system.on_loop(self.cell.set_up, self, error)
+        else:
+            self.system.on_loop(self.cell.set_up, self, None)
+            crash = self._work()
         try:
             self.cleanup()
-        except Exception:
+        except BaseException:
             log.exception("%s: cleanup failed", self.cell.name)
-        pykka.ActorRegistry.unregister(self.actor_ref)
-        self.actor_stopped.set()
-        _call_soon(loop, self.cell.thread_ended, self, crash)
+        self.system.on_loop(self._thread_ended, crash)
 
-    def _run_one(self, call: Any) -> tuple[BaseException, Call] | None:
-        if type(call) is not Call:
-            if _is_stop(call.message):
-                _call_soon(self.system.loop, self.cell.stop_soon)
-                if call.reply_to is not None:
-                    call.reply_to.set(None)
-            return None
+    def _work(self) -> BaseException | None:
+        """Handle messages until told to leave, or until a crash, whose cause is returned."""
+        while (envelope := self._next()) is not None:
+            if type(envelope) is not Call:
+                self._handle_foreign(envelope)
+                continue
+            crash = self._handle(envelope)
+            if crash is not None:
+                return crash
+        return None
+
+    def _next(self) -> Any:
+        items = cast(Inbox, self.actor_inbox).items
+        with self._turn:
+            while not self._leaving and not (self._accepting and items):
+                self._turn.wait()
+            if self._leaving:
+                return None
+            envelope = items.popleft()
+            if type(envelope) is Call:
+                self._current = envelope
+        if self.cell.room_waiters:
+            self.system.on_loop(self.cell.room_made)
+        return envelope
+
+    def _handle(self, call: Call) -> BaseException | None:
         reply_to = call.reply_to
         handler = self.handlers.get(call.method)
-        if handler is None:
-            if reply_to is not None:
-                reply_to.fail(Invalid(f"{self.cell.name} has no method {call.method}"))
-            return None
+        failure: TorusError | None = None
+        result: Any = None
         if reply_to is not None and reply_to.done():
-            return None
-        call.deliveries += 1
-        self._current = call
-        try:
-            result = handler.function(self, *call.args, **call.kwargs)
-        except TorusError as error:
-            if reply_to is not None:
-                reply_to.fail(error)
-            return None
-        except BaseException as error:
-            return error, call
-        finally:
+            pass  # given up while it waited: nobody would see the answer
+        elif handler is None:
+            failure = Invalid(f"{self.cell.name} has no method {call.method}")
+        else:
+            call.deliveries += 1
+            try:
+                result = handler.function(self, *call.args, **call.kwargs)
+            except TorusError as error:
+                failure = error
+            except BaseException as error:
+                return error  # the call stays current: its fate is decided on the loop
+        with self._turn:
+            if self._current is not call:
+                return None  # killed meanwhile: the call is no longer ours to answer
             self._current = None
-        if reply_to is not None:
+        if reply_to is None:
+            if failure is not None:
+                log.warning("%s.%s: %s", self.cell.name, call.method, failure)
+        elif failure is not None:
+            reply_to.fail(failure)
+        else:
             reply_to.set(result)
         return None
 
-    def halt(self) -> list[Call]:
-        """Tell the thread to end; return the call it is in, whose answer is given up on.
+    def _wake(self) -> None:
+        with self._turn:
+            self._turn.notify()
 
-        The cell has already moved what waits to a new inbox.
-        """
-        self._halted.set()
-        self.actor_inbox.put(cast(Any, None))
-        current = self._current
+    # -- called by the cell, on the loop -----------------------------------------------------
+
+    def _thread_ended(self, crash: BaseException | None) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+        if crash is not None:
+            self.cell.crashed(self, crash)
+
+    def begin(self) -> None:
+        """Start handling messages."""
+        inbox = cast(Inbox, self.actor_inbox)
+        inbox.any_thread = True
+        inbox.wake = self._wake
+        self._accepting = True
+        self._wake()
+
+    def quiesce(self) -> list[asyncio.Future[Any]]:
+        """Take no new message; return what is done when the thread has ended."""
+        with self._turn:
+            self._leaving = True
+            self._turn.notify()
+        return [self._ended]
+
+    def halt(self) -> list[Call]:
+        """Tell the thread to end; return the call it is in, whose answer is given up on."""
+        with self._turn:
+            self._leaving = True
+            self._turn.notify()
+            current, self._current = self._current, None
+        inbox = cast(Inbox, self.actor_inbox)
+        if inbox.wake == self._wake:
+            inbox.wake = None
+        pykka.ActorRegistry.unregister(self.actor_ref)
+        self.actor_stopped.set()
         return [current] if current is not None else []
 
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> None:
-    """Hand over to the loop, unless the process is past it."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(function, *args)
+    async def wind_up(self, timeout_s: float) -> None:
+        """After ``halt``: wait for the thread, which cleans up as it ends."""
+        await asyncio.wait([self._ended], timeout=timeout_s)
 
 
 def redeliver_or_fail(cell: Cell, call: Call, error: ActorCrashed) -> None:
@@ -353,9 +436,9 @@ def redeliver_or_fail(cell: Cell, call: Call, error: ActorCrashed) -> None:
     if (
         handler is not None
         and handler.idempotent
-        and call.deliveries < REDELIVERIES_MAX
+        and call.deliveries <= REDELIVERIES_MAX
         and cell.will_restart
     ):
-        cell.requeue(call)
+        cell.inbox.put_back(call)
     elif call.reply_to is not None:
         call.reply_to.fail(error)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-import queue
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pykka
 
-from torus_actors.errors import ActorCrashed, ActorNotFound, TorusError
-from torus_actors.runtime import actor as actor_module
-from torus_actors.runtime.actor import BlockingActor, LoopActor, LoopInbox, redeliver_or_fail
+from torus_actors.errors import ActorCrashed, ActorNotFound, DeadlineExceeded, Invalid
+from torus_actors.runtime.actor import BlockingActor, LoopActor, redeliver_or_fail
+from torus_actors.runtime.inbox import Adoption, Inbox
 from torus_actors.runtime.messages import Call, Handler
 
 if TYPE_CHECKING:
@@ -32,8 +31,9 @@ INBOX_MAX = 16384
 """Messages that may wait for one actor. Windows further out keep real loads far below; reaching it
 means that something feeds without waiting, and it must be told so before memory is gone."""
 
-START_TIMEOUT_S = 60.0
-"""An actor whose setup takes longer counts as crashed."""
+CLEANUP_S_MIN = 1.0
+"""Time for cleanup where ``shutdown_s`` is less: handlers may be cut off, but what the actor holds
+must be let go of, or its successor finds the port bound and the file locked."""
 
 
 class Restart(enum.Enum):
@@ -64,6 +64,10 @@ class ChildSpec:
     max_concurrency: int = 1
     inbox_max: int = INBOX_MAX
 
+    def __post_init__(self) -> None:
+        if self.max_concurrency < 1 or self.inbox_max < 1 or self.shutdown_s < 0:
+            raise Invalid(f"{self.name}: concurrency and inbox are at least 1, shutdown_s 0")
+
 
 class State(enum.Enum):
     """Where a cell is in its life."""
@@ -75,7 +79,14 @@ class State(enum.Enum):
 
 
 class Cell:
-    """See the module. All methods run on the loop's thread."""
+    """See the module. All methods run on the loop's thread.
+
+    Starts and stops of one cell follow one another, whoever asks for them: an actor is set up only
+    when its predecessor has cleaned up.
+
+    Attributes:
+        will_restart: whether what waits in the inbox will be handled by a successor.
+    """
 
     def __init__(self, system: ActorSystem, spec: ChildSpec, parent: str | None) -> None:
         self.system = system
@@ -85,36 +96,58 @@ class Cell:
         self.state = State.STOPPED
         self.actor: LoopActor | BlockingActor | None = None
         self.handlers: dict[str, Handler] = {}
-        self.inbox: Any = LoopInbox(system.loop, system.thread_id)
+        self.inbox = Inbox(system.loop, system.thread_id)
         self.restarts = 0
         self.last_death = ""
         self.started_at = 0.0
-        self.will_restart = spec.restart is not Restart.TEMPORARY
+        self.will_restart = True  # whoever made the cell is about to start it
         self.room_waiters: list[asyncio.Future[None]] = []
-        self._thread_start: asyncio.Future[None] | None = None
-        self._thread_end: asyncio.Future[None] | None = None
-        self.on_exit: Callable[[Cell, BaseException | None], None] = _no_parent
+        self.on_exit: Callable[[Cell, BaseException | None], None] = no_parent
+        self._changing = asyncio.Lock()
+        self._started: asyncio.Future[BaseException | None] | None = None
+        self._after_crash: asyncio.Task[None] | None = None
+        self._last_actor: type[LoopActor] | type[BlockingActor] | None = None
 
     # -- sending -------------------------------------------------------------------------------
 
+    @property
+    def ended(self) -> bool:
+        """Whether a message would wait for ever: there is no actor, nor will there be one."""
+        return self.state is State.STOPPED and not self.will_restart
+
+    def epitaph(self) -> str:
+        """What a caller who comes too late is told."""
+        return f"{self.name} has ended" + (f": {self.last_death}" if self.last_death else "")
+
     def waiting(self) -> int:
         """Messages in the inbox."""
-        inbox = self.inbox
-        return len(inbox.items) if isinstance(inbox, LoopInbox) else inbox.qsize()
+        return len(self.inbox.items)
 
-    def requeue(self, call: Call) -> None:
-        """Put a call back in front of what waits."""
-        inbox = self.inbox
-        if isinstance(inbox, LoopInbox):
-            inbox.items.appendleft(call)
-            if inbox.wake is not None:
-                inbox.wake()
-        else:
-            inbox.put(call)
+    async def room(self, timeout_s: float) -> None:
+        """Wait until the inbox has room again.
+
+        Raises:
+            DeadlineExceeded: none within ``timeout_s``.
+            ActorNotFound: the actor ended for good.
+        """
+        waiter: asyncio.Future[None] = self.system.loop.create_future()
+        self.room_waiters.append(waiter)
+        try:
+            # Looked at again now that room_made() can find the waiter: an actor on a thread may
+            # have emptied the inbox just before.
+            if self.waiting() < self.spec.inbox_max:
+                return
+            await asyncio.wait([waiter], timeout=timeout_s)
+            if not waiter.done():
+                raise DeadlineExceeded(f"the inbox of {self.name} stayed full for {timeout_s:g} s")
+            waiter.result()
+        finally:
+            if waiter in self.room_waiters:
+                self.room_waiters.remove(waiter)
 
     def room_made(self) -> None:
         """The inbox shrank: let callers that wait for room go on."""
-        if self.waiting() < self.spec.inbox_max // 2:
+        if self.waiting() <= self.spec.inbox_max // 2:
             waiters, self.room_waiters = self.room_waiters, []
             for waiter in waiters:
                 if not waiter.done():
@@ -126,77 +159,67 @@ class Cell:
         """Make the actor and wait for its setup.
 
         Raises:
-            Exception: whatever setup raised; the cell is then stopped.
+            Exception: whatever setup raised; the actor has cleaned up and the cell is stopped.
         """
-        self.state = State.STARTING
-        self.will_restart = self.spec.restart is not Restart.TEMPORARY
-        actor: LoopActor | BlockingActor | None = None
-        try:
-            actor = self._make()
-            self.actor = actor
-            pykka.ActorRegistry.register(actor.actor_ref)
-            if isinstance(actor, LoopActor):
-                actor._start_actor_loop()
-                await asyncio.wait_for(actor.setup(), START_TIMEOUT_S)
-            else:
-                self._thread_start = self.system.loop.create_future()
-                self._thread_end = self.system.loop.create_future()
-                actor._start_actor_loop()
-                await asyncio.wait_for(self._thread_start, START_TIMEOUT_S)
-        except BaseException:
-            if actor is not None:
-                self._detach(actor)
-                if isinstance(actor, LoopActor):
-                    await self._clean_up(actor)
-            self.state = State.STOPPED
-            raise
-        self.state = State.RUNNING
-        self.started_at = self.system.loop.time()
-        if isinstance(actor, LoopActor):
-            actor.begin()
+        async with self._changing:
+            await self._stop_actor()
+            self.state = State.STARTING
+            self.will_restart = self.spec.restart is not Restart.TEMPORARY
+            self._started = self.system.loop.create_future()
+            actor: LoopActor | BlockingActor | None = None
+            try:
+                actor = self._make()
+                await asyncio.wait([self._started], timeout=actor.setup_timeout_s)
+                if not self._started.done():
+                    raise DeadlineExceeded(f"setup took over {actor.setup_timeout_s} s")
+                error = self._started.result()
+                if error is not None:
+                    raise error
+            except BaseException as error:
+                if not isinstance(error, asyncio.CancelledError):
+                    self.last_death = f"{type(error).__name__}: {error}"
+                if actor is not None:
+                    await self._end(actor, f"{self.name} did not start", self._cleanup_s)
+                self.state = State.STOPPED
+                raise
 
     def _make(self) -> LoopActor | BlockingActor:
-        adopted = actor_module._adopted
-        adopted.inbox = self.inbox
-        try:
+        with Adoption(self.inbox):
             actor = self.spec.factory()
-            if isinstance(actor, BlockingActor) and isinstance(self.inbox, LoopInbox):
-                # The kind is known only now; what was sent before the first start moves over.
-                fresh: queue.Queue[Any] = queue.Queue()
-                for envelope in self.inbox.items:
-                    fresh.put(envelope)
-                self.inbox = fresh
-                actor.actor_inbox = fresh
-                actor._actor_ref = pykka.ActorRef(actor)
-        finally:
-            adopted.inbox = None
         actor.cell = self
         actor.system = self.system
         self.handlers = actor.handlers
+        self.actor = actor
+        self._last_actor = type(actor)
+        pykka.ActorRegistry.register(actor.actor_ref)
+        actor._start_actor_loop()
         return actor
 
-    def thread_started(self, actor: BlockingActor, error: BaseException | None) -> None:
-        """A thread actor's setup ended."""
-        if actor is self.actor and self._thread_start is not None and not self._thread_start.done():
-            if error is None:
-                self._thread_start.set_result(None)
-            else:
-                self._thread_start.set_exception(error)
-
-    def thread_ended(self, actor: BlockingActor, crash: tuple[BaseException, Call] | None) -> None:
-        """A thread actor left its loop."""
-        if crash is not None:
-            self.crashed(actor, *crash)
-        elif self._thread_end is not None and not self._thread_end.done():
-            self._thread_end.set_result(None)
+    def set_up(self, actor: LoopActor | BlockingActor, error: BaseException | None) -> None:
+        """An actor's setup ended; one that was given up on meanwhile is not listened to."""
+        if actor is not self.actor or self._started is None or self._started.done():
+            return
+        if error is not None and not isinstance(error, Exception):
+            # Out of start() a CancelledError or SystemExit would look like the supervisor's own.
+            error = RuntimeError(f"setup ended in {error!r}")
+        if error is None:
+            self.state = State.RUNNING
+            self.started_at = self.system.loop.time()
+            actor.begin()
+        self._started.set_result(error)
 
     def crashed(
         self, actor: LoopActor | BlockingActor, error: BaseException, call: Call | None = None
     ) -> None:
         """The actor hit a bug (or was killed): end it and tell the supervisor."""
-        if actor is not self.actor or self.state not in (State.RUNNING, State.STARTING):
-            if call is not None and isinstance(call.reply_to, pykka.Future):
-                call.reply_to.set_exception((type(error), error, None))
+        told = ActorCrashed(f"{self.name} died: {type(error).__name__}: {error}")
+        told.__cause__ = error
+        if actor is not self.actor:
+            if call is not None:
+                redeliver_or_fail(self, call, told)
+            return
+        if self.state is State.STARTING:
+            self.set_up(actor, error)  # start() ends it and raises
             return
         if not isinstance(error, Killed):
             log.error(
@@ -205,106 +228,134 @@ class Cell:
         self.last_death = f"{type(error).__name__}: {error}"
         self.state = State.WAITING
         cut_off = self._detach(actor)
-        if call is not None and call not in cut_off:
+        if call is not None:
             cut_off.append(call)
-        told = ActorCrashed(f"{self.name} died: {self.last_death}")
-        told.__cause__ = error
-        for lost in cut_off:
+        # Each goes in front of the one before, so the oldest has to come last.
+        for lost in reversed(cut_off):
             redeliver_or_fail(self, lost, told)
         if isinstance(actor, LoopActor):
-            task = self.system.loop.create_task(self._clean_up(actor))
-            self.system.background.add(task)
-            task.add_done_callback(self.system.background.discard)
-            task.add_done_callback(lambda _: self.on_exit(self, error))
+            self._after_crash = self._in_background(self._bury_actor(actor, error))
         else:
+            # Not waited for: its thread may be in a call that blocks for long.
             self.on_exit(self, error)
+
+    async def _bury_actor(self, actor: LoopActor, error: BaseException) -> None:
+        await actor.wind_up(self._cleanup_s)
+        self.on_exit(self, error)
 
     def kill(self, reason: str = "killed on request") -> None:
         """End the actor as a crash would; for tests and ``torusctl debug kill``."""
         if self.actor is not None:
             self.crashed(self.actor, Killed(reason))
 
-    def stop_soon(self) -> None:
-        """The actor was asked to stop by pykka's own means; its supervisor decides what follows."""
-        task = self.system.loop.create_task(self._stop_and_tell())
-        self.system.background.add(task)
-        task.add_done_callback(self.system.background.discard)
+    def stop_soon(self, actor: LoopActor | BlockingActor | None = None) -> None:
+        """The actor wants to end, or was asked to by pykka's own means; its supervisor is told.
 
-    async def _stop_and_tell(self) -> None:
-        await self.stop()
+        Args:
+            actor: which one; if it is not here any more nothing happens. None is the present one.
+        """
+        self._in_background(self._stop_and_tell(self.actor if actor is None else actor))
+
+    async def _stop_and_tell(self, actor: LoopActor | BlockingActor | None) -> None:
+        async with self._changing:
+            if actor is None or self.actor is not actor:
+                return
+            await self._stop_actor()
+            if self.state is State.WAITING:
+                return  # it crashed at the last moment, and that was told
         self.on_exit(self, None)
 
     async def stop(self, final: bool = False) -> None:
         """Let handlers finish for ``shutdown_s``, then end the actor.
 
+        A handler must not await the stop of its own actor: each would wait for the other, until
+        ``shutdown_s`` is over. It may call ``stop_soon``.
+
         Args:
             final: nobody will start it again: what waits in the inbox fails now.
         """
-        actor = self.actor
-        self.will_restart = self.will_restart and not final
-        if actor is not None and self.state in (State.RUNNING, State.STARTING):
-            if isinstance(actor, LoopActor):
-                at_work = actor.quiesce()
-                if at_work:
-                    await asyncio.wait(at_work, timeout=self.spec.shutdown_s)
-            cut_off = self._detach(actor)
-            told = ActorCrashed(f"{self.name} was stopped")
-            for call in cut_off:
-                redeliver_or_fail(self, call, told)
-            if isinstance(actor, LoopActor):
-                await self._clean_up(actor)
-            elif self._thread_end is not None:
-                await asyncio.wait([self._thread_end], timeout=self.spec.shutdown_s)
-        self.state = State.STOPPED
         if final:
-            self.bury()
+            self.will_restart = False
+        if self.state is State.STARTING and self.actor is not None:
+            self.set_up(self.actor, Killed("stopped while it was starting"))
+        # Shielded: if the supervisor that stops it is killed, the stop goes on to its end.
+        await asyncio.shield(self._in_background(self._stop(final)))
+
+    async def _stop(self, final: bool) -> None:
+        async with self._changing:
+            await self._stop_actor()
+            self.state = State.STOPPED
+            if final:
+                self.bury()
+
+    async def _stop_actor(self) -> None:
+        actor = self.actor
+        if actor is not None:
+            at_work = actor.quiesce()
+            if at_work:
+                await asyncio.wait(at_work, timeout=self.spec.shutdown_s)
+            if self.actor is actor:  # otherwise it crashed at the last moment
+                self.state = State.STOPPED
+                # A thread that has not ended by now had its time.
+                patience = self._cleanup_s if isinstance(actor, LoopActor) else 0.0
+                await self._end(actor, f"{self.name} was stopped", patience)
+        if self._after_crash is not None:
+            await asyncio.wait([self._after_crash])
+            self._after_crash = None
+
+    async def _end(self, actor: LoopActor | BlockingActor, why: str, timeout_s: float) -> None:
+        told = ActorCrashed(why)
+        for call in reversed(self._detach(actor)):
+            redeliver_or_fail(self, call, told)
+        await actor.wind_up(timeout_s)
 
     def bury(self) -> None:
-        """No successor will come: fail what waits."""
+        """No successor will come, to it or to what it supervised: fail what waits."""
         self.will_restart = False
-        inbox = self.inbox
-        items: list[Any] = []
-        if isinstance(inbox, LoopInbox):
-            items, inbox.items = list(inbox.items), type(inbox.items)()
-        else:
-            while not inbox.empty():
-                items.append(inbox.get())
-        for call in items:
-            if isinstance(call, Call) and call.reply_to is not None:
-                call.reply_to.fail(ActorNotFound(f"{self.name} has ended: {self.last_death}"))
-        for waiter in self.room_waiters:
+        if self.state is State.WAITING:
+            self.state = State.STOPPED
+        reason = self.epitaph()
+        items = self.inbox.items
+        while items:
+            envelope = items.popleft()
+            if envelope.reply_to is None:
+                continue
+            if type(envelope) is Call:
+                envelope.reply_to.fail(ActorNotFound(reason))
+            else:
+                dead = pykka.ActorDeadError(reason)
+                envelope.reply_to.set_exception((pykka.ActorDeadError, dead, None))
+        waiters, self.room_waiters = self.room_waiters, []
+        for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(ActorNotFound(f"{self.name} has ended"))
-        self.room_waiters.clear()
+                waiter.set_exception(ActorNotFound(reason))
+        for cell in self.system.cells.values():
+            if cell.parent == self.name and cell.actor is None and cell.state is not State.STARTING:
+                cell.bury()
 
     def _detach(self, actor: LoopActor | BlockingActor) -> list[Call]:
         self.actor = None
-        if isinstance(actor, BlockingActor):
-            old: queue.Queue[Any] = self.inbox
-            fresh: queue.Queue[Any] = queue.Queue()
-            self.inbox = fresh
-            while not old.empty():
-                envelope = old.get()
-                if envelope is not None:
-                    fresh.put(envelope)
         return actor.halt()
 
-    async def _clean_up(self, actor: LoopActor) -> None:
-        try:
-            await asyncio.wait_for(actor.cleanup(), self.spec.shutdown_s)
-        except TorusError as error:
-            log.warning("%s: cleanup: %s", self.name, error)
-        except Exception:
-            log.exception("%s: cleanup failed", self.name)
+    @property
+    def _cleanup_s(self) -> float:
+        return max(self.spec.shutdown_s, CLEANUP_S_MIN)
+
+    def _in_background(self, coroutine: Any) -> asyncio.Task[None]:
+        background = self.system.background
+        task: asyncio.Task[None] = self.system.loop.create_task(coroutine)
+        background.add(task)
+        task.add_done_callback(background.discard)
+        return task
 
     def describe(self) -> dict[str, Any]:
-        """What ``torusctl tree`` shows of it."""
-        actor = self.actor
+        """What ``torusctl tree`` shows of it; a dead actor is described as it was."""
+        cls = self._last_actor
         return {
             "name": self.name,
             "parent": self.parent,
-            "kind": "thread" if isinstance(actor, BlockingActor) else "loop",
-            "class": type(actor).__name__ if actor is not None else "",
+            "kind": "thread" if cls is not None and issubclass(cls, BlockingActor) else "loop",
+            "class": cls.__name__ if cls is not None else "",
             "state": self.state.value,
             "restart": self.spec.restart.value,
             "restarts": self.restarts,
@@ -320,6 +371,6 @@ class Killed(Exception):
     """Cause of death of an actor that was killed on request."""
 
 
-def _no_parent(cell: Cell, error: BaseException | None) -> None:
+def no_parent(cell: Cell, error: BaseException | None) -> None:
     """An actor outside the supervision tree: nobody restarts it."""
     cell.bury()

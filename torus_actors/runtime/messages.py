@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -66,6 +66,26 @@ class Reply:
         return self.payload[0] if len(self.payload) == 1 else b"".join(self.payload)
 
 
+class _NoReply:
+    """What a deferred handler answers to where nobody asked: any node may send it as a cast."""
+
+    def done(self) -> bool:
+        """Never: the handler is to do its work."""
+        return False
+
+    def set(self, value: Any = None) -> None:
+        """Drop the answer."""
+
+    def fail(self, error: BaseException) -> None:
+        """Drop the error."""
+
+    def set_exception(self, exc_info: Any = None) -> None:
+        """Drop the error."""
+
+
+NO_REPLY = _NoReply()
+
+
 @dataclass(frozen=True, slots=True)
 class Handler:
     """An exposed method.
@@ -76,7 +96,8 @@ class Handler:
         remote: whether other nodes may call it.
         idempotent: whether doing it twice is the same as once, so that it may be redelivered.
         deferred: whether it takes the reply as its first argument and answers it itself, later.
-        check: raises Invalid unless arguments fit the annotations.
+        check: raises Invalid unless arguments fit the annotations, down to the elements of lists;
+            ints may not be negative.
     """
 
     function: Callable[..., Any]
@@ -119,6 +140,8 @@ def handlers_of(cls: type) -> dict[str, Handler]:
         if marks is None:
             continue
         remote, idempotent, deferred = marks
+        if deferred and inspect.iscoroutinefunction(function):
+            raise TypeError(f"{cls.__name__}.{name} is deferred, so it may not be async")
         check = _argument_check(cls, function) if remote else _no_check
         found[name] = Handler(
             function,
@@ -141,53 +164,98 @@ def _argument_check(
     hints = typing.get_type_hints(function)
     skipped = 2 if function.__torus_expose__[2] else 1  # type: ignore[attr-defined]
     parameters = list(inspect.signature(function).parameters.values())[skipped:]
-    wants_payload = any(p.name == "payload" for p in parameters)
-    needs_payload = wants_payload and any(
-        p.name == "payload" and p.default is inspect.Parameter.empty for p in parameters
-    )
-    positional = [p for p in parameters if p.name != "payload"]
-    allowed = [_runtime_types(hints.get(p.name, Any)) for p in positional]
-    required = sum(p.default is inspect.Parameter.empty for p in positional)
     where = f"{cls.__name__}.{function.__name__}"
+    payload = next((p for p in parameters if p.name == "payload"), None)
+    positional = [p for p in parameters if p is not payload]
+    if any(p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for p in positional) or (
+        payload is not None and payload is not parameters[-1]
+    ):
+        # What was checked here must be what the handler then gets.
+        raise TypeError(f"{where}: remote methods take plain arguments, and payload as the last")
+    fits = [_fits(hints.get(p.name, Any)) for p in positional]
+    required = sum(p.default is inspect.Parameter.empty for p in positional)
+    needs_payload = payload is not None and payload.default is inspect.Parameter.empty
 
     def check(args: Sequence[Any], has_payload: bool) -> None:
         if not required <= len(args) <= len(positional):
             raise Invalid(
                 f"{where} takes {required} to {len(positional)} arguments, not {len(args)}"
             )
-        if has_payload and not wants_payload:
+        if has_payload and payload is None:
             raise Invalid(f"{where} takes no payload")
         if needs_payload and not has_payload:
             raise Invalid(f"{where} needs a payload")
-        for value, types_, parameter in zip(args, allowed, positional, strict=False):
-            if types_ is not None and not isinstance(value, types_):
-                raise Invalid(f"{where}: {parameter.name} may not be {type(value).__name__}")
+        for value, fit, parameter in zip(args, fits, positional, strict=False):
             if type(value) is int and value < 0:
                 raise Invalid(f"{where}: {parameter.name} may not be negative")
+            if not fit(value):
+                wanted = inspect.formatannotation(parameter.annotation).strip("'")
+                raise Invalid(
+                    f"{where}: {parameter.name} should be {wanted}, not {type(value).__name__}"
+                )
 
     return check
 
 
-def _runtime_types(hint: Any) -> tuple[type, ...] | None:
-    """Classes for isinstance that a type hint admits; None for anything."""
-    if hint is Any:
-        return None
-    if hint is None or hint is type(None):
-        return (type(None),)
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        collected: list[type] = []
-        for part in typing.get_args(hint):
-            inner = _runtime_types(part)
-            if inner is None:
-                return None
-            collected += inner
-        return tuple(collected)
-    if isinstance(origin, type):
-        # The codec hands over lists for every sequence.
-        return (list, tuple) if issubclass(origin, Sequence) else (origin,)
-    if hint is float:
-        return (float, int)
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _natural(value: Any) -> bool:
+    # Sizes, offsets, indexes, ids: nothing that travels is negative. A bool is no number here.
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (float, int)) and not isinstance(value, bool)
+
+
+def _fits(hint: Any) -> Callable[[Any], bool]:
+    """The test whether a value fits a type hint, down to the elements of containers."""
     if isinstance(hint, typing.NewType):
-        return _runtime_types(hint.__supertype__)
-    return (hint,) if isinstance(hint, type) else None
+        return _fits(hint.__supertype__)
+    origin = typing.get_origin(hint)
+    if origin is None:
+        return _fits_class(hint)
+    parts = typing.get_args(hint)
+    if origin is typing.Literal:
+        return lambda value: any(type(value) is type(part) and value == part for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        tests = [_fits(part) for part in parts]
+        return lambda value: any(test(value) for test in tests)
+    if origin is tuple and parts[-1:] != (...,):
+        tests = [_fits(part) for part in parts]
+        return lambda value: (
+            isinstance(value, (list, tuple))
+            and len(value) == len(tests)
+            and all(test(item) for test, item in zip(tests, value, strict=True))
+        )
+    container = _fits_class(origin)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        of_key, of_value = _fits(parts[0]), _fits(parts[1])
+        return lambda value: (
+            container(value) and all(of_key(k) and of_value(v) for k, v in value.items())
+        )
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        of_item = _fits(parts[0])
+        return lambda value: container(value) and all(of_item(item) for item in value)
+    return container
+
+
+def _fits_class(hint: Any) -> Callable[[Any], bool]:
+    if hint is None or hint is type(None):
+        return lambda value: value is None
+    if hint is int:
+        return _natural
+    if hint is float:
+        return _number
+    if hint in (list, tuple, Sequence, Collection):
+        # The codec hands over lists for every sequence.
+        return lambda value: isinstance(value, (list, tuple))
+    if typing.is_typeddict(hint):
+        return lambda value: isinstance(value, dict)
+    try:
+        isinstance(None, hint)
+    except TypeError:
+        return _anything  # Any, type variables, protocols
+    return lambda value: isinstance(value, hint)

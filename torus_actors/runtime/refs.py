@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pykka
 
-from torus_actors.errors import DeadlineExceeded, TorusError
+from torus_actors.errors import Closed, DeadlineExceeded
+from torus_actors.runtime.messages import Reply
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,7 +28,8 @@ class ObjectRef(pykka.Future[T]):
 
     Await it on the event loop, or ``get()`` it from another thread. Setting it is safe from every
     thread; the first answer wins and later ones are dropped, because a deadline, a lost peer and
-    the real answer may race.
+    the real answer may race. A task that is cancelled while it awaits the ref gives the call up;
+    ``wait``, and ``get`` with a timeout, leave it be.
 
     Attributes:
         future: the asyncio future behind it; touch it on the loop's thread only.
@@ -54,7 +57,7 @@ class ObjectRef(pykka.Future[T]):
         if threading.get_ident() == system.thread_id:
             self._resolve(value)
         else:
-            system.loop.call_soon_threadsafe(self._resolve, value)
+            system.on_loop(self._resolve, value)
 
     def set_exception(self, exc_info: ExcInfo | None = None) -> None:
         """Fail the call with an exception triple, or the one being handled; any thread."""
@@ -67,7 +70,7 @@ class ObjectRef(pykka.Future[T]):
         if threading.get_ident() == system.thread_id:
             self._reject(error)
         else:
-            system.loop.call_soon_threadsafe(self._reject, error)
+            system.on_loop(self._reject, error)
 
     def _resolve(self, value: Any) -> None:
         future = self.future
@@ -101,17 +104,34 @@ class ObjectRef(pykka.Future[T]):
             if self.future.done():
                 return self.future.result()
             raise RuntimeError("ObjectRef.get() on the event loop: await it instead")
-        waiter = asyncio.run_coroutine_threadsafe(_await(self), self.system.loop)
+        # No task stands between thread and ref: none is left behind, and the call goes on, if the
+        # thread gives up.
+        done: concurrent.futures.Future[asyncio.Future[T]] = concurrent.futures.Future()
+        self.system.loop.call_soon_threadsafe(self.future.add_done_callback, done.set_result)
         try:
-            return waiter.result(timeout)
-        except TorusError:
-            raise
+            answered = done.result(timeout)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout} s") from None
+        if answered.cancelled():
+            raise Closed("the call was given up")
+        return answered.result()
 
 
-async def _await(ref: ObjectRef[T]) -> T:
-    return await ref
+class RoundtripRef(ObjectRef[Any]):
+    """An ObjectRef of the test mode, in which answers too must be able to travel."""
+
+    def _resolve(self, value: Any) -> None:
+        roundtrip = self.system.roundtrip
+        assert roundtrip is not None
+        try:
+            if isinstance(value, Reply):
+                value = Reply(roundtrip(value.result), value.payload)
+            else:
+                value = roundtrip(value)
+        except Exception as error:
+            self._reject(error)
+        else:
+            super()._resolve(value)
 
 
 async def get(refs: Any, timeout: float | None = None) -> Any:
@@ -150,6 +170,8 @@ async def wait(
     """
     loop = asyncio.get_running_loop()
     end = None if timeout is None else loop.time() + timeout
+    if timeout is not None and timeout <= 0:
+        await asyncio.sleep(0)  # who polls must not keep the answers from coming
     while True:
         pending = [ref for ref in refs if not ref.done()]
         ready_count = len(refs) - len(pending)
@@ -170,16 +192,24 @@ class Deadlines:
 
     TICK_S = 0.05
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, thread_id: int) -> None:
         self._loop = loop
+        self._thread_id = thread_id
         self._pending: dict[ObjectRef[Any], None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, ref: ObjectRef[Any]) -> None:
-        """Start watching a ref that has a deadline."""
+        """Start watching a ref that has a deadline; any thread."""
+        if threading.get_ident() != self._thread_id:
+            self._loop.call_soon_threadsafe(self._watch_late, ref)
+            return
         self._pending[ref] = None
         if self._timer is None:
             self._timer = self._loop.call_later(self.TICK_S, self._sweep)
+
+    def _watch_late(self, ref: ObjectRef[Any]) -> None:
+        if not ref.future.done():
+            self.watch(ref)
 
     def forget(self, ref: ObjectRef[Any]) -> None:
         """The ref was answered."""
@@ -197,8 +227,10 @@ class Deadlines:
         self._timer = self._loop.call_later(self.TICK_S, self._sweep) if self._pending else None
 
     def close(self) -> None:
-        """Stop sweeping."""
+        """Stop sweeping and fail what still waits: no sweep will ever do it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        for ref in list(self._pending):
+            ref.fail(Closed("the actor system has stopped"))
         self._pending.clear()

@@ -6,11 +6,13 @@ import asyncio
 import enum
 import logging
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+from torus_actors.errors import Invalid
 from torus_actors.runtime.actor import LoopActor
 from torus_actors.runtime.cell import Cell, ChildSpec, Restart, State
+from torus_actors.runtime.messages import expose
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class SupervisorSpec:
             itself, which its own supervisor sees; the root ends the process.
         backoff_first_s: pause before the second restart in a row; the first comes at once, because
             most crashes are single and somebody is waiting. Doubles up to ``backoff_max_s``.
+        shutdown_s: how long all its children together may take to stop; then they are killed.
     """
 
     name: str
@@ -53,6 +56,8 @@ class IntensityExceeded(Exception):
 
 class Supervisor(LoopActor):
     """Starts the children of its spec, restarts them as it says, escalates when that fails."""
+
+    setup_timeout_s: ClassVar[float | None] = None  # its children have their own, each
 
     def __init__(self, spec: SupervisorSpec) -> None:
         super().__init__()
@@ -73,8 +78,30 @@ class Supervisor(LoopActor):
 
     async def cleanup(self) -> None:
         """Stop all children, the last started first."""
-        for cell in reversed(self._cells):
-            await cell.stop(final=not self.cell.will_restart)
+        try:
+            for cell in reversed(self._cells):
+                await cell.stop(final=not self.cell.will_restart)
+        except asyncio.CancelledError:
+            # Out of time. None may live on: a successor would start it a second time.
+            for cell in reversed(self._cells):
+                cell.kill("its supervisor ran out of time to stop it")
+            raise
+
+    @expose()
+    async def start_child(self, child: ChildSpec | SupervisorSpec) -> None:
+        """Start one more child, behind the others; for what can only be known later.
+
+        Raises:
+            Invalid: a child of that name is already there.
+        """
+        spec = child_spec(child)
+        if any(cell.name == spec.name for cell in self._cells):
+            raise Invalid(f"{self.spec.name} already has a child {spec.name}")
+        cell = self.system.cell_for(spec, self.cell.name)
+        cell.on_exit = self._child_exited
+        await cell.start()
+        self._cells.append(cell)
+        self.spec = replace(self.spec, children=(*self.spec.children, child))
 
     def _child_exited(self, cell: Cell, error: BaseException | None) -> None:
         self._exits.put_nowait((cell, error))
@@ -84,9 +111,8 @@ class Supervisor(LoopActor):
             cell, error = await self._exits.get()
             if cell.state is State.RUNNING:
                 continue  # already restarted along with a sibling
-            restart = cell.spec.restart
-            if restart is Restart.TEMPORARY or (restart is Restart.TRANSIENT and error is None):
-                cell.state = State.STOPPED
+            done = error is None and cell.spec.restart is Restart.TRANSIENT
+            if done or not cell.will_restart:
                 cell.bury()
                 continue
             await self._restart(cell, error)
@@ -102,20 +128,19 @@ class Supervisor(LoopActor):
             recent = len(self._deaths)
             if recent > self.spec.max_restarts:
                 raise IntensityExceeded(
-                    f"{cell.name} died {recent} times in {self.spec.period_s:g} s, "
-                    f"last of {cell.last_death or error}"
-                )
+                    f"children of {self.spec.name} died {recent} times in "
+                    f"{self.spec.period_s:g} s, last {cell.name}: {error!r}"
+                ) from error
             if recent > 1:
                 pause = min(self.spec.backoff_first_s * 2 ** (recent - 2), self.spec.backoff_max_s)
                 await asyncio.sleep(pause)
+                if not cell.will_restart:
+                    return  # removed while it was to be restarted
             try:
                 await self._restart_once(cell)
                 return
-            except asyncio.CancelledError:
-                raise
             except Exception as again:
-                cell.last_death = f"{type(again).__name__}: {again}"
-                log.warning("%s did not start again: %s", cell.name, cell.last_death)
+                log.warning("%s: restarting %s failed: %r", self.spec.name, cell.name, again)
                 error = again
 
     async def _restart_once(self, cell: Cell) -> None:
@@ -126,12 +151,13 @@ class Supervisor(LoopActor):
             group = self._cells[position:]
         else:
             group = self._cells
+        # All of them: in the attempt before this one some had come up before another failed.
         for member in reversed(group):
-            if member is not cell:
-                await member.stop()
+            await member.stop(final=member.spec.restart is Restart.TEMPORARY)
         for member in group:
-            await member.start()
-            member.restarts += 1
+            if member.will_restart:  # not a temporary one, nor one that had ended for good
+                member.restarts += 1  # first: who gets an answer of the new one sees it counted
+                await member.start()
 
 
 def child_spec(child: ChildSpec | SupervisorSpec) -> ChildSpec:
@@ -142,11 +168,28 @@ def child_spec(child: ChildSpec | SupervisorSpec) -> ChildSpec:
     return ChildSpec(name=spec.name, factory=lambda: Supervisor(spec), shutdown_s=spec.shutdown_s)
 
 
+def check_names(root: SupervisorSpec) -> None:
+    """Names are addresses.
+
+    Raises:
+        Invalid: two actors of the tree have the same one.
+    """
+    seen: set[str] = set()
+    specs: list[ChildSpec | SupervisorSpec] = [root]
+    for spec in specs:
+        if spec.name in seen:
+            raise Invalid(f"two actors are named {spec.name}")
+        seen.add(spec.name)
+        if isinstance(spec, SupervisorSpec):
+            specs.extend(spec.children)
+
+
 def describe_tree(cells: dict[str, Cell]) -> list[dict[str, Any]]:
     """All cells with their depth, parents before children."""
     children: dict[str | None, list[Cell]] = {}
     for cell in cells.values():
-        children.setdefault(cell.parent, []).append(cell)
+        parent = cell.parent if cell.parent in cells else None
+        children.setdefault(parent, []).append(cell)
     rows: list[dict[str, Any]] = []
 
     def visit(parent: str | None, depth: int) -> None:

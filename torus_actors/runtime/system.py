@@ -10,10 +10,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torus_actors.errors import ActorNotFound, Invalid, NoPeer, Overloaded
-from torus_actors.runtime.cell import Cell, ChildSpec, State
+from torus_actors.runtime.cell import Cell, ChildSpec, State, no_parent
 from torus_actors.runtime.messages import Call
-from torus_actors.runtime.refs import Deadlines, ObjectRef
-from torus_actors.runtime.supervision import SupervisorSpec, child_spec, describe_tree
+from torus_actors.runtime.refs import Deadlines, ObjectRef, RoundtripRef
+from torus_actors.runtime.supervision import (
+    SupervisorSpec,
+    check_names,
+    child_spec,
+    describe_tree,
+)
 
 CALL_TIMEOUT_S = 30.0
 """Deadline of a call that names none. Calls on the data path name theirs."""
@@ -46,12 +51,14 @@ class ActorSystem:
         loop: the event loop they run on; the constructor must run on its thread.
         node_id: this node's id; handles for it are local.
         rng: source of all randomness on this node.
-        roundtrip: test mode: a function that packs and unpacks a message's arguments, applied to
-            each local call, so that what cannot travel is found on one node.
+        roundtrip: test mode: a function that packs and unpacks a value, applied to the arguments
+            and the answer of each local call, so that what cannot travel is found on one node.
+            Payloads are left alone: buffers travel as they are.
 
     Attributes:
         heirlooms: objects that must survive the actors that use them (client sockets, unflushed
             data), by name. A successor finds here what its predecessor held.
+        context: the context that the actors run in; ``current()`` is this system there.
         fatal: set when the root supervisor gave up; its exception is the reason.
     """
 
@@ -70,45 +77,72 @@ class ActorSystem:
         self.roundtrip = roundtrip
         self.cells: dict[str, Cell] = {}
         self.heirlooms: dict[str, Any] = {}
-        self.deadlines = Deadlines(loop)
+        self.deadlines = Deadlines(loop, self.thread_id)
         self.background: set[asyncio.Task[Any]] = set()
         self.transport: Transport | None = None
         self.fatal: asyncio.Future[None] = loop.create_future()
         self._root: Cell | None = None
         _current.set(self)
+        self.context = contextvars.copy_context()
 
-    def on_loop(self, function: Callable[[Any], None], value: Any) -> None:
-        """Run ``function(value)`` on the loop: now if this is its thread, soon otherwise."""
+    def on_loop(self, function: Callable[..., object], *args: Any) -> None:
+        """Run ``function(*args)`` on the loop: now if this is its thread, soon otherwise.
+
+        A blocking call may outlast the loop. What it then says concerns nobody.
+        """
         if threading.get_ident() == self.thread_id:
-            function(value)
-        elif not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(function, value)
+            function(*args)
+            return
+        try:
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            if not self.loop.is_closed():
+                raise
 
     @staticmethod
     def current() -> ActorSystem:
-        """The system that was made in this context."""
+        """The system of the actor that asks; elsewhere the last that was made in the context."""
         return _current.get()
 
     async def start(self, root: SupervisorSpec) -> None:
-        """Start the supervision tree; raises what the first failing child raised."""
+        """Start the supervision tree.
+
+        Raises:
+            Exception: what the first failing child raised; everything is stopped again.
+        """
+        check_names(root)
+        if self._root is not None:
+            raise Invalid("the system has its tree already")
         cell = self.cell_for(child_spec(root), None)
         cell.on_exit = self._root_exited
         self._root = cell
-        await cell.start()
+        try:
+            await cell.start()
+        except BaseException:
+            await self.stop()
+            self._root = None
+            raise
 
     def _root_exited(self, cell: Cell, error: BaseException | None) -> None:
+        cell.bury()
         if not self.fatal.done():
             self.fatal.set_exception(error or RuntimeError("the root supervisor stopped"))
             self.fatal.exception()  # the owner may look later, or never
 
     async def stop(self) -> None:
-        """Stop the tree, the last started first, and fail what still waits."""
+        """Stop all actors, the last started first, and fail what still waits.
+
+        For the owner of the system: a handler that awaits it waits for its own end.
+        """
+        # Those outside the tree came later and may use those in it.
+        outside = [cell for cell in self.cells.values() if cell.parent is None]
+        for cell in reversed(outside):
+            if cell is not self._root:
+                await cell.stop(final=True)
         if self._root is not None:
             await self._root.stop(final=True)
-        for cell in self.cells.values():
-            if cell.state is not State.STOPPED:
-                await cell.stop(final=True)
-            cell.bury()
+        for cell in list(reversed(self.cells.values())):
+            await cell.stop(final=True)
         for task in list(self.background):
             task.cancel()
         if self.background:
@@ -122,6 +156,7 @@ class ActorSystem:
             cell = self.cells[spec.name] = Cell(self, spec, parent)
         else:
             cell.spec = spec
+            cell.parent = parent
         return cell
 
     async def spawn(self, spec: ChildSpec, parent: str | None = None) -> ActorHandle:
@@ -130,7 +165,12 @@ class ActorSystem:
         if existing is not None and existing.state is not State.STOPPED:
             raise Invalid(f"an actor named {spec.name} is already running")
         cell = self.cell_for(spec, parent)
-        await cell.start()
+        cell.on_exit = no_parent
+        try:
+            await cell.start()
+        except BaseException:
+            cell.bury()
+            raise
         return self.actor(spec.name)
 
     async def remove(self, name: str) -> None:
@@ -198,7 +238,7 @@ class MethodHandle:
         raise NotImplementedError
 
     def tell(self, *args: Any, payload: Any = None) -> None:
-        """Send without wanting an answer.
+        """Send without wanting an answer; dropped where there is no such actor.
 
         Raises:
             Overloaded: the local inbox is full.
@@ -226,10 +266,12 @@ class LocalMethod(MethodHandle):
     ) -> ObjectRef[Any]:
         """See MethodHandle."""
         system = self._system
-        ref: ObjectRef[Any] = ObjectRef(system, system.loop.time() + timeout_s)
+        ref_type = ObjectRef if system.roundtrip is None else RoundtripRef
+        ref: ObjectRef[Any] = ref_type(system, system.loop.time() + timeout_s)
         cell = self._find()
-        if cell is None or (cell.state is State.STOPPED and not cell.will_restart):
-            ref.fail(ActorNotFound(f"no actor {self._name} here"))
+        if cell is None or cell.ended:
+            told = f"no actor {self._name} here" if cell is None else cell.epitaph()
+            ref.fail(ActorNotFound(told))
         elif cell.waiting() >= cell.spec.inbox_max:
             ref.fail(Overloaded(f"{self._name} has {cell.spec.inbox_max} messages waiting"))
         else:
@@ -242,7 +284,7 @@ class LocalMethod(MethodHandle):
     def tell(self, *args: Any, payload: Any = None) -> None:
         """See MethodHandle."""
         cell = self._find()
-        if cell is None:
+        if cell is None or cell.ended:
             return
         if cell.waiting() >= cell.spec.inbox_max:
             raise Overloaded(f"{self._name} has {cell.spec.inbox_max} messages waiting")
@@ -254,12 +296,11 @@ class LocalMethod(MethodHandle):
 
     async def call(self, *args: Any, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """See MethodHandle."""
-        cell = self._find()
-        while cell is not None and cell.waiting() >= cell.spec.inbox_max:
-            room: asyncio.Future[None] = self._system.loop.create_future()
-            cell.room_waiters.append(room)
-            await asyncio.wait_for(room, timeout_s)
-        return await self.remote(*args, payload=payload, timeout_s=timeout_s)
+        time = self._system.loop.time
+        deadline = time() + timeout_s
+        while (cell := self._find()) is not None and cell.waiting() >= cell.spec.inbox_max:
+            await cell.room(deadline - time())
+        return await self.remote(*args, payload=payload, timeout_s=deadline - time())
 
 
 class RemoteMethod(MethodHandle):

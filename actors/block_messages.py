@@ -1,0 +1,55 @@
+"""The packed parts of messages between replicators and block stores.
+
+Lists of refs and ranges travel as packed records and not as msgpack arrays: a read of sixteen pages
+then costs one pack call on either side.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterator, Sequence
+
+from torus_actors.errors import ProtocolError
+from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
+
+RANGE = struct.Struct("<24sII")
+"""A wanted range: ref, offset in the block, length; bytes, page-aligned (the end may be cut)."""
+
+RANGE_STATUS = struct.Struct("<BII")
+"""Answer to a range: Status, bytes of checksum list and of data, which follow in the payload."""
+
+CHECK_STATUS = struct.Struct("<BI")
+"""Answer to a check: Status, the stored root checksum."""
+
+
+class Status(enum.IntEnum):
+    """What became of one item of a batch."""
+
+    OK = 0
+    MISSING = 1
+    CORRUPT = 2
+    FAILED = 3
+
+
+def split_refs(packed: bytes) -> Iterator[BlockRef]:
+    """The refs of a packed list.
+
+    Raises:
+        ProtocolError: not a whole number of refs.
+    """
+    if len(packed) % BLOCK_REF_SIZE:
+        raise ProtocolError(f"{len(packed)} bytes are not a list of block refs")
+    for at in range(0, len(packed), BLOCK_REF_SIZE):
+        yield BlockRef(packed[at : at + BLOCK_REF_SIZE])
+
+
+def split_records(layout: struct.Struct, packed: bytes) -> Sequence[tuple[int, ...]]:
+    """The records of a packed list.
+
+    Raises:
+        ProtocolError: not a whole number of records.
+    """
+    if len(packed) % layout.size:
+        raise ProtocolError(f"{len(packed)} bytes are not a list of records of {layout.size}")
+    return list(layout.iter_unpack(packed))

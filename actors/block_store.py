@@ -1,0 +1,428 @@
+"""The block store of a node: keeps blocks on its disk and gives them to whoever asks.
+
+Messages in, from any node: ``put_block``, ``read_ranges``, ``check_blocks``, ``flush``,
+``list_blocks``, ``stats``; from this node also ``delete_blocks``. Messages out: to the disk
+workers. What is stored, and what is under way, lives in ``OpenStores``, which outlives the actor: its death
+costs callers nothing, since all its messages may be done twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torus_actors.actors.block_messages import (
+    CHECK_STATUS,
+    RANGE,
+    RANGE_STATUS,
+    Status,
+    split_refs,
+)
+from torus_actors.errors import (
+    BlockNotExist,
+    BlockUnavailable,
+    Exists,
+    Invalid,
+    TorusError,
+)
+from torus_actors.model.buffers import BufferPool
+from torus_actors.model.checksums import Buffer
+from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.runtime import ActorSystem, LoopActor, Reply, expose
+from torus_actors.storage.disk import Disk, RealDisk
+from torus_actors.storage.mfile import MFileStore
+from torus_actors.storage.store import BlockStore, Level, Location
+
+log = logging.getLogger(__name__)
+
+INODE_BLOCK_SIZE = 32 << 10
+"""Slots for INode pages: a page of 1,024 entries of 28 bytes and its header fit, and a sparse page
+does not take the room of a data block."""
+
+INODE_SHARE = 16
+"""One part in this many of a node's size is for INode pages."""
+
+INODE_ROOM_MIN = 16 << 20
+
+POOLED_READ_MIN = 64 << 10
+"""Reads from this size on come from the buffer pool; small ones are cheaper to allocate."""
+
+IDLE_FLUSH_S = 2.0
+"""Blocks that nobody flushed are made durable after this long all the same."""
+
+DATA, INODES = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Where and how much a node stores.
+
+    Attributes:
+        directory: of the data; made if it is not there.
+        size_bytes: how much disk to take in all; None keeps what is there.
+        block_size: bytes of a data block.
+    """
+
+    directory: Path
+    size_bytes: int | None
+    block_size: int
+
+
+class OpenStores:
+    """The open stores of a node and the operations under way on them.
+
+    Operations run as tasks of their own, so that an operation whose caller died still ends in
+    order: a slot reserved is committed or given up, a flush begun is ended.
+    """
+
+    def __init__(self, system: ActorSystem, stores: list[BlockStore]) -> None:
+        self.system = system
+        self.stores = stores
+        self.level = Level.OK
+        self._flush_waiters: list[asyncio.Future[None]] = []
+        self._flushing = False
+        self._idle_flush: asyncio.TimerHandle | None = None
+
+    @classmethod
+    def open(cls, system: ActorSystem, config: StoreConfig, rng: random.Random) -> OpenStores:
+        """Open or make the stores; blocks, before the node does anything else."""
+        pool = BufferPool()
+        thread_id = system.thread_id
+
+        def allocate(size: int) -> memoryview:
+            if size >= POOLED_READ_MIN and threading.get_ident() == thread_id:
+                return pool.take(size)
+            return memoryview(bytearray(size))
+
+        sizes: list[int | None] = [None, None]
+        if config.size_bytes is not None:
+            inodes = max(config.size_bytes // INODE_SHARE, INODE_ROOM_MIN)
+            sizes = [config.size_bytes - inodes, inodes]
+            if config.size_bytes < 2 * INODE_ROOM_MIN:
+                raise Invalid(f"a node needs at least {2 * INODE_ROOM_MIN >> 20} MiB")
+        stores: list[BlockStore] = []
+        try:
+            for name, block_size, size in zip(
+                ("blocks", "inodes"), (config.block_size, INODE_BLOCK_SIZE), sizes, strict=True
+            ):
+                disk: Disk = RealDisk(config.directory / name)
+                stores.append(
+                    MFileStore.open(
+                        disk, block_size=block_size, size_bytes=size, rng=rng, allocate=allocate
+                    )
+                )
+        except BaseException:
+            for store in stores:
+                store.close()
+            raise
+        return cls(system, stores)
+
+    def kind_of(self, ref: BlockRef) -> int:
+        """Which of the stores a block belongs to."""
+        return INODES if ref.block_type == BlockType.INODE else DATA
+
+    @property
+    def incarnation(self) -> int:
+        """Of the data store; the two are opened and closed together."""
+        return self.stores[DATA].incarnation
+
+    async def _own(self, coroutine: Any) -> Any:
+        """Run to the end, whatever becomes of the one who waits."""
+        task = self.system.loop.create_task(coroutine)
+        self.system.background.add(task)
+        task.add_done_callback(self.system.background.discard)
+        return await asyncio.shield(task)
+
+    async def put(
+        self, ref: BlockRef, root: int, sums: bytes, replace: bool, payload: Buffer
+    ) -> None:
+        """Store a block; a block that is there already is left, or checked if ``replace``."""
+        await self._own(self._put(ref, root, sums, replace, payload))
+
+    async def _put(
+        self, ref: BlockRef, root: int, sums: bytes, replace: bool, payload: Buffer
+    ) -> None:
+        kind = self.kind_of(ref)
+        store = self.stores[kind]
+        if replace and store.has(ref) and not await self.verify(kind, store.locate(ref)):
+            store.mark_corrupt(ref)
+        ticket = store.reserve(ref, root)
+        if ticket is None:
+            return
+        try:
+            await self.system.actor("disk_writer").write.remote(kind, ticket, sums, payload=payload)
+        except BaseException:
+            store.abandon(ticket)
+            raise
+        store.commit(ticket)
+        if self._idle_flush is None:
+            self._idle_flush = self.system.loop.call_later(IDLE_FLUSH_S, self._flush_idle)
+        level = store.level()
+        if level is not self.level and kind == DATA:
+            self.level = level
+            if level is not Level.OK:
+                stats = store.stats()
+                log.warning(
+                    "the block store is %s: %d of %d blocks free",
+                    "full" if level is Level.FULL else "nearly full",
+                    stats.free,
+                    stats.total,
+                )
+
+    async def verify(self, kind: int, location: Location) -> bool:
+        """Read a block and check every byte."""
+        store = self.stores[kind]
+        store.pin(location)
+        try:
+            right: bool = await self.system.actor("disk_reader").check.remote(kind, location)
+        finally:
+            store.unpin(location)
+        return right
+
+    async def flush(self) -> None:
+        """Make durable what was put and deleted; concurrent callers share one sync."""
+        waiter: asyncio.Future[None] = self.system.loop.create_future()
+        self._flush_waiters.append(waiter)
+        if not self._flushing:
+            self._flushing = True
+            task = self.system.loop.create_task(self._flush_all())
+            self.system.background.add(task)
+            task.add_done_callback(self.system.background.discard)
+        await waiter
+
+    def _flush_idle(self) -> None:
+        self._idle_flush = None
+        task = self.system.loop.create_task(self._flush_quietly())
+        self.system.background.add(task)
+        task.add_done_callback(self.system.background.discard)
+
+    async def _flush_quietly(self) -> None:
+        try:
+            await self.flush()
+        except TorusError as error:
+            log.error("flush failed: %s", error)
+
+    async def _flush_all(self) -> None:
+        waiters: list[asyncio.Future[None]] = []
+        try:
+            while self._flush_waiters:
+                waiters, self._flush_waiters = self._flush_waiters, []
+                try:
+                    await self._flush_once()
+                except TorusError as error:
+                    for waiter in waiters:
+                        if not waiter.done():
+                            waiter.set_exception(error)
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(None)
+        finally:
+            self._flushing = False
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.cancel()
+
+    async def _flush_once(self) -> None:
+        begun = [(store, store.begin_flush()) for store in self.stores]
+        batches = [batch for _, batch in begun if not batch.empty]
+        try:
+            if batches:
+                await self.system.actor("disk_flusher").sync.remote(batches, timeout_s=120.0)
+        except BaseException:
+            for store, batch in begun:
+                store.fail_flush(batch)
+            raise
+        for store, batch in begun:
+            store.end_flush(batch)
+
+    def close(self) -> None:
+        """Close the files; what was not flushed is gone."""
+        if self._idle_flush is not None:
+            self._idle_flush.cancel()
+        for store in self.stores:
+            store.close()
+
+
+class BlockStoreActor(LoopActor):
+    """See the module."""
+
+    def __init__(self, opened: OpenStores) -> None:
+        super().__init__()
+        self._opened = opened
+        self._stores = opened.stores
+
+    @expose(remote=True, idempotent=True)
+    async def put_block(
+        self, ref: BlockRef, root: int, sums: bytes, replace: bool = False, *, payload: memoryview
+    ) -> int:
+        """Store a block.
+
+        Args:
+            ref: its name.
+            root: CRC-32C of ``sums``.
+            sums: checksum list of the payload.
+            replace: put this copy in the place of one that turns out to be damaged.
+            payload: the block; its buffer is the store's until the answer.
+
+        Returns:
+            The store's incarnation: a later ``flush`` that answers the same number covers the
+            block; until then a crash may lose it.
+        """
+        try:
+            await self._opened.put(ref, root, sums, replace, payload)
+        except Exists:
+            if replace:
+                raise
+            # Blocks are immutable: other content under the same ref is a damaged copy, on one side
+            # or the other. It is never overwritten on a guess.
+            await self._opened.put(ref, root, sums, True, payload)
+        return self._opened.incarnation
+
+    @expose(remote=True, idempotent=True, deferred=True)
+    def read_ranges(self, reply: Any, items: bytes) -> None:
+        """Read ranges of blocks.
+
+        Args:
+            reply: takes a Reply: packed RANGE_STATUS records, and for each good range its block's
+                checksum list and the data.
+            items: packed RANGE records.
+        """
+        answers: list[tuple[bytes, memoryview] | TorusError | None] = []
+        cold: list[tuple[int, Location, int, int]] = []
+        cold_at: list[int] = []
+        for packed, offset, length in RANGE.iter_unpack(_whole(items)):
+            kind = INODES if packed[5] else DATA
+            store = self._stores[kind]
+            answer: tuple[bytes, memoryview] | TorusError | None
+            try:
+                location = store.locate(packed)
+                length = min(length, location.length - offset)
+                answer = store.read_nowait(location, offset, length, True)
+                if answer is None:
+                    store.pin(location)
+                    cold.append((kind, location, offset, length))
+                    cold_at.append(len(answers))
+            except TorusError as error:
+                answer = error
+            answers.append(answer)
+        if not cold:
+            _answer_ranges(reply, answers)
+            return
+
+        def arrived(future: asyncio.Future[Any]) -> None:
+            for kind, location, _, _ in cold:
+                self._stores[kind].unpin(location)
+            error = None if future.cancelled() else future.exception()
+            if error is not None or future.cancelled():
+                reply.fail(error or BlockUnavailable("the read was given up"))
+                return
+            for at, answer in zip(cold_at, future.result(), strict=True):
+                answers[at] = answer
+            _answer_ranges(reply, answers)
+
+        self.system.actor("disk_reader").read_many.remote(cold).add_done_callback(arrived)
+
+    @expose(remote=True, idempotent=True)
+    async def check_blocks(self, refs: bytes, deep: bool = False, durable: bool = False) -> bytes:
+        """Tell which blocks are here, and under which checksum.
+
+        Args:
+            refs: packed block refs.
+            deep: read each and verify every byte.
+            durable: flush before answering, so that what is reported survives a crash.
+
+        Returns:
+            A packed CHECK_STATUS for each ref.
+        """
+        answers: list[tuple[int, int]] = []
+        for ref in split_refs(refs):
+            kind = self._opened.kind_of(ref)
+            try:
+                location = self._stores[kind].locate(ref)
+                right = not deep or await self._opened.verify(kind, location)
+                answers.append((Status.OK if right else Status.CORRUPT, location.root))
+            except BlockNotExist:
+                answers.append((Status.MISSING, 0))
+        if durable:
+            await self._opened.flush()
+        return b"".join([CHECK_STATUS.pack(*answer) for answer in answers])
+
+    @expose(remote=True, idempotent=True)
+    async def flush(self) -> int:
+        """Make durable all blocks put so far; returns the store's incarnation."""
+        await self._opened.flush()
+        return self._opened.incarnation
+
+    @expose(remote=True, idempotent=True)
+    def list_blocks(self, kind: int, slot: int, count: int) -> list[Any]:
+        """Blocks in slot order.
+
+        Args:
+            kind: 0 for data, 1 for INode pages.
+            slot: where to go on; 0 at first.
+            count: how many, at most 4096.
+
+        Returns:
+            Packed refs, and the slot to go on from, or None at the end.
+        """
+        if kind >= len(self._stores):
+            raise Invalid(f"no store number {kind}")
+        refs, following = self._stores[kind].refs_from(slot, min(count, 4096))
+        return [b"".join(refs), following]
+
+    @expose()
+    def delete_blocks(self, refs: bytes) -> int:
+        """Delete blocks; returns how many were there. Only actors of this node may."""
+        return sum(
+            self._stores[kind].delete(
+                r for r in split_refs(refs) if self._opened.kind_of(r) == kind
+            )
+            for kind in range(len(self._stores))
+        )
+
+    @expose(remote=True)
+    def stats(self) -> dict[str, Any]:
+        """Sizes, use and health of the stores."""
+        answer: dict[str, Any] = {"incarnation": self._opened.incarnation}
+        for name, store in zip(("blocks", "inodes"), self._stores, strict=True):
+            stats = store.stats()
+            answer[name] = {
+                "block_size": store.block_size,
+                "total": stats.total,
+                "used": stats.used,
+                "free": stats.free,
+                "pending": stats.pending,
+                "quarantined": stats.quarantined,
+                "level": store.level().value,
+                "failure": store.failure or "",
+            }
+        return answer
+
+
+def _whole(items: bytes) -> bytes:
+    if len(items) % RANGE.size:
+        raise Invalid(f"{len(items)} bytes are not a list of ranges")
+    return items
+
+
+def _answer_ranges(
+    reply: Any, answers: Sequence[tuple[bytes, memoryview] | TorusError | None]
+) -> None:
+    statuses: list[bytes] = []
+    buffers: list[Buffer] = []
+    for answer in answers:
+        if isinstance(answer, tuple):
+            sums, data = answer
+            statuses.append(RANGE_STATUS.pack(Status.OK, len(sums), len(data)))
+            buffers.append(sums)
+            buffers.append(data)
+        else:
+            missing = isinstance(answer, BlockNotExist)
+            statuses.append(RANGE_STATUS.pack(Status.MISSING if missing else Status.FAILED, 0, 0))
+    reply.set(Reply(b"".join(statuses), buffers or (b"",)))

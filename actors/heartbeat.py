@@ -1,0 +1,124 @@
+"""The heartbeat: keeps this process's lease, and what hangs on it.
+
+A storage node is registered under the lease; the volumes that the process has open are locked under
+it. When the lease ran out (the metadata was away, or the process slept) a new one is made and both
+are put back, so an expired lease is never the end. Messages in: ``lease``, ``status``. Its own
+death costs at most one renewal; nothing waits for it on the data path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torus_actors.errors import (
+    Again,
+    Exists,
+    Fenced,
+    LeaseNotFound,
+    OutcomeUnknown,
+    TorusError,
+)
+from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.records import PeerInfo
+from torus_actors.metadata.service import MetadataService
+from torus_actors.runtime import LoopActor, expose
+
+log = logging.getLogger(__name__)
+
+LEASE_TTL_S = 6
+"""A client that was cut off holds its volumes for this long; renewed three times as often."""
+
+
+class Heartbeat(LoopActor):
+    """See the module.
+
+    Args:
+        meta: the metadata service.
+        peer_info: makes this node's registration; None for a client.
+        ttl_s: of the lease, seconds.
+    """
+
+    def __init__(
+        self,
+        meta: MetadataService,
+        peer_info: Callable[[], PeerInfo] | None = None,
+        ttl_s: int = LEASE_TTL_S,
+    ) -> None:
+        super().__init__()
+        self._meta = meta
+        self._peer_info = peer_info
+        self._ttl_s = ttl_s
+        self._lease = 0
+        self._renewed_at = 0.0
+        self._waiting: list[asyncio.Future[int]] = []
+
+    async def setup(self) -> None:
+        """Take over the predecessor's lease, if there is one, and keep it alive."""
+        self._lease = self.system.heirlooms.get("lease", 0)
+        self.spawn(self._beat())
+
+    async def _beat(self) -> None:
+        backoff = Backoff(self.system.rng, max_s=1.0)
+        while True:
+            try:
+                if self._lease:
+                    await self._meta.renew_lease(self._lease)
+                else:
+                    await self._begin_lease()
+            except LeaseNotFound:
+                log.warning("the lease ran out: making another")
+                self._lease = self.system.heirlooms["lease"] = 0
+                continue
+            except (Again, OutcomeUnknown) as error:
+                log.debug("heartbeat: %s", error)
+                await backoff.wait()
+                continue
+            backoff.reset()
+            self._renewed_at = self.system.loop.time()
+            waiting, self._waiting = self._waiting, []
+            for waiter in waiting:
+                if not waiter.done():
+                    waiter.set_result(self._lease)
+            await asyncio.sleep(self._ttl_s / 3)
+
+    async def _begin_lease(self) -> None:
+        """Make a lease, and hang on it what hung on the last one."""
+        lease = await self._meta.grant_lease(self._ttl_s)
+        if self._peer_info is not None:
+            try:
+                await self._meta.register_peer(self._peer_info(), lease)
+            except Exists as error:
+                log.error("cannot register this node: %s", error)
+        for session in list(self.system.heirlooms.get("sessions", {}).values()):
+            try:
+                await self._meta.renew_lock(session.volume_id, session.epoch, session.holder, lease)
+            except Fenced as error:
+                session.fence(error)
+            except (Again, OutcomeUnknown, LeaseNotFound):
+                raise
+            except TorusError as error:
+                log.warning("lock of volume %s: %s", session.name, error)
+        self._lease = self.system.heirlooms["lease"] = lease
+
+    @expose()
+    async def lease(self) -> int:
+        """The lease, as soon as there is one that was just renewed."""
+        if self._lease:
+            return self._lease
+        waiter: asyncio.Future[int] = self.system.loop.create_future()
+        self._waiting.append(waiter)
+        return await waiter
+
+    @expose()
+    async def reregister(self) -> None:
+        """The registration changed (an address, a size): write it anew."""
+        if self._lease and self._peer_info is not None:
+            await self._meta.register_peer(self._peer_info(), self._lease)
+
+    @expose()
+    def status(self) -> dict[str, Any]:
+        """The lease, and how long ago it was renewed."""
+        return {"lease": self._lease, "age_s": round(self.system.loop.time() - self._renewed_at, 1)}

@@ -1,0 +1,174 @@
+"""The metadata actor: the one way of a node to the cluster's metadata.
+
+Opens the backend that its URL names (etcd, or an SQLite file of this node) and does the key-value
+operations that others ask for, also other nodes: that is how ``torus://HOST:PORT`` works. Messages
+in: ``kv_*``. Its death costs the watches a reconnect; what was asked fails as unknown or is asked
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from torus_actors.errors import (
+    ActorCrashed,
+    ActorNotFound,
+    Again,
+    DeadlineExceeded,
+    NoPeer,
+    OutcomeUnknown,
+    Overloaded,
+    PeerLost,
+)
+from torus_actors.metadata import kv
+from torus_actors.runtime import ActorHandle, LoopActor, ObjectRef, expose
+
+CALL_TIMEOUT_S = 5.0
+"""A metadata operation that takes longer counts as not answered."""
+
+Open = Callable[[], Awaitable[kv.KeyValueStore]]
+
+
+class MetadataActor(LoopActor):
+    """See the module.
+
+    Args:
+        open_store: opens the backend.
+    """
+
+    def __init__(self, open_store: Open) -> None:
+        super().__init__()
+        self._open = open_store
+        self._store: kv.KeyValueStore | None = None
+
+    async def setup(self) -> None:
+        """Open the backend."""
+        self._store = await self._open()
+
+    async def cleanup(self) -> None:
+        """Close it."""
+        if self._store is not None:
+            await self._store.close()
+
+    @property
+    def store(self) -> kv.KeyValueStore:
+        """The open backend."""
+        assert self._store is not None
+        return self._store
+
+    @expose(remote=True, idempotent=True)
+    async def kv_get(self, key: str) -> Any:
+        """``KeyValueStore.get``."""
+        found = await self.store.get(key)
+        return None if found is None else found.to_wire()
+
+    @expose(remote=True, idempotent=True)
+    async def kv_range(self, prefix: str) -> Any:
+        """``KeyValueStore.range``."""
+        found, revision = await self.store.range(prefix)
+        return [[item.to_wire() for item in found], revision]
+
+    @expose(remote=True)
+    async def kv_txn(self, compare: list[Any], then: list[Any]) -> Any:
+        """``KeyValueStore.txn``."""
+        result = await self.store.txn(
+            [kv.Compare.from_wire(each) for each in compare],
+            [kv.operation_from_wire(each) for each in then],
+        )
+        return result.to_wire()
+
+    @expose(remote=True)
+    async def kv_lease_grant(self, ttl_s: int) -> int:
+        """``KeyValueStore.lease_grant``."""
+        return await self.store.lease_grant(ttl_s)
+
+    @expose(remote=True, idempotent=True)
+    async def kv_lease_keepalive(self, lease: int) -> int:
+        """``KeyValueStore.lease_keepalive``."""
+        return await self.store.lease_keepalive(lease)
+
+    @expose(remote=True)
+    async def kv_lease_revoke(self, lease: int) -> None:
+        """``KeyValueStore.lease_revoke``."""
+        await self.store.lease_revoke(lease)
+
+    @expose(remote=True, idempotent=True)
+    async def kv_events(self, prefix: str, after_revision: int, timeout_s: float) -> Any:
+        """``KeyValueStore.events``."""
+        events, revision = await self.store.events(prefix, after_revision, min(timeout_s, 60.0))
+        return [[event.to_wire() for event in events], revision]
+
+
+class ActorStore(kv.KeyValueStore):
+    """A key-value store that asks a metadata actor, of this node or another.
+
+    Args:
+        actor: its handle.
+    """
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    async def _ask(self, ref: ObjectRef[Any], changes: bool) -> Any:
+        try:
+            return await ref
+        except (NoPeer, ActorNotFound, Overloaded) as error:
+            raise Again(f"the metadata cannot be reached: {error}") from error
+        except (PeerLost, ActorCrashed, DeadlineExceeded) as error:
+            # A link that never came to be has sent nothing, but a lost one may have.
+            if changes and "cannot be reached" not in str(error):
+                raise OutcomeUnknown(f"the metadata did not answer: {error}") from error
+            raise Again(f"the metadata cannot be reached: {error}") from error
+
+    async def get(self, key: str) -> kv.KeyValue | None:
+        """See KeyValueStore."""
+        found = await self._ask(self._actor.kv_get.remote(key, timeout_s=CALL_TIMEOUT_S), False)
+        return None if found is None else kv.KeyValue.from_wire(found)
+
+    async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
+        """See KeyValueStore."""
+        found, revision = await self._ask(
+            self._actor.kv_range.remote(prefix, timeout_s=CALL_TIMEOUT_S), False
+        )
+        return [kv.KeyValue.from_wire(each) for each in found], revision
+
+    async def txn(
+        self, compare: Sequence[kv.Compare], then: Sequence[kv.Operation]
+    ) -> kv.TxnResult:
+        """See KeyValueStore."""
+        kv.validate_txn(compare, then)
+        ref = self._actor.kv_txn.remote(
+            [each.to_wire() for each in compare],
+            [each.to_wire() for each in then],
+            timeout_s=CALL_TIMEOUT_S,
+        )
+        return kv.TxnResult.from_wire(await self._ask(ref, True))
+
+    async def lease_grant(self, ttl_s: int) -> int:
+        """See KeyValueStore."""
+        kv.check_ttl(ttl_s)
+        ref = self._actor.kv_lease_grant.remote(ttl_s, timeout_s=CALL_TIMEOUT_S)
+        return int(await self._ask(ref, True))
+
+    async def lease_keepalive(self, lease: int) -> int:
+        """See KeyValueStore."""
+        ref = self._actor.kv_lease_keepalive.remote(lease, timeout_s=CALL_TIMEOUT_S)
+        return int(await self._ask(ref, False))
+
+    async def lease_revoke(self, lease: int) -> None:
+        """See KeyValueStore."""
+        await self._ask(self._actor.kv_lease_revoke.remote(lease, timeout_s=CALL_TIMEOUT_S), True)
+
+    async def events(
+        self, prefix: str, after_revision: int, timeout_s: float
+    ) -> tuple[list[kv.Event], int]:
+        """See KeyValueStore."""
+        ref = self._actor.kv_events.remote(
+            prefix, after_revision, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S
+        )
+        events, revision = await self._ask(ref, False)
+        return [kv.Event.from_wire(each) for each in events], revision
+
+    async def close(self) -> None:
+        """Nothing to close: the actor is its supervisor's."""

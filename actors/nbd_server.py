@@ -1,0 +1,149 @@
+"""The NBD server actor: listens for NBD clients and passes their requests to volume actors.
+
+Messages in: ``replies`` from volume actors, ``addresses``. Messages out: ``submit`` to volume actors,
+``open`` and ``release`` to the volumes actor. Sockets and connections outlive it, so its death costs
+no client anything: requests wait until the successor has adopted them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torus_actors.errors import TorusError
+from torus_actors.nbd.connection import NbdConnection, NbdState, TlsSettings
+from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
+from torus_actors.nbd.server import serve
+from torus_actors.runtime import ActorSystem, LoopActor, expose
+
+log = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class NbdAddress:
+    """Where to listen: ``(host, port)``, or the path of a unix socket."""
+
+    tcp: tuple[str, int] | None = None
+    path: str | None = None
+
+
+class Connections:
+    """Numbers the connections, so that messages can name them."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, NbdConnection] = {}
+        self._next = 1
+
+    def number(self, connection: NbdConnection) -> int:
+        """The connection's number, given on first use and taken back when it is gone."""
+        if connection.number:
+            return connection.number
+        number = self._next
+        self._next += 1
+        connection.number = number
+        self.by_id[number] = connection
+        if connection.lost is not None:
+            connection.lost.add_done_callback(lambda _: self.by_id.pop(number, None))
+        return number
+
+
+class VolumeDevice:
+    """A volume, as NBD connections see it: every batch of requests becomes one message."""
+
+    def __init__(self, system: ActorSystem, name: str, connections: Connections) -> None:
+        self._submit = system.actor(f"volume:{name}").submit
+        self._connections = connections
+
+    def submit(self, conn: Replies, requests: list[Request]) -> None:
+        """See BlockDevice."""
+        assert isinstance(conn, NbdConnection)
+        self._submit.tell(conn.number or self._connections.number(conn), requests)
+
+
+class NbdServer(LoopActor):
+    """See the module; at the same time the ``Exports`` of its connections.
+
+    Args:
+        listen: where.
+        tls: how to encrypt; None for not at all.
+    """
+
+    def __init__(self, listen: Sequence[NbdAddress], tls: TlsSettings | None = None) -> None:
+        super().__init__()
+        self._listen = listen
+        self._tls = tls
+
+    async def setup(self) -> None:
+        """Adopt the predecessor's sockets and connections, or begin to listen."""
+        heirlooms = self.system.heirlooms
+        self._connections: Connections = heirlooms.setdefault("nbd_connections", Connections())
+        state: NbdState | None = heirlooms.get("nbd_state")
+        if state is not None:
+            state.adopt(self)
+            self._state = state
+            return
+        self._state = NbdState(self)
+        for address in self._listen:
+            if address.tcp is not None:
+                host, port = address.tcp
+                await serve(self, host=host, port=port, tls=self._tls, state=self._state)
+            else:
+                await serve(self, path=address.path, tls=self._tls, state=self._state)
+        heirlooms["nbd_state"] = self._state
+
+    async def cleanup(self) -> None:
+        """When this is for good, let requests in flight finish and close."""
+        if self.cell.will_restart:
+            return
+        for listener in list(self._state.listeners):
+            await listener.close()
+        self.system.heirlooms.pop("nbd_state", None)
+
+    @expose(idempotent=True)
+    def replies(self, conn: int, replies: list[Reply]) -> None:
+        """Answers to requests of one connection."""
+        connection = self._connections.by_id.get(conn)
+        if connection is not None:
+            connection.reply(replies)
+
+    @expose()
+    def addresses(self) -> list[str]:
+        """Where it listens."""
+        return [listener.address for listener in self._state.listeners]
+
+    @expose()
+    def status(self) -> dict[str, Any]:
+        """Addresses and connections."""
+        return {
+            "addresses": self.addresses(),
+            "connections": [
+                {"peer": c.peer, "export": c.export, "in_flight": c.inflight}
+                for c in self._state.connections
+            ],
+        }
+
+    # -- Exports -----------------------------------------------------------------------------------
+
+    async def list(self) -> list[str]:
+        """See Exports."""
+        names: list[str] = await self.system.actor("volumes").list_names.remote()
+        return names
+
+    async def open(self, name: str) -> tuple[ExportInfo, BlockDevice]:
+        """See Exports."""
+        opened, size, description, read_only = await self.system.actor("volumes").open.remote(
+            name, timeout_s=OPEN_TIMEOUT_S
+        )
+        info = ExportInfo(opened, size, description, read_only)
+        return info, VolumeDevice(self.system, opened, self._connections)
+
+    async def release(self, name: str) -> None:
+        """See Exports."""
+        try:
+            await self.system.actor("volumes").release.remote(name, timeout_s=120.0)
+        except TorusError as error:
+            log.warning("releasing %s: %s", name or "the default export", error)

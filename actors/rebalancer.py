@@ -1,0 +1,312 @@
+"""The rebalancer: moves this node's blocks to where the ring wants them.
+
+Walks the blocks stored here. What one of a block's owners misses is sent to it; a copy that this
+node holds without being an owner is dropped once every owner has confirmed, by reading it, a durable
+copy with the same checksum. Messages in: ``start_pass``, ``status``; out: to the block stores of the
+owners. Its death costs the pass under way, which begins anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torus_actors.actors.block_messages import (
+    CHECK_STATUS,
+    RANGE,
+    RANGE_STATUS,
+    Status,
+    split_records,
+    split_refs,
+)
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.errors import BlockUnavailable, TorusError
+from torus_actors.model.checksums import verify_range
+from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.runtime import LoopActor, Reply, expose
+
+log = logging.getLogger(__name__)
+
+BATCH = 128
+"""Blocks looked at together: one question to each owner for all of them."""
+
+SENDS_MAX = 4
+"""Blocks on their way at once; each is held in memory whole."""
+
+RATE_BYTES_S = 400 << 20
+"""Bound of what one node sends, so that clients keep the larger part of disk and network."""
+
+TICK_S = 0.5
+"""How often it looks whether the ring or the set of live peers changed."""
+
+SETTLE_S = 1.0
+"""A change is acted on when nothing more changed for this long: nodes come and go in groups."""
+
+PASS_EVERY_S = 60.0
+"""A pass runs this often even without a change: a client may have placed blocks by an older view."""
+
+CALL_TIMEOUT_S = 30.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """Of the pass under way or the last one; in blocks, but for ``sent_bytes``.
+
+    ``waiting`` are those that an owner does not have because it is down; ``failed`` those that
+    could not be moved this time.
+    """
+
+    running: bool = False
+    passes: int = 0
+    total: int = 0
+    seen: int = 0
+    sent: int = 0
+    sent_bytes: int = 0
+    dropped: int = 0
+    waiting: int = 0
+    failed: int = 0
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+
+class Rebalancer(LoopActor):
+    """See the module.
+
+    Args:
+        view: the cluster as last seen.
+        rate_bytes_s: bound of what it sends, bytes a second.
+    """
+
+    def __init__(self, view: ClusterView, rate_bytes_s: int = RATE_BYTES_S) -> None:
+        super().__init__()
+        self._view = view
+        self._rate = rate_bytes_s
+        self._asked = asyncio.Event()
+        self._progress = Progress()
+        self._room = asyncio.Semaphore(SENDS_MAX)
+        self._next_send = 0.0
+
+    async def setup(self) -> None:
+        """Start looking for reasons to move blocks."""
+        self.spawn(self._work())
+
+    @expose(remote=True)
+    def start_pass(self) -> None:
+        """Run a pass now."""
+        self._asked.set()
+
+    @expose(remote=True)
+    def status(self) -> dict[str, Any]:
+        """Progress of the pass under way, or the result of the last one."""
+        p = self._progress
+        now = self.system.loop.time()
+        elapsed = max((now if p.running else p.ended_at) - p.started_at, 1e-6)
+        left = max(p.total - p.seen, 0)
+        speed = p.seen / elapsed
+        return {
+            "running": p.running,
+            "passes": p.passes,
+            "total": p.total,
+            "seen": p.seen,
+            "left": left if p.running else 0,
+            "sent": p.sent,
+            "sent_bytes": p.sent_bytes,
+            "dropped": p.dropped,
+            "waiting": p.waiting,
+            "failed": p.failed,
+            "eta_s": round(left / speed, 1) if p.running and speed else 0.0,
+            "ring_version": self._view.ring.version,
+        }
+
+    # -- when --------------------------------------------------------------------------------------
+
+    def _situation(self) -> tuple[Any, ...]:
+        transport: Any = self.system.transport
+        up = tuple(
+            p for p in self._view.ring.members if transport is not None and transport.is_up(p)
+        )
+        return self._view.ring.version, up
+
+    async def _work(self) -> None:
+        loop = self.system.loop
+        handled: tuple[Any, ...] | None = None
+        last_pass = loop.time()
+        while True:
+            try:
+                async with asyncio.timeout(TICK_S):
+                    await self._asked.wait()
+            except TimeoutError:
+                pass
+            situation = self._situation()
+            retry = self._progress.failed and loop.time() - last_pass > 2.0
+            due = loop.time() - last_pass > PASS_EVERY_S or retry
+            if situation == handled and not self._asked.is_set() and not due:
+                continue
+            if situation != handled and not self._asked.is_set():
+                await asyncio.sleep(SETTLE_S)
+                if self._situation() != situation:
+                    continue
+            self._asked.clear()
+            handled = situation
+            await self._pass()
+            last_pass = loop.time()
+
+    # -- one pass ----------------------------------------------------------------------------------
+
+    async def _pass(self) -> None:
+        loop = self.system.loop
+        store = self.system.actor("block_store")
+        passes = self._progress.passes
+        self._progress = p = Progress(running=True, passes=passes, started_at=loop.time())
+        try:
+            stats = await store.stats.remote()
+            p.total = stats["blocks"]["used"] + stats["inodes"]["used"]
+            for kind in (0, 1):
+                slot: int | None = 0
+                while slot is not None:
+                    packed, slot = await store.list_blocks.remote(kind, slot, BATCH)
+                    if packed:
+                        await self._settle_batch(list(split_refs(packed)))
+        except TorusError as error:
+            p.failed += 1
+            log.warning("rebalancing: %s", error)
+        finally:
+            p.running = False
+            p.passes = passes + 1
+            p.ended_at = loop.time()
+        if p.sent or p.dropped:
+            log.info(
+                "rebalanced: %d blocks sent, %d dropped, %d wait for a peer",
+                p.sent,
+                p.dropped,
+                p.waiting,
+            )
+
+    def _owners(self, ref: BlockRef) -> tuple[str, ...]:
+        ring = self._view.ring
+        owners = ring.owners(ref)
+        if ref.block_type == BlockType.INODE and self._view.inode_replication > len(owners):
+            return tuple(ring.permutation(ref)[: self._view.inode_replication])
+        return tuple(owners)
+
+    async def _settle_batch(self, refs: list[BlockRef]) -> None:
+        me = self.system.node_id
+        p = self._progress
+        transport: Any = self.system.transport
+        wanted: dict[str, list[BlockRef]] = {}
+        foreign: list[BlockRef] = []
+        for ref in refs:
+            owners = self._owners(ref)
+            if not owners:
+                continue
+            if me not in owners:
+                foreign.append(ref)
+            for peer in owners:
+                if peer == me:
+                    continue
+                if transport is None or not transport.is_up(peer):
+                    p.waiting += 1
+                else:
+                    wanted.setdefault(peer, []).append(ref)
+        roots = await self._roots(me, refs)
+        for peer, candidates in wanted.items():
+            await self._fill(peer, candidates, roots)
+        if foreign:
+            await self._drop(foreign, roots)
+        p.seen += len(refs)
+
+    async def _roots(
+        self, peer: str, refs: Iterable[BlockRef], deep: bool = False, durable: bool = False
+    ) -> dict[BlockRef, int]:
+        """Root checksums of the blocks that a peer has, and when ``deep``, has right."""
+        refs = list(refs)
+        answer = await self.system.actor("block_store", node=peer).check_blocks.remote(
+            b"".join(refs), deep, durable, timeout_s=CALL_TIMEOUT_S
+        )
+        statuses = split_records(CHECK_STATUS, answer)
+        if len(statuses) != len(refs):
+            raise BlockUnavailable(f"peer {peer[:8]} answered {len(statuses)} of {len(refs)}")
+        return {
+            ref: root
+            for ref, (status, root) in zip(refs, statuses, strict=True)
+            if status == Status.OK
+        }
+
+    async def _fill(self, peer: str, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
+        """Send a peer what it misses of these."""
+        p = self._progress
+        try:
+            there = await self._roots(peer, refs)
+        except TorusError as error:
+            p.failed += len(refs)
+            log.debug("asking peer %s: %s", peer[:8], error)
+            return
+        missing = [ref for ref in refs if ref in roots and there.get(ref) != roots[ref]]
+        results = await asyncio.gather(
+            *[self._send(peer, ref, roots[ref]) for ref in missing], return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, TorusError):
+                p.failed += 1
+                log.debug("sending to peer %s: %s", peer[:8], result)
+            elif isinstance(result, BaseException):
+                raise result
+
+    async def _send(self, peer: str, ref: BlockRef, root: int) -> None:
+        async with self._room:
+            answer = await self.system.actor("block_store").read_ranges.remote(
+                RANGE.pack(ref, 0, self._view.block_size)
+            )
+            packed = answer.result if type(answer) is Reply else answer
+            ((status, _, size),) = split_records(RANGE_STATUS, packed)
+            if status == Status.MISSING:
+                return  # collected meanwhile
+            if status != Status.OK:
+                raise BlockUnavailable(f"block {ref} cannot be read here")
+            sums, data = (memoryview(part) for part in answer.payload)
+            # A damaged copy must not travel: the scrubber or a reader repairs it first.
+            verify_range(sums, root, 0, data)
+            loop = self.system.loop
+            pause = self._next_send - loop.time()
+            self._next_send = max(self._next_send, loop.time()) + size / self._rate
+            if pause > 0:
+                await asyncio.sleep(pause)
+            await self.system.actor("block_store", node=peer).put_block.remote(
+                ref, root, bytes(sums), True, payload=data, timeout_s=CALL_TIMEOUT_S
+            )
+            self._progress.sent += 1
+            self._progress.sent_bytes += size
+
+    async def _drop(self, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
+        """Delete copies that do not belong here, as far as all their owners have them for sure."""
+        transport: Any = self.system.transport
+        by_peer: dict[str, list[BlockRef]] = {}
+        safe = []
+        for ref in refs:
+            owners = self._owners(ref)
+            enough = len(owners) >= min(self._view.ring.replication, len(self._view.ring.members))
+            if ref not in roots or not enough:
+                continue
+            if transport is None or not all(transport.is_up(peer) for peer in owners):
+                continue
+            safe.append(ref)
+            for peer in owners:
+                by_peer.setdefault(peer, []).append(ref)
+        confirmed = dict.fromkeys(safe, True)
+        for peer, candidates in by_peer.items():
+            try:
+                there = await self._roots(peer, candidates, deep=True, durable=True)
+            except TorusError as error:
+                log.debug("asking peer %s: %s", peer[:8], error)
+                there = {}
+            for ref in candidates:
+                if there.get(ref) != roots[ref]:
+                    confirmed[ref] = False
+        dead = [ref for ref, sure in confirmed.items() if sure]
+        if dead:
+            self._progress.dropped += await self.system.actor("block_store").delete_blocks.remote(
+                b"".join(dead)
+            )

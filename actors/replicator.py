@@ -1,0 +1,543 @@
+"""The replicator: reads and writes blocks through the ring.
+
+Messages in: ``put_block``, ``read``, ``flush``, ``repair``, ``status``. Messages out: to the block
+stores of the peers. Reads of one turn of the loop are gathered into one vectored call a peer,
+overtaken by another replica where one is slow, and answered each as its data arrives. Its death
+costs nothing: reads in the air go on, writes are handed to the successor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torus_actors.actors.block_messages import RANGE, RANGE_STATUS, Status, split_records
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.errors import (
+    TRANSIENT,
+    BlockUnavailable,
+    Corruption,
+    NoPeer,
+    OutOfSpace,
+    TorusError,
+)
+from torus_actors.model.checksums import Buffer, verify_range
+from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.runtime import LoopActor, ObjectRef, Reply, expose
+
+log = logging.getLogger(__name__)
+
+PUT_TIMEOUT_S = 2.5
+"""A peer that has not taken a block by then is passed over. A dead link is noticed sooner."""
+
+READ_TIMEOUT_S = 5.0
+"""A peer's answer to a read; another replica overtakes it long before."""
+
+READ_PATIENCE_S = 20.0
+"""How long a read tries all replicas again while some of them only could not be asked."""
+
+RETRY_PAUSE_S = 0.02
+"""Pause before all replicas are asked again; doubles up to half a second."""
+
+FLUSH_TIMEOUT_S = 60.0
+"""A disk may have a lot to write."""
+
+HEDGE_TICK_S = 0.01
+HEDGE_MIN_S = 0.04
+HEDGE_MAX_S = 0.8
+HEDGE_FACTOR = 8
+"""A read that takes this many times the usual latency is sent to another replica as well."""
+
+BATCH_ITEMS_MAX = 256
+BATCH_BYTES_MAX = 4 << 20
+"""Bounds of one vectored read: a larger one would delay its first range for its last."""
+
+REPAIRS_MAX = 4
+"""Repairs under way at once: each holds a whole block."""
+
+
+class ReadLevel(enum.StrEnum):
+    """Which replicas a read asks."""
+
+    BLOCK = "block"  # one, chosen by the ref so that load spreads; another when it fails or is slow
+    SEQUENTIAL = "sequential"  # in the ring's order, the next one only after a failure
+    SPREAD = "spread"  # two at once, the first right answer wins
+
+
+class WriteLevel(enum.StrEnum):
+    """When a write is acknowledged."""
+
+    ALL = "all"  # all copies are taken
+    ONE = "one"  # one is; the others follow in the background
+    LOCAL = "local"  # this node's store has it, or as ONE where it has no store
+
+
+class _Read:
+    """One range being read."""
+
+    __slots__ = (
+        "bad",
+        "failures",
+        "in_air",
+        "length",
+        "offset",
+        "order",
+        "ref",
+        "reply",
+        "root",
+        "started",
+        "tried",
+    )
+
+    def __init__(
+        self, ref: BlockRef, root: int, offset: int, length: int, reply: Any, started: float
+    ) -> None:
+        self.ref = ref
+        self.root = root
+        self.offset = offset
+        self.length = length
+        self.reply = reply
+        self.started = started
+        self.order: Sequence[str] = ()
+        self.tried = 0
+        self.in_air = 0
+        self.failures: list[TorusError] = []
+        self.bad: list[str] = []  # peers whose copy is missing or wrong
+
+
+class _Batch:
+    """One vectored call in the air."""
+
+    __slots__ = ("hedged", "reads", "sent")
+
+    def __init__(self, reads: list[_Read], sent: float) -> None:
+        self.reads = reads
+        self.sent = sent
+        self.hedged = False
+
+
+class Replicator(LoopActor):
+    """See the module.
+
+    Args:
+        view: the cluster as last seen: ring and peers.
+        has_store: whether this node stores blocks itself.
+    """
+
+    def __init__(
+        self,
+        view: ClusterView,
+        *,
+        has_store: bool = False,
+        read_level: ReadLevel = ReadLevel.BLOCK,
+        write_level: WriteLevel = WriteLevel.ALL,
+    ) -> None:
+        super().__init__()
+        self._view = view
+        self._has_store = has_store
+        self._read_level = read_level
+        self._write_level = write_level
+        self._queue: list[_Read] = []
+        self._dispatching = False
+        self._batches: dict[_Batch, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._latency_s = HEDGE_MIN_S / HEDGE_FACTOR
+        self._repairing: set[tuple[BlockRef, str]] = set()
+        self._counts = {"degraded_puts": 0, "hedged": 0, "repaired": 0, "corrupt": 0, "missing": 0}
+
+    # -- where blocks live -----------------------------------------------------------------------
+
+    def _store(self, peer: str) -> Any:
+        return self.system.actor("block_store", node=peer)
+
+    def _down(self, peer: str) -> bool:
+        transport: Any = self.system.transport
+        return transport is None or transport.is_down(peer)
+
+    def _copies(self, ref: BlockRef) -> int:
+        if ref.block_type == BlockType.INODE:
+            return self._view.inode_replication
+        return self._view.ring.replication
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    @expose(idempotent=True)
+    async def put_block(
+        self, ref: BlockRef, root: int, sums: bytes, copies: int, payload: Buffer
+    ) -> list[list[Any]]:
+        """Store a block on its replicas.
+
+        Args:
+            ref: its name; a block already stored under it is the same one.
+            root: checksum of ``sums``.
+            sums: checksum list.
+            copies: how many, 0 for as many as the ring says.
+            payload: the block; not to be changed before the answer.
+
+        Returns:
+            ``[peer, incarnation]`` of each copy: what ``flush`` must later confirm.
+
+        Raises:
+            NoPeer: the ring is empty.
+            OutOfSpace: no peer took it, and one had no room.
+            BlockUnavailable: no peer took it.
+        """
+        order = list(self._view.ring.permutation(ref))
+        if not order:
+            raise NoPeer("no peer is in the ring: add one with 'torusctl peer add'")
+        copies = min(copies or self._copies(ref), len(order))
+        if self._write_level is WriteLevel.LOCAL and self._has_store:
+            order.sort(key=lambda peer: peer != self.system.node_id)
+            return await self._put_copies(ref, root, sums, payload, order, 1)
+        # A peer known to be down is asked last: it may be back, and the others may be full.
+        candidates = [p for p in order if not self._down(p)] + [p for p in order if self._down(p)]
+        if self._write_level is WriteLevel.ALL:
+            return await self._put_copies(ref, root, sums, payload, candidates, copies)
+        placed = await self._put_copies(ref, root, sums, payload, candidates, 1)
+        rest = [p for p in candidates if p != placed[0][0]]
+        if copies > 1 and rest:
+            self.spawn(self._put_quietly(ref, root, sums, payload, rest, copies - 1))
+        return placed
+
+    async def _put_quietly(self, ref: BlockRef, *args: Any) -> None:
+        try:
+            await self._put_copies(ref, *args)
+        except TorusError as error:
+            log.warning("further copies of %s: %s", ref, error)
+
+    async def _put_copies(
+        self,
+        ref: BlockRef,
+        root: int,
+        sums: bytes,
+        payload: Buffer,
+        candidates: list[str],
+        copies: int,
+    ) -> list[list[Any]]:
+        placed: list[list[Any]] = []
+        failures: list[TorusError] = []
+        rest = iter(candidates)
+        in_air: dict[asyncio.Future[Any], str] = {}
+        while True:
+            while len(placed) + len(in_air) < copies:
+                peer = next(rest, None)
+                if peer is None:
+                    break
+                put = self._store(peer).put_block.remote(
+                    ref, root, sums, payload=payload, timeout_s=PUT_TIMEOUT_S
+                )
+                in_air[put.future] = peer
+            if not in_air:
+                break
+            done, _ = await asyncio.wait(in_air, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                peer = in_air.pop(future)
+                error = future.exception()
+                if error is None:
+                    placed.append([peer, future.result()])
+                elif isinstance(error, TorusError):
+                    failures.append(error)
+                else:
+                    raise error
+        if not placed:
+            if failures and all(isinstance(e, (OutOfSpace, *TRANSIENT)) for e in failures):
+                for error in failures:
+                    if isinstance(error, OutOfSpace):
+                        raise error
+            raise BlockUnavailable(
+                f"no peer took block {ref}: {failures[-1] if failures else 'none is left'}"
+            )
+        if len(placed) < copies:
+            self._counts["degraded_puts"] += 1
+            full = next((e for e in failures if isinstance(e, OutOfSpace)), None)
+            if full is not None:
+                # Fewer copies because of a dead peer is a state that heals; because of a full
+                # cluster it is not, and the writer is the one who can do something about it.
+                raise full
+        return placed
+
+    @expose(idempotent=True)
+    async def flush(self, peers: list[str]) -> dict[str, int]:
+        """Make every block put so far durable on these peers.
+
+        Returns:
+            The incarnation of each store that confirmed. A store that has another incarnation than
+            the one which took a block may have lost it.
+        """
+        refs = {p: self._store(p).flush.remote(timeout_s=FLUSH_TIMEOUT_S) for p in peers}
+        confirmed: dict[str, int] = {}
+        for peer, ref in refs.items():
+            try:
+                confirmed[peer] = await ref
+            except TorusError as error:
+                log.warning("flush of peer %s failed: %s", peer[:8], error)
+        return confirmed
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @expose(deferred=True)
+    def read(self, reply: Any, ref: BlockRef, root: int, offset: int, length: int) -> None:
+        """Read a page-aligned range of a block, verified against its root checksum.
+
+        Answers one buffer, at most ``length`` bytes: less where the block ends before.
+
+        Raises:
+            BlockUnavailable: no replica could give it.
+        """
+        self._begin(_Read(ref, root, offset, length, reply, self._loop.time()))
+
+    def _begin(self, read: _Read) -> None:
+        read.order = self._read_order(read.ref)
+        read.tried = 0
+        read.failures.clear()
+        self._queue.append(read)
+        if not self._dispatching:
+            self._dispatching = True
+            self._loop.call_soon(self._dispatch)
+
+    def _read_order(self, ref: BlockRef) -> list[str]:
+        order = list(self._view.ring.permutation(ref))
+        if self._read_level is not ReadLevel.SEQUENTIAL and len(order) > 1:
+            copies = min(self._copies(ref), len(order))
+            first = ref[16] % copies
+            order[:copies] = order[first:copies] + order[:first]
+            if self._has_store and self.system.node_id in order[1:copies]:
+                order.remove(self.system.node_id)
+                order.insert(0, self.system.node_id)
+        if any(self._down(p) for p in order):
+            order.sort(key=self._down)
+        return order
+
+    def _dispatch(self) -> None:
+        self._dispatching = False
+        queue, self._queue = self._queue, []
+        by_peer: dict[str, list[_Read]] = {}
+        for read in queue:
+            wanted = 2 if self._read_level is ReadLevel.SPREAD else 1
+            for _ in range(wanted):
+                self._next_replica(read, by_peer)
+        self._send_all(by_peer)
+
+    def _next_replica(self, read: _Read, by_peer: dict[str, list[_Read]]) -> bool:
+        if read.tried >= len(read.order):
+            if not read.in_air:
+                self._exhausted(read)
+            return False
+        peer = read.order[read.tried]
+        read.tried += 1
+        read.in_air += 1
+        by_peer.setdefault(peer, []).append(read)
+        return True
+
+    def _send_all(self, by_peer: dict[str, list[_Read]]) -> None:
+        for peer, reads in by_peer.items():
+            start = size = 0
+            for i, read in enumerate(reads):
+                if i > start and (
+                    size + read.length > BATCH_BYTES_MAX or i - start >= BATCH_ITEMS_MAX
+                ):
+                    self._send(peer, reads[start:i])
+                    start, size = i, 0
+                size += read.length
+            self._send(peer, reads[start:])
+
+    def _send(self, peer: str, reads: list[_Read]) -> None:
+        pack = RANGE.pack
+        items = b"".join([pack(r.ref, r.offset, r.length) for r in reads])
+        batch = _Batch(reads, self._loop.time())
+        self._batches[batch] = None
+        if self._timer is None:
+            self._timer = self._loop.call_later(HEDGE_TICK_S, self._hedge)
+        ref: ObjectRef[Any] = self._store(peer).read_ranges.remote(items, timeout_s=READ_TIMEOUT_S)
+        ref.add_done_callback(partial(self._answered, peer, batch))
+
+    def _answered(self, peer: str, batch: _Batch, future: asyncio.Future[Any]) -> None:
+        self._batches.pop(batch, None)
+        by_peer: dict[str, list[_Read]] = {}
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            latency = self._loop.time() - batch.sent
+            self._latency_s += (latency - self._latency_s) / 16
+            try:
+                self._deliver(peer, batch.reads, future.result(), by_peer)
+            except TorusError as broken:
+                error = broken
+        if error is not None:
+            told = error if isinstance(error, TorusError) else TorusError(repr(error))
+            for read in batch.reads:
+                if not read.reply.done():
+                    self._missed(read, told, by_peer)
+        self._send_all(by_peer)
+
+    def _deliver(
+        self, peer: str, reads: list[_Read], answer: Any, by_peer: dict[str, list[_Read]]
+    ) -> None:
+        packed = answer.result if type(answer) is Reply else answer
+        payload = memoryview(answer.joined() if type(answer) is Reply else b"")
+        statuses = split_records(RANGE_STATUS, packed)
+        if len(statuses) != len(reads):
+            raise Corruption(f"{len(statuses)} answers to {len(reads)} ranges")
+        at = 0
+        for read, (status, sums_size, size) in zip(reads, statuses, strict=True):
+            if status == Status.OK:
+                sums = payload[at : at + sums_size]
+                at += sums_size
+                data = payload[at : at + size]
+                at += size
+                if read.reply.done():
+                    read.in_air -= 1
+                    continue
+                try:
+                    end, pages = read.offset + size, len(sums) // 4
+                    if size != read.length and not (pages - 1) << 12 < end <= pages << 12:
+                        raise Corruption("a range of another length")
+                    verify_range(sums, read.root, read.offset, data)
+                except Corruption as error:
+                    status = Status.CORRUPT
+                    self._wrong(peer, read, error, by_peer)
+                    continue
+                read.in_air -= 1
+                if read.bad:
+                    self._repair_soon(read)
+                read.reply.set(data)
+            elif not read.reply.done():
+                if status == Status.FAILED:
+                    self._missed(read, TorusError(f"peer {peer[:8]} could not read it"), by_peer)
+                else:
+                    kind = "is missing" if status == Status.MISSING else "is damaged"
+                    self._wrong(peer, read, Corruption(f"{kind} on {peer[:8]}"), by_peer, status)
+
+    def _wrong(
+        self,
+        peer: str,
+        read: _Read,
+        error: TorusError,
+        by_peer: dict[str, list[_Read]],
+        status: int = Status.CORRUPT,
+    ) -> None:
+        """A replica does not have what it should."""
+        missing = status == Status.MISSING
+        self._counts["missing" if missing else "corrupt"] += 1
+        if not missing:
+            log.warning("block %s on peer %s: %s", read.ref, peer[:8], error)
+        if not missing or peer in self._view.ring.owners(read.ref):
+            read.bad.append(peer)
+        self._missed(read, error, by_peer)
+
+    def _missed(self, read: _Read, error: TorusError, by_peer: dict[str, list[_Read]]) -> None:
+        read.in_air -= 1
+        read.failures.append(error)
+        if not read.in_air:
+            self._next_replica(read, by_peer)
+
+    def _exhausted(self, read: _Read) -> None:
+        """Every peer was asked: try again if some could not answer, else say so."""
+        if read.reply.done():
+            return
+        waited = self._loop.time() - read.started
+        if waited < READ_PATIENCE_S and any(isinstance(e, TRANSIENT) for e in read.failures):
+            pause = min(max(RETRY_PAUSE_S, waited), 0.5)
+            self._loop.call_later(pause, self._begin, read)
+            return
+        reason = read.failures[-1] if read.failures else NoPeer("no peer is in the ring")
+        read.reply.fail(BlockUnavailable(f"block {read.ref} cannot be read: {reason}"))
+
+    def _hedge(self) -> None:
+        self._timer = None
+        if not self._batches:
+            return
+        self._timer = self._loop.call_later(HEDGE_TICK_S, self._hedge)
+        if self._read_level is ReadLevel.SEQUENTIAL:
+            return
+        patience = min(max(HEDGE_FACTOR * self._latency_s, HEDGE_MIN_S), HEDGE_MAX_S)
+        limit = self._loop.time() - patience
+        by_peer: dict[str, list[_Read]] = {}
+        for batch in self._batches:
+            if batch.sent < limit and not batch.hedged:
+                batch.hedged = True
+                for read in batch.reads:
+                    if not read.reply.done() and self._next_replica(read, by_peer):
+                        self._counts["hedged"] += 1
+        self._send_all(by_peer)
+
+    # -- repair ------------------------------------------------------------------------------------
+
+    def _repair_soon(self, read: _Read) -> None:
+        for peer in read.bad:
+            key = (read.ref, peer)
+            if key not in self._repairing and len(self._repairing) < REPAIRS_MAX:
+                self._repairing.add(key)
+                self.spawn(self._repair(read.ref, read.root, peer))
+
+    async def _repair(self, ref: BlockRef, root: int, peer: str) -> None:
+        """Give a peer a good copy instead of its bad or missing one."""
+        try:
+            sums, block = await self.fetch_whole(ref, root, avoid=peer)
+            await self._store(peer).put_block.remote(
+                ref, root, sums, True, payload=block, timeout_s=PUT_TIMEOUT_S
+            )
+            self._counts["repaired"] += 1
+            log.info("repaired block %s on peer %s", ref, peer[:8])
+        except TorusError as error:
+            log.warning("could not repair block %s on peer %s: %s", ref, peer[:8], error)
+        finally:
+            self._repairing.discard((ref, peer))
+
+    async def fetch_whole(self, ref: BlockRef, root: int, avoid: str = "") -> tuple[bytes, Buffer]:
+        """A whole block with its checksum list from any replica that has it right."""
+        failure: TorusError = NoPeer("no other peer is left")
+        for peer in self._read_order(ref):
+            if peer == avoid:
+                continue
+            try:
+                answer = await self._store(peer).read_ranges.remote(
+                    RANGE.pack(ref, 0, self._view.block_size), timeout_s=READ_TIMEOUT_S
+                )
+                ((status, sums_size, _),) = split_records(RANGE_STATUS, answer.result)
+                if status != Status.OK:
+                    raise Corruption(f"peer {peer[:8]} has no good copy")
+                payload = memoryview(answer.joined())
+                sums, block = bytes(payload[:sums_size]), payload[sums_size:]
+                verify_range(sums, root, 0, block)
+                return sums, block
+            except TorusError as error:
+                failure = error
+        raise BlockUnavailable(f"block {ref}: {failure}")
+
+    @expose(idempotent=True)
+    async def place_again(
+        self, ref: BlockRef, root: int, lost: list[str], copies: int
+    ) -> list[list[Any]]:
+        """Store a block anew that some peers lost before it was durable.
+
+        Args:
+            ref: the block.
+            root: its checksum.
+            lost: peers whose copy is gone.
+            copies: how many copies to have, 0 for as many as the ring says.
+
+        Returns:
+            As ``put_block``.
+        """
+        sums, block = await self.fetch_whole(ref, root)
+        return await self.put_block(ref, root, sums, copies, block)
+
+    @expose()
+    def status(self) -> dict[str, Any]:
+        """Counters since the start, and whether fewer peers are up than copies are wanted."""
+        members = self._view.ring.members
+        up = sum(not self._down(p) for p in members)
+        return {
+            **self._counts,
+            "peers": len(members),
+            "peers_up": up,
+            "replication": self._view.ring.replication,
+            "degraded": up < self._view.ring.replication,
+            "read_latency_ms": round(self._latency_s * 1000, 3),
+        }

@@ -1,0 +1,99 @@
+"""The volume actor: serves one open volume.
+
+Messages in: ``submit`` (a batch of NBD requests), ``flush``, ``status``. Messages out: answers to the
+NBD server, blocks to the replicator, heads to the metadata. What the volume holds lives in its
+``Session``, which outlives the actor: after its death the successor puts again what was on its way,
+and no client notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from torus_actors.errors import TorusError
+from torus_actors.nbd.requests import Request
+from torus_actors.runtime import LoopActor, expose
+from torus_actors.volume.session import Session
+
+
+class VolumeActor(LoopActor):
+    """See the module."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    async def setup(self) -> None:
+        """Take the session over."""
+        self._session.resume(self.spawn)
+
+    @expose(idempotent=True)
+    def submit(self, conn: int, requests: list[Request]) -> None:
+        """Serve requests of one NBD connection; the answers go to the NBD server."""
+        self._session.submit(conn, requests)
+
+    @expose(idempotent=True)
+    async def flush(self) -> None:
+        """Make everything acknowledged so far durable."""
+        flushed: asyncio.Future[None] = self.system.loop.create_future()
+
+        def done(error: TorusError | None) -> None:
+            if flushed.done():
+                return
+            if error is None:
+                flushed.set_result(None)
+            else:
+                flushed.set_exception(error)
+
+        self._session.flush_soon(done)
+        await flushed
+
+    @expose(idempotent=True)
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read, for tools; the NBD server uses ``submit``."""
+        found: asyncio.Future[Any] = self.system.loop.create_future()
+
+        def done(error: TorusError | None, pieces: Any) -> None:
+            if found.done():
+                return
+            if error is None:
+                found.set_result(pieces)
+            else:
+                found.set_exception(error)
+
+        pieces = self._session.file.read_at(offset, length, done)
+        if pieces is None:
+            pieces = await found
+        return b"".join(
+            bytes(len(p)) if not isinstance(p, (bytes, bytearray, memoryview)) else p
+            for p in pieces
+        )
+
+    @expose(idempotent=True)
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write, for tools; the NBD server uses ``submit``."""
+        taken: asyncio.Future[None] = self.system.loop.create_future()
+
+        def done(error: TorusError | None, _: Any) -> None:
+            if taken.done():
+                return
+            if error is None:
+                taken.set_result(None)
+            else:
+                taken.set_exception(error)
+
+        if not self._session.file.write_at(offset, data, done):
+            await taken
+
+    @expose(idempotent=True)
+    async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Which parts of a range hold data: lengths in bytes, each with whether it is data."""
+        file = self._session.file
+        found: list[tuple[int, bool]] = await file.with_pages(lambda: file.extents(offset, length))
+        return found
+
+    @expose()
+    def status(self) -> dict[str, Any]:
+        """What ``torusctl status`` shows of it."""
+        return self._session.status()

@@ -1,0 +1,204 @@
+"""The volumes actor: opens volumes when a client asks for them, and closes them after the last one.
+
+Messages in: ``list_names``, ``open``, ``release``, ``status``. For each open volume it has one child,
+a volume actor. Its death costs nothing: which volumes are open, and how often, outlives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.actors.volume import VolumeActor
+from torus_actors.errors import NotExist, TorusError, WrongVolumeType
+from torus_actors.metadata.service import MetadataService
+from torus_actors.runtime import Cell, ChildSpec, LoopActor, expose
+from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.session import CacheSizes, Session, close_session, open_session
+
+log = logging.getLogger(__name__)
+
+VOLUME_KINDS = {"block"}
+"""Kinds of volume that can be served."""
+
+RESTARTS_MAX = 20
+RESTART_PERIOD_S = 10.0
+"""A volume actor that dies more often than this takes its supervisor with it."""
+
+
+@dataclass(slots=True)
+class OpenVolume:
+    """A volume in use; outlives the volumes actor."""
+
+    session: Session
+    users: int = 0
+
+
+class Volumes(LoopActor):
+    """See the module.
+
+    Args:
+        meta: the metadata service.
+        view: the cluster as last seen.
+        caches: bounds of memory: the read cache is shared by all volumes, each has its own write
+            cache.
+        only: serve this volume and no other, also as the default export.
+        read_only: open without a lock, and refuse writes.
+    """
+
+    def __init__(
+        self,
+        meta: MetadataService,
+        view: ClusterView,
+        caches: CacheSizes,
+        *,
+        only: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self._meta = meta
+        self._view = view
+        self._caches = caches
+        self._only = only
+        self._read_only = read_only
+        self._deaths: list[float] = []
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def setup(self) -> None:
+        """Take over the open volumes; their actors died with the predecessor's supervision."""
+        self._open: dict[str, OpenVolume] = self.system.heirlooms.setdefault("open_volumes", {})
+        self._sessions: dict[str, Session] = self.system.heirlooms.setdefault("sessions", {})
+        cache = self.system.heirlooms.get("read_cache")
+        if cache is None:
+            cache = self.system.heirlooms["read_cache"] = ReadCache(self._caches.read_bytes)
+        self._cache: ReadCache = cache
+        for name, volume in self._open.items():
+            await self._start_actor(name, volume.session)
+
+    async def cleanup(self) -> None:
+        """Stop the volume actors; when this is for good, flush and unlock the volumes."""
+        final = not self.cell.will_restart
+        for name, volume in list(self._open.items()):
+            if final:
+                try:
+                    await close_session(volume.session, self._meta)
+                except TorusError as error:
+                    log.error("closing volume %s: %s", name, error)
+                self._open.pop(name, None)
+                self._sessions.pop(name, None)
+            cell = self.system.cells.get(_actor_name(name))
+            if cell is not None:
+                await cell.stop(final=final)
+
+    @expose(idempotent=True)
+    async def list_names(self) -> list[str]:
+        """Names of all volumes that may be opened."""
+        if self._only is not None:
+            return [self._only]
+        return [record.name for record in await self._meta.volumes()]
+
+    @expose()
+    async def open(self, name: str) -> list[Any]:
+        """Open a volume for one more user.
+
+        Args:
+            name: the volume, or ``""`` for the only one that is served.
+
+        Returns:
+            ``[name, size in bytes, description, read_only]``.
+
+        Raises:
+            NotExist: there is no such volume, or it is not served here.
+            Locked: another client has it open.
+        """
+        name = self._resolve(name)
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            volume = self._open.get(name)
+            if volume is None:
+                session = await self._attach(name)
+                volume = OpenVolume(session)
+                self._open[name] = volume
+                if session.epoch:
+                    self._sessions[name] = session
+                await self._start_actor(name, session)
+            volume.users += 1
+            session = volume.session
+        return [name, session.size, f"torus volume {name}", not session.epoch]
+
+    def _resolve(self, name: str) -> str:
+        if not name:
+            if self._only is None:
+                raise NotExist("there is no default export here: name a volume")
+            return self._only
+        if self._only is not None and name != self._only:
+            raise NotExist(f"only volume {self._only} is served here, not {name}")
+        return name
+
+    async def _attach(self, name: str) -> Session:
+        record = await self._meta.volume(name)
+        if record.kind not in VOLUME_KINDS:
+            raise WrongVolumeType(f"volume {name} is a {record.kind} volume, not a block volume")
+        return await open_session(
+            self.system,
+            self._meta,
+            name,
+            holder=f"{socket.gethostname()} pid {os.getpid()}",
+            block_size=self._view.block_size,
+            block_spec=self._view.gmd.block_spec,
+            read_cache=self._cache,
+            write_cache_bytes=self._caches.write_bytes,
+            read_only=self._read_only,
+        )
+
+    @expose()
+    async def release(self, name: str) -> None:
+        """The other half of ``open``; the last one flushes, unlocks and closes."""
+        name = self._resolve(name)
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            volume = self._open.get(name)
+            if volume is None:
+                return
+            volume.users -= 1
+            if volume.users > 0:
+                return
+            del self._open[name]
+            try:
+                await close_session(volume.session, self._meta)
+            finally:
+                self._sessions.pop(name, None)
+                await self.system.remove(_actor_name(name))
+        self._locks.pop(name, None)
+
+    async def _start_actor(self, name: str, session: Session) -> None:
+        spec = ChildSpec(_actor_name(name), lambda: VolumeActor(session), max_concurrency=64)
+        cell = self.system.cell_for(spec, self.cell.name)
+        cell.on_exit = self._volume_died
+        await cell.start()
+
+    def _volume_died(self, cell: Cell, error: BaseException | None) -> None:
+        now = self.system.loop.time()
+        self._deaths = [at for at in self._deaths if at > now - RESTART_PERIOD_S] + [now]
+        if len(self._deaths) > RESTARTS_MAX:
+            self.cell.crashed(self, RuntimeError(f"{cell.name} dies again and again: {error}"))
+            return
+        self.spawn(self._restart(cell))
+
+    async def _restart(self, cell: Cell) -> None:
+        await cell.start()
+        cell.restarts += 1
+
+    @expose()
+    def status(self) -> list[dict[str, Any]]:
+        """Every open volume."""
+        return [
+            {**volume.session.status(), "users": volume.users} for volume in self._open.values()
+        ]
+
+
+def _actor_name(volume: str) -> str:
+    return f"volume:{volume}"

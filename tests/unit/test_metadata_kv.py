@@ -1,0 +1,440 @@
+"""Conformance of the key-value stores: memory, SQLite and a real etcd behave alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.etcd_server import EtcdServer, require_etcd
+from tests.integration.metadata_backends import BACKENDS, Backend, until
+from torus_actors.errors import Closed, Compacted, Invalid, LeaseNotFound
+from torus_actors.metadata import kv
+from torus_actors.metadata.kv import (
+    Compare,
+    Delete,
+    DeletePrefix,
+    Event,
+    EventKind,
+    KeyValue,
+    KeyValueStore,
+    Put,
+    TxnResult,
+)
+
+Test = Callable[[KeyValueStore], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """One etcd for the module."""
+    require_etcd()
+    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
+    """Each kind of store in turn."""
+    etcd = request.getfixturevalue("etcd") if request.param == "etcd" else None
+    return Backend(request.param, tmp_path, etcd)
+
+
+def run(backend: Backend, test: Test) -> None:
+    """Run a test on a fresh store."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), backend.open() as store:
+            await test(store)
+
+    asyncio.run(main())
+
+
+def test_a_put_value_is_read_back_with_the_revision_that_wrote_it(backend: Backend) -> None:
+    """Get and range return exactly what was put: empty and binary values, non-ASCII keys."""
+
+    async def test(store: KeyValueStore) -> None:
+        assert await store.get("a") is None
+        first = await store.txn([], [Put("a/ü", bytes(range(256))), Put("a/b", b"")])
+        second = await store.txn([], [Put("a/b", b"2")])
+        assert first.succeeded and second.revision == first.revision + 1
+        assert await store.get("a/ü") == KeyValue("a/ü", bytes(range(256)), first.revision)
+        assert await store.range("a/") == (
+            [KeyValue("a/b", b"2", second.revision), await store.get("a/ü")],
+            second.revision,
+        )
+
+    run(backend, test)
+
+
+def test_range_takes_exactly_the_keys_with_the_prefix_in_order(backend: Backend) -> None:
+    """Neighbouring keys stay outside, order is by bytes, and the empty prefix means all keys."""
+
+    async def test(store: KeyValueStore) -> None:
+        keys = ["p", "p/", "p/2", "p/10", "p/\U0010ffff", "p/\ue000", "p0", "o/~", "q/"]
+        await store.txn([], [Put(key, b"") for key in keys])
+        found, _ = await store.range("p/")
+        assert [item.key for item in found] == ["p/", "p/10", "p/2", "p/\ue000", "p/\U0010ffff"]
+        everything, _ = await store.range("")
+        assert [item.key for item in everything] == sorted(keys, key=str.encode)
+        nothing, revision = await store.range("absent/")
+        assert nothing == [] and revision > 0
+
+    run(backend, test)
+
+
+@pytest.mark.parametrize(
+    ("condition", "holds"),
+    [
+        (lambda revision: Compare("k", mod_revision=revision), True),
+        (lambda revision: Compare("k", mod_revision=revision - 1), False),
+        (lambda revision: Compare("k", mod_revision=0), False),
+        (lambda revision: Compare("k", value=b"v"), True),
+        (lambda revision: Compare("k", value=b"w"), False),
+        (lambda revision: Compare("k", value=b""), False),
+        (lambda revision: Compare("absent", mod_revision=0), True),
+        (lambda revision: Compare("absent", mod_revision=1), False),
+        (lambda revision: Compare("absent", value=b"v"), False),
+        (lambda revision: Compare("absent", value=b""), False),
+    ],
+)
+def test_a_transaction_applies_only_if_its_compare_holds(
+    backend: Backend, condition: Callable[[int], Compare], holds: bool
+) -> None:
+    """Compares are of a revision (0: absent) or of a value; an absent key equals no value."""
+
+    async def test(store: KeyValueStore) -> None:
+        revision = (await store.txn([], [Put("k", b"v")])).revision
+        result = await store.txn([condition(revision)], [Put("then", b""), Delete("k")])
+        assert result == TxnResult(holds, revision + holds)
+        assert (await store.get("then") is not None) == holds
+        assert (await store.get("k") is None) == holds
+
+    run(backend, test)
+
+
+def test_a_transaction_is_all_or_nothing(backend: Backend) -> None:
+    """One false compare of several stops all operations, and changes no revision."""
+
+    async def test(store: KeyValueStore) -> None:
+        before = await store.txn([], [Put("a", b"1")])
+        result = await store.txn(
+            [Compare("a", value=b"1"), Compare("b", mod_revision=7)],
+            [Put("a", b"2"), Put("c", b"")],
+        )
+        assert result == TxnResult(False, before.revision)
+        assert await store.range("") == ([KeyValue("a", b"1", before.revision)], before.revision)
+
+    run(backend, test)
+
+
+def test_only_a_change_makes_a_revision(backend: Backend) -> None:
+    """Deleting what is absent, and an empty transaction, succeed without a new revision."""
+
+    async def test(store: KeyValueStore) -> None:
+        before = (await store.txn([], [Put("a", b"")])).revision
+        for then in ([], [Delete("absent")], [DeletePrefix("absent/")]):
+            assert await store.txn([], then) == TxnResult(True, before)
+        assert (await store.txn([], [Put("a", b"")])).revision == before + 1
+
+    run(backend, test)
+
+
+def test_of_racing_transactions_one_wins(backend: Backend) -> None:
+    """Many compare-and-sets against one revision: exactly one succeeds."""
+
+    async def test(store: KeyValueStore) -> None:
+        base = (await store.txn([], [Put("k", b"")])).revision
+        results = await asyncio.gather(
+            *(
+                store.txn([Compare("k", mod_revision=base)], [Put("k", b"%d" % number)])
+                for number in range(20)
+            )
+        )
+        winners = [number for number, result in enumerate(results) if result.succeeded]
+        assert len(winners) == 1
+        assert await store.get("k") == KeyValue("k", b"%d" % winners[0], base + 1)
+
+    run(backend, test)
+
+
+@pytest.mark.parametrize(
+    ("compare", "then"),
+    [
+        ([], [Put("a", b""), Put("a", b"")]),
+        ([], [Put("a", b""), Delete("a")]),
+        ([], [DeletePrefix("x/"), Put("x/a", b"")]),
+        ([], [Put("", b"")]),
+        ([], [Delete("k" * (kv.KEY_BYTES_MAX + 1))]),
+        ([], [Put("\ud800", b"")]),
+        ([], [Put("a", bytes(kv.REQUEST_BYTES_MAX))]),
+        ([], [Put(f"{number}", b"") for number in range(kv.TXN_OPERATIONS_MAX + 1)]),
+        ([], [Put("a", b"", lease=1 << 63)]),
+        ([Compare("a")], []),
+        ([Compare("a", mod_revision=0, value=b"")], []),
+        ([Compare("a", mod_revision=-1)], []),
+    ],
+)
+def test_a_transaction_outside_the_limits_is_refused(
+    backend: Backend, compare: list[Compare], then: list[kv.Operation]
+) -> None:
+    """Every backend holds to etcd's limits (torus#120): none accepts what etcd would not."""
+
+    async def test(store: KeyValueStore) -> None:
+        with pytest.raises(Invalid):
+            await store.txn(compare, then)
+        assert (await store.range(""))[0] == []
+
+    run(backend, test)
+
+
+def test_the_largest_transaction_fits(backend: Backend) -> None:
+    """What the limits allow, the backend takes."""
+
+    async def test(store: KeyValueStore) -> None:
+        count = kv.TXN_OPERATIONS_MAX
+        value = bytes(kv.REQUEST_BYTES_MAX // count - 100)
+        then = [Put(f"key-{number}", value) for number in range(count)]
+        compare = [Compare(f"key-{number}", mod_revision=0) for number in range(count)]
+        assert (await store.txn(compare, then)).succeeded
+        assert len((await store.range("key-"))[0]) == count
+
+    run(backend, test)
+
+
+def test_a_leased_key_ends_with_its_lease(backend: Backend) -> None:
+    """Revoking deletes the keys at one revision; the lease is then unknown."""
+
+    async def test(store: KeyValueStore) -> None:
+        lease = await store.lease_grant(60)
+        assert lease > 0 and lease != await store.lease_grant(60)
+        put = await store.txn([], [Put("a", b"", lease), Put("b", b"", lease), Put("c", b"")])
+        assert await store.get("a") == KeyValue("a", b"", put.revision, lease)
+        assert await store.lease_keepalive(lease) >= 60
+        await store.lease_revoke(lease)
+        found, revision = await store.range("")
+        assert [item.key for item in found] == ["c"] and revision == put.revision + 1
+        for call in (store.lease_keepalive(lease), store.lease_revoke(lease)):
+            with pytest.raises(LeaseNotFound):
+                await call
+        with pytest.raises(LeaseNotFound):
+            await store.txn([], [Put("c", b"changed"), Put("d", b"", lease)])
+        assert [item.value for item in (await store.range(""))[0]] == [b""]
+
+    run(backend, test)
+
+
+def test_a_key_hangs_on_the_lease_of_its_last_put(backend: Backend) -> None:
+    """A later put moves the key to another lease, or to none."""
+
+    async def test(store: KeyValueStore) -> None:
+        old, new = await store.lease_grant(60), await store.lease_grant(60)
+        await store.txn([], [Put("moved", b"", old), Put("freed", b"", old)])
+        await store.txn([], [Put("moved", b"", new), Put("freed", b"")])
+        await store.lease_revoke(old)
+        assert [(item.key, item.lease) for item in (await store.range(""))[0]] == [
+            ("freed", 0),
+            ("moved", new),
+        ]
+        await store.lease_revoke(new)
+        assert [item.key for item in (await store.range(""))[0]] == ["freed"]
+
+    run(backend, test)
+
+
+def test_a_lease_that_is_not_renewed_ends_and_one_that_is_does_not(backend: Backend) -> None:
+    """The key of a dead process disappears, and watchers are told (torus#132 begins so)."""
+
+    async def test(store: KeyValueStore) -> None:
+        dead, alive = await store.lease_grant(1), await store.lease_grant(2)
+        put = await store.txn([], [Put("dead", b"", dead), Put("alive", b"", alive)])
+
+        async def renewed() -> bool:
+            await store.lease_keepalive(alive)
+            return await store.get("dead") is None
+
+        await until(renewed)
+        assert await store.get("alive") is not None
+        events, revision = await store.events("", put.revision, 5)
+        assert events == [Event(EventKind.DELETE, "dead", b"", revision)]
+        with pytest.raises(LeaseNotFound):
+            await store.lease_keepalive(dead)
+        # torus#132: the key can be made again under a new lease.
+        again = await store.lease_grant(60)
+        assert (
+            await store.txn([Compare("dead", mod_revision=0)], [Put("dead", b"", again)])
+        ).succeeded
+
+    run(backend, test)
+
+
+@pytest.mark.parametrize("ttl_s", [0, -1])
+def test_a_lease_needs_a_ttl(backend: Backend, ttl_s: int) -> None:
+    """A TTL below a second is refused."""
+
+    async def test(store: KeyValueStore) -> None:
+        with pytest.raises(Invalid):
+            await store.lease_grant(ttl_s)
+        with pytest.raises(LeaseNotFound):
+            await store.lease_keepalive(12345)
+
+    run(backend, test)
+
+
+def test_events_tell_every_change_in_order(backend: Backend) -> None:
+    """History after a revision comes at once, only of the prefix, whole transactions at a time."""
+
+    async def test(store: KeyValueStore) -> None:
+        start = (await store.txn([], [Put("w/a", b"0"), Put("w/b", b"0"), Put("x", b"")])).revision
+        await store.txn([], [Put("w/a", b"1"), Put("x", b"1"), Delete("w/b")])
+        await store.txn([], [Put("x", b"2")])
+        last = (await store.txn([], [DeletePrefix("w/")])).revision
+        wanted = [
+            Event(EventKind.PUT, "w/a", b"1", start + 1),
+            Event(EventKind.DELETE, "w/b", b"", start + 1),
+            Event(EventKind.DELETE, "w/a", b"", last),
+        ]
+        found: list[Event] = []
+        revision = start
+        while len(found) < len(wanted):
+            events, revision = await store.events("w/", revision, 5)
+            found += events
+        assert found == wanted and revision == last
+        everything, _ = await store.events("w/", start - 1, 5)
+        assert everything[:2] == [
+            Event(EventKind.PUT, "w/a", b"0", start),
+            Event(EventKind.PUT, "w/b", b"0", start),
+        ]
+
+    run(backend, test)
+
+
+def test_a_poll_wakes_up_for_a_change(backend: Backend) -> None:
+    """Waiters are woken by a change of their prefix, not by another, and long before time is up."""
+
+    async def test(store: KeyValueStore) -> None:
+        start = (await store.txn([], [Put("w/a", b"0")])).revision
+        polls = [asyncio.ensure_future(store.events(prefix, start, 25)) for prefix in ("w/", "w")]
+        other = asyncio.ensure_future(store.events("v/", start, 0.6))
+        await store.txn([], [Put("x", b"")])
+        changed = await store.txn([], [Put("w/a", b"1")])
+        for poll in polls:
+            assert await poll == (
+                [Event(EventKind.PUT, "w/a", b"1", changed.revision)],
+                changed.revision,
+            )
+        nothing, revision = await other
+        assert nothing == [] and start <= revision <= changed.revision
+
+    run(backend, test)
+
+
+def test_a_poll_without_a_change_ends_with_its_time(backend: Backend) -> None:
+    """An empty answer still says where to go on from, and nothing is missed after it."""
+
+    async def test(store: KeyValueStore) -> None:
+        start = (await store.txn([], [Put("w", b"0")])).revision
+        events, revision = await store.events("w", start, 0.01)
+        assert events == [] and revision == start
+        changed = (await store.txn([], [Put("w", b"1")])).revision
+        assert await store.events("w", revision, 5) == (
+            [Event(EventKind.PUT, "w", b"1", changed)],
+            changed,
+        )
+
+    run(backend, test)
+
+
+def test_a_poll_behind_the_history_is_told_so(backend: Backend) -> None:
+    """History is bounded: who fell behind gets Compacted, and can go on from the present state."""
+
+    async def test(store: KeyValueStore) -> None:
+        start = (await store.txn([], [Put("w", b"0")])).revision
+        await store.txn([], [Put("w", b"1")])
+        await backend.outrun_history(store)
+        with pytest.raises(Compacted):
+            await store.events("w", start - 1, 5)
+        found, revision = await store.range("w")
+        assert [item.value for item in found] == [b"1"]
+        changed = (await store.txn([], [Put("w", b"2")])).revision
+        assert await store.events("w", revision, 5) == (
+            [Event(EventKind.PUT, "w", b"2", changed)],
+            changed,
+        )
+
+    run(backend, test)
+
+
+def test_a_cancelled_poll_leaves_the_store_working(backend: Backend) -> None:
+    """Cancelling a waiter ends it promptly and disturbs nobody."""
+
+    async def test(store: KeyValueStore) -> None:
+        start = (await store.txn([], [Put("w", b"0")])).revision
+        polls = [asyncio.ensure_future(store.events("w", start, 25)) for _ in range(4)]
+        await store.get("w")
+        for poll in polls[:3]:
+            poll.cancel()
+        ended = await asyncio.gather(*polls[:3], return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in ended)
+        await store.txn([], [Put("w", b"1")])
+        assert [event.value for event in (await polls[3])[0]] == [b"1"]
+
+    run(backend, test)
+
+
+def test_a_closed_store_says_so(backend: Backend) -> None:
+    """Close ends waiting polls with Closed; every later call is refused; closing twice is fine."""
+
+    async def test(store: KeyValueStore) -> None:
+        start = (await store.txn([], [Put("w", b"0")])).revision
+        poll = asyncio.ensure_future(store.events("w", start, 25))
+        await store.get("w")
+        await store.close()
+        calls = [
+            poll,
+            store.get("a"),
+            store.range(""),
+            store.txn([], []),
+            store.lease_grant(1),
+            store.lease_keepalive(1),
+            store.lease_revoke(1),
+            store.events("", 0, 1),
+        ]
+        for call in calls:
+            with pytest.raises(Closed):
+                await call
+        await store.close()
+
+    run(backend, test)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        KeyValue("k", b"\0", 7, 8),
+        Compare("k", mod_revision=0),
+        Compare("k", value=b""),
+        TxnResult(True, 9),
+        Event(EventKind.DELETE, "k", b"", 3),
+    ],
+)
+def test_records_survive_the_wire(record: KeyValue | Compare | TxnResult | Event) -> None:
+    """from_wire reads what to_wire made, and refuses anything else with Invalid."""
+    wire = record.to_wire()
+    assert type(record).from_wire(wire) == record
+    for broken in (wire[:-1], [*wire, 0], [None, *wire[1:]], "text", None):
+        with pytest.raises(Invalid):
+            type(record).from_wire(broken)
+
+
+@pytest.mark.parametrize("operation", [Put("k", b"v", 3), Delete("k"), DeletePrefix("p/")])
+def test_operations_survive_the_wire(operation: kv.Operation) -> None:
+    """An operation is a tagged list; an unknown tag or a wrong type is Invalid."""
+    assert kv.operation_from_wire(operation.to_wire()) == operation
+    for broken in ([], ["drop", "k"], ["put", "k", "text", 0], ["delete", b"k"], None, 7):
+        with pytest.raises(Invalid):
+            kv.operation_from_wire(broken)  # type: ignore[arg-type]

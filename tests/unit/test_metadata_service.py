@@ -1,0 +1,749 @@
+"""Conformance of the metadata service over memory, SQLite and a real etcd."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.etcd_server import EtcdServer, require_etcd
+from tests.integration.metadata_backends import (
+    BACKENDS,
+    METADATA,
+    Backend,
+    Fixture,
+    service_on,
+    until,
+)
+from torus_actors.errors import (
+    Again,
+    CompareFailed,
+    Corruption,
+    Exists,
+    Fenced,
+    Invalid,
+    LeaseNotFound,
+    Locked,
+    NoGlobalMetadata,
+    NonSequentialRing,
+    NotExist,
+    OutcomeUnknown,
+    OutOfSpace,
+)
+from torus_actors.metadata import keys
+from torus_actors.metadata.kv import Put
+from torus_actors.metadata.patience import patiently
+from torus_actors.metadata.records import (
+    Counter,
+    Head,
+    Journal,
+    Lock,
+    PeerInfo,
+    VolumeRecord,
+)
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model.refs import VOLUME_ID_MAX, BlockRef, BlockType
+
+Test = Callable[[Fixture], Awaitable[None]]
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """One etcd for the module."""
+    require_etcd()
+    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
+    """Each kind of store in turn."""
+    etcd = request.getfixturevalue("etcd") if request.param == "etcd" else None
+    return Backend(request.param, tmp_path, etcd)
+
+
+def run(backend: Backend, test: Test, *, initialised: bool = True) -> None:
+    """Run a test on the service of a fresh cluster."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), service_on(backend, initialised=initialised) as fixture:
+            await test(fixture)
+
+    asyncio.run(main())
+
+
+def peer(number: int = 1, **fields: object) -> PeerInfo:
+    """A storage node."""
+    info = PeerInfo(str(uuid.UUID(int=number)), f"127.0.0.1:{40000 + number}", "rack 1", GIB)
+    return dataclasses.replace(info, **fields)
+
+
+def head_of(inode: int, epoch: int, volume_id: int = 1) -> Head:
+    """A head with a root block of its own."""
+    return Head(inode, BlockRef.of(volume_id, inode, 1, BlockType.INODE), inode * 7, GIB, epoch)
+
+
+def test_a_cluster_is_made_once(backend: Backend) -> None:
+    """Before init all is NoGlobalMetadata; a second init is Exists and changes nothing."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        for call in (
+            service.global_metadata(),
+            service.ring(),
+            service.set_ring(b"", 2),
+            service.create_volume("demo", GIB),
+        ):
+            with pytest.raises(NoGlobalMetadata):
+                await call
+        await service.init(METADATA, b"ring 1")
+        other = dataclasses.replace(METADATA, cluster_id=str(uuid.UUID(int=8)))
+        with pytest.raises(Exists):
+            await service.init(other, b"other")
+        assert await service.global_metadata() == METADATA
+        assert await service.ring() == (b"ring 1", 1)
+
+    run(backend, test, initialised=False)
+
+
+def test_wipe_removes_everything_of_this_cluster_only(backend: Backend) -> None:
+    """After a wipe nothing of ours is left, others' keys are, and a new cluster can be made."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        await f.store.txn([], [Put("torus-actor", b""), Put("torus-actors0", b""), Put("z", b"")])
+        volume = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        await service.attach(volume.id, "host pid 1", lease)
+        await service.register_peer(peer(), lease)
+        await service.wipe()
+        assert await service.dump() == []
+        assert [item.key for item in (await f.store.range(""))[0]] == [
+            "torus-actor",
+            "torus-actors0",
+            "z",
+        ]
+        await service.init(METADATA, b"new")
+        assert (await service.create_volume("demo", GIB)).id == 1
+
+    run(backend, test)
+
+
+def test_wiping_nothing_is_fine(backend: Backend) -> None:
+    """Regression, torus#267: wiping what was never initialised, or twice, just succeeds."""
+
+    async def test(f: Fixture) -> None:
+        await f.service.wipe()
+        await f.service.wipe()
+        assert await f.service.dump() == []
+
+    run(backend, test, initialised=False)
+
+
+def test_a_wipe_delayed_on_its_way_does_not_hit_the_next_cluster(backend: Backend) -> None:
+    """The request of a wipe that arrives after a new init changes nothing."""
+
+    async def test(f: Fixture) -> None:
+        f.store.delay_requests = 1
+        await f.service.wipe()
+        await f.service.init(METADATA, b"new")
+        assert [result.succeeded for result in await f.store.arrive()] == [False]
+        assert await f.service.ring() == (b"new", 1)
+
+    run(backend, test)
+
+
+def test_a_ring_follows_the_stored_one(backend: Backend) -> None:
+    """Version + 1 is taken, a jump is NonSequentialRing, a version that is taken CompareFailed."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        await service.set_ring(bytes(range(256)), 2)
+        assert await service.ring() == (bytes(range(256)), 2)
+        with pytest.raises(NonSequentialRing):
+            await service.set_ring(b"", 4)
+        for taken in (2, 1):
+            with pytest.raises(CompareFailed):
+                await service.set_ring(b"", taken)
+        results = await asyncio.gather(
+            *(service.set_ring(b"%d" % number, 3) for number in range(8)), return_exceptions=True
+        )
+        assert sum(isinstance(result, CompareFailed) for result in results) == 7
+        assert await service.ring() == (b"%d" % results.index(None), 3)
+        with pytest.raises(Invalid):
+            await service.set_ring(bytes(1 << 20), 4)
+
+    run(backend, test)
+
+
+def test_peers_are_up_while_their_lease_lives(backend: Backend) -> None:
+    """Peers are listed by id while registered; revoking or unregistering removes them."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        leases = [await service.grant_lease(60) for _ in range(3)]
+        for number, lease in enumerate(leases, 1):
+            await service.register_peer(peer(number), lease)
+        assert await service.peers() == [peer(1), peer(2), peer(3)]
+        await service.revoke_lease(leases[0])
+        await service.unregister_peer(peer(2).peer_id)
+        await service.unregister_peer(peer(2).peer_id)
+        assert await service.peers() == [peer(3)]
+        changed = peer(3, address="10.0.0.1:1", incarnation=2)
+        await service.register_peer(changed, leases[2])
+        assert await service.peers() == [changed]
+
+    run(backend, test)
+
+
+def test_a_peer_whose_lease_ran_out_registers_again(backend: Backend) -> None:
+    """Regression, torus#132: after an expired lease a node comes back under a new one."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        lost = await service.grant_lease(1)
+        await service.register_peer(peer(), lost)
+
+        async def gone() -> bool:
+            return await service.peers() == []
+
+        await until(gone)
+        with pytest.raises(LeaseNotFound):
+            await service.renew_lease(lost)
+        with pytest.raises(LeaseNotFound):
+            await service.register_peer(peer(), lost)
+        await service.register_peer(peer(), await service.grant_lease(60))
+        assert await service.peers() == [peer()]
+
+    run(backend, test)
+
+
+def test_an_older_incarnation_of_a_peer_is_refused(backend: Backend) -> None:
+    """Of two nodes with one data directory the earlier started must not take the name back."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        lease = await service.grant_lease(60)
+        await service.register_peer(peer(incarnation=2), lease)
+        with pytest.raises(Exists):
+            await service.register_peer(peer(incarnation=1), lease)
+        await service.register_peer(peer(incarnation=2), await service.grant_lease(60))
+        await service.revoke_lease(lease)
+        assert await service.peers() == [peer(incarnation=2)]
+
+    run(backend, test)
+
+
+def test_watches_show_the_present_and_every_change(backend: Backend) -> None:
+    """Each watch starts with the full state and then follows, also through lost history."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        lease = await service.grant_lease(60)
+        await service.register_peer(peer(1), lease)
+        peers, rings = service.peers_watch(), service.ring_watch()
+        volumes, raw = service.volumes_watch(), service.watch(service.keys.ring)
+        assert await anext(peers) == [peer(1)]
+        assert await anext(rings) == (b"ring 1", 1)
+        assert await anext(volumes) == []
+        first = await anext(raw)
+        assert first.full and [item.key for item in first.items] == [service.keys.ring]
+
+        coming = asyncio.ensure_future(anext(peers))
+        await service.register_peer(peer(2), await service.grant_lease(60))
+        assert await coming == [peer(1), peer(2)]
+        await service.revoke_lease(lease)
+        assert await anext(peers) == [peer(2)]
+        volume = await service.create_volume("demo", GIB)
+        assert await anext(volumes) == [volume]
+
+        await service.set_ring(b"ring 2", 2)
+        await backend.outrun_history(f.store)
+        assert await anext(rings) == (b"ring 2", 2)
+        again = await anext(raw)
+        assert again.full and len(again.items) == 1
+        await service.set_ring(b"ring 3", 3)
+        assert await anext(rings) == (b"ring 3", 3)
+        change = await anext(raw)
+        assert not change.full and change.events[0].mod_revision == change.revision
+
+    run(backend, test)
+
+
+def test_a_watch_waits_out_an_outage(backend: Backend) -> None:
+    """While the store is down a watch only waits; nothing that happened meanwhile is missed."""
+
+    async def test(f: Fixture) -> None:
+        rings = f.service.ring_watch()
+        assert await anext(rings) == (b"ring 1", 1)
+        f.store.down = True
+        coming = asyncio.ensure_future(anext(rings))
+        direct = MetadataService(f.store.inner, rng=random.Random(2))
+        await direct.set_ring(b"ring 2", 2)
+        assert not coming.done()
+        f.store.down = False
+        assert await coming == (b"ring 2", 2)
+
+    run(backend, test)
+
+
+def test_volumes_are_made_found_resized_and_deleted(backend: Backend) -> None:
+    """Names are unique, ids are never used again, and a deleted volume leaves a marker."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        demo = await service.create_volume("demo", GIB)
+        data = await service.create_volume("data", 5)
+        assert (demo.id, data.id, data.kind) == (1, 2, "block")
+        with pytest.raises(Exists):
+            await service.create_volume("demo", GIB)
+        assert await service.volumes() == [demo, data]
+        assert await service.volume("data") == await service.volume_by_id(data.id) == data
+
+        larger = await service.resize_volume("demo", 2 * GIB)
+        assert larger == dataclasses.replace(demo, size=2 * GIB) == await service.volume("demo")
+
+        await service.create_snapshot(demo.id, "monday")
+        await service.mint_inode(demo.id)
+        assert await service.delete_volume("demo") == larger
+        for call in (
+            service.volume("demo"),
+            service.volume_by_id(demo.id),
+            service.delete_volume("demo"),
+            service.resize_volume("demo", 1),
+            service.mint_inode(demo.id),
+            service.attach(demo.id, "host pid 1", 0),
+            service.lock_status(demo.id),
+            service.create_snapshot(demo.id, "tuesday"),
+        ):
+            with pytest.raises(NotExist):
+                await call
+        assert await service.deleted_volumes() == [larger]
+        left = [key for key, _ in await service.dump() if f"{demo.id:010x}" in key]
+        assert left == [service.keys.of(keys.DELETED, demo.id)]
+        assert (await service.create_volume("demo", GIB)).id == 3
+        await service.forget_deleted(demo.id)
+        await service.forget_deleted(demo.id)
+        assert await service.deleted_volumes() == []
+
+    run(backend, test)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a@b", "-a", ".", "ä", "a b", "a" * 129, "a\n"])
+def test_a_bad_volume_name_is_refused(backend: Backend, name: str) -> None:
+    """Names are safe in keys, export names, shells and VOLUME@NAME."""
+
+    async def test(f: Fixture) -> None:
+        for call in (
+            f.service.create_volume(name, GIB),
+            f.service.volume(name),
+            f.service.create_snapshot(1, name),
+        ):
+            with pytest.raises(Invalid):
+                await call
+
+    run(backend, test)
+
+
+def test_a_bad_size_is_refused_and_ids_end_at_40_bits(backend: Backend) -> None:
+    """A volume has at least a byte; when all ids are used, that is OutOfSpace."""
+
+    async def test(f: Fixture) -> None:
+        for size in (0, -1, 1 << 64):
+            with pytest.raises(Invalid):
+                await f.service.create_volume("demo", size)
+        counter = Put(f.service.keys.volume_counter, Counter(VOLUME_ID_MAX - 1).encode())
+        await f.store.txn([], [counter])
+        last = await f.service.create_volume("last", GIB)
+        assert last.id == VOLUME_ID_MAX
+        assert await f.service.mint_inode(last.id) == 1
+        assert await f.service.volumes() == [last]
+        with pytest.raises(OutOfSpace):
+            await f.service.create_volume("more", GIB)
+
+    run(backend, test)
+
+
+def test_concurrent_creations_get_distinct_ids_and_one_name_once(backend: Backend) -> None:
+    """Of racing creations of one name exactly one succeeds; different names all do."""
+
+    async def test(f: Fixture) -> None:
+        other = MetadataService(f.store, rng=random.Random(3))
+        results = await asyncio.gather(
+            *(f.service.create_volume(f"v{number}", GIB) for number in range(6)),
+            *(other.create_volume(f"w{number}", GIB) for number in range(6)),
+            *(each.create_volume("same", GIB) for each in (f.service, other, other)),
+            return_exceptions=True,
+        )
+        made = [result for result in results if isinstance(result, VolumeRecord)]
+        assert len(made) == 13 and {volume.id for volume in made} == set(range(1, 14))
+        assert sum(isinstance(result, Exists) for result in results) == 2
+
+    run(backend, test)
+
+
+def test_inode_numbers_are_never_given_twice(backend: Backend) -> None:
+    """Numbers of all callers are disjoint ranges, from 1 on, whatever the outages in between."""
+
+    async def test(f: Fixture) -> None:
+        volume = await f.service.create_volume("demo", GIB)
+        other = MetadataService(f.store, rng=random.Random(3))
+        taken: list[int] = []
+        for round_number in range(4):
+            f.store.lose_answers = round_number % 2
+            f.store.delay_requests = round_number // 2
+            counts = [1, 3, 2, 1, 5, 1]
+            firsts = await asyncio.gather(
+                *(
+                    each.mint_inode(volume.id, count)
+                    for each in (f.service, other)
+                    for count in counts
+                )
+            )
+            for first, count in zip(firsts, counts * 2, strict=True):
+                taken += range(first, first + count)
+            await f.store.arrive()
+        assert len(set(taken)) == len(taken) and min(taken) == 1
+        for count in (0, -1, 1 << 40):
+            with pytest.raises(Invalid):
+                await f.service.mint_inode(volume.id, count)
+
+    run(backend, test)
+
+
+def test_a_burst_of_mints_costs_a_handful_of_transactions(backend: Backend) -> None:
+    """Regression, torus#294: a thousand writers at once do not become a thousand requests."""
+
+    async def test(f: Fixture) -> None:
+        volume = await f.service.create_volume("demo", GIB)
+        before = f.store.txns
+        firsts = await asyncio.gather(*(f.service.mint_inode(volume.id) for _ in range(1000)))
+        assert sorted(firsts) == list(range(1, 1001))
+        assert f.store.txns - before <= 3
+
+    run(backend, test)
+
+
+def test_a_failed_mint_fails_all_its_callers_and_no_later_one(backend: Backend) -> None:
+    """An outage reaches every caller as Again; afterwards minting goes on."""
+
+    async def test(f: Fixture) -> None:
+        volume = await f.service.create_volume("demo", GIB)
+        f.store.down = True
+        calls = [asyncio.ensure_future(f.service.mint_inode(volume.id)) for _ in range(3)]
+        calls[1].cancel()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(result) for result in results] == [Again, asyncio.CancelledError, Again]
+        f.store.down = False
+        assert await f.service.mint_inode(volume.id) == 1
+
+    run(backend, test)
+
+
+def test_one_client_at_a_time_has_a_volume(backend: Backend) -> None:
+    """The second attach is Locked and says by whom; after detach the next epoch is one more."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        assert await service.lock_status(volume.id) == (None, 0)
+        assert await service.attach(volume.id, "vm1 pid 77", lease) == 1
+        with pytest.raises(Locked, match=r"^volume demo is held by vm1 pid 77 since \d{4}-"):
+            await service.attach(volume.id, "vm2 pid 1", await service.grant_lease(60))
+        with pytest.raises(Locked, match="vm1 pid 77"):
+            await service.delete_volume("demo")
+        lock, epoch = await service.lock_status(volume.id)
+        assert lock is not None and (lock.holder, lock.epoch, epoch) == ("vm1 pid 77", 1, 1)
+        await service.detach(volume.id, 1)
+        await service.detach(volume.id, 1)
+        assert await service.attach(volume.id, "vm2 pid 1", lease) == 2
+        with pytest.raises(Fenced):
+            await service.detach(volume.id, 1)
+        assert (await service.lock_status(volume.id))[1] == 2
+        with pytest.raises(LeaseNotFound):
+            other = await service.create_volume("other", GIB)
+            await service.attach(other.id, "vm1 pid 77", 999)
+
+    run(backend, test)
+
+
+def test_of_racing_attaches_one_wins(backend: Backend) -> None:
+    """However many clients open a volume in one moment, one has it and the rest are Locked."""
+
+    async def test(f: Fixture) -> None:
+        volume = await f.service.create_volume("demo", GIB)
+        lease = await f.service.grant_lease(60)
+        results = await asyncio.gather(
+            *(f.service.attach(volume.id, f"vm{number} pid 1", lease) for number in range(8)),
+            return_exceptions=True,
+        )
+        assert results.count(1) == 1
+        assert sum(isinstance(result, Locked) for result in results) == 7
+
+    run(backend, test)
+
+
+def test_a_session_that_lost_its_lease_goes_on_until_another_begins(backend: Backend) -> None:
+    """The lock is made again while the epoch is ours; after another attach all is Fenced."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        epoch = await service.attach(volume.id, "vm1 pid 1", lease)
+        revision = await service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
+        await service.revoke_lease(lease)
+        revision = await service.commit_head(volume.id, epoch, revision, head_of(2, epoch))
+        new_lease = await service.grant_lease(60)
+        await service.renew_lock(volume.id, epoch, "vm1 pid 1", new_lease)
+        newer_lease = await service.grant_lease(60)
+        await service.renew_lock(volume.id, epoch, "vm1 pid 1", newer_lease)
+        await service.revoke_lease(new_lease)
+        assert (await service.lock_status(volume.id))[0] is not None
+        with pytest.raises(LeaseNotFound):
+            await service.renew_lock(volume.id, epoch, "vm1 pid 1", new_lease)
+
+        await service.revoke_lease(newer_lease)
+        other = await service.attach(volume.id, "vm2 pid 1", await service.grant_lease(60))
+        assert other == epoch + 1
+        zombie_lease = await service.grant_lease(60)
+        journal = Journal(epoch, (peer().peer_id,))
+        for call in (
+            service.renew_lock(volume.id, epoch, "vm1 pid 1", zombie_lease),
+            service.commit_head(volume.id, epoch, revision, head_of(3, epoch)),
+            service.set_journal(volume.id, epoch, 0, journal),
+            service.detach(volume.id, epoch),
+        ):
+            with pytest.raises(Fenced):
+                await call
+        lock, _ = await service.lock_status(volume.id)
+        assert lock is not None and lock.holder == "vm2 pid 1"
+        assert await service.head(volume.id) == (head_of(2, epoch), revision)
+
+    run(backend, test)
+
+
+def test_a_session_on_a_deleted_volume_is_fenced(backend: Backend) -> None:
+    """When the lease ended and the volume was deleted, the old client can commit nothing."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        epoch = await service.attach(volume.id, "vm1 pid 1", lease)
+        await service.revoke_lease(lease)
+        await service.delete_volume("demo")
+        with pytest.raises(Fenced):
+            await service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
+        with pytest.raises(Fenced):
+            await service.renew_lock(volume.id, epoch, "vm1 pid 1", await service.grant_lease(60))
+
+    run(backend, test)
+
+
+def test_a_head_replaces_exactly_the_expected_one(backend: Backend) -> None:
+    """A commit names the revision it replaces; another is CompareFailed; the same again is fine."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        epoch = await service.attach(volume.id, "vm1 pid 1", await service.grant_lease(60))
+        assert await service.head(volume.id) == (None, 0)
+        first = head_of(1, epoch)
+        revision = await service.commit_head(volume.id, epoch, 0, first)
+        assert await service.head(volume.id) == (first, revision)
+        assert await service.commit_head(volume.id, epoch, 0, first) == revision
+        for stale in (0, revision - 1, revision + 1):
+            with pytest.raises(CompareFailed):
+                await service.commit_head(volume.id, epoch, stale, head_of(2, epoch))
+        second = dataclasses.replace(head_of(2, epoch), extra=b"\x00\xff")
+        after = await service.commit_head(volume.id, epoch, revision, second)
+        assert after > revision and await service.head(volume.id) == (second, after)
+        with pytest.raises(Invalid):
+            await service.commit_head(volume.id, epoch, after, head_of(3, epoch + 1))
+        with pytest.raises(Invalid):
+            Head(1, bytes(23), 0, GIB, epoch)
+
+    run(backend, test)
+
+
+def test_the_journal_record_is_kept_like_a_head(backend: Backend) -> None:
+    """The ensemble changes by compare-and-set under the epoch, and outlives the session."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        epoch = await service.attach(volume.id, "vm1 pid 1", lease)
+        assert await service.journal(volume.id) == (None, 0)
+        both = Journal(epoch, (peer(1).peer_id, peer(2).peer_id), b"from 0")
+        one = Journal(epoch, (peer(1).peer_id,))
+        revision = await service.set_journal(volume.id, epoch, 0, both)
+        with pytest.raises(CompareFailed):
+            await service.set_journal(volume.id, epoch, 0, one)
+        with pytest.raises(Invalid):
+            await service.set_journal(volume.id, epoch + 1, revision, one)
+        after = await service.set_journal(volume.id, epoch, revision, one)
+        await service.detach(volume.id, epoch)
+        await service.attach(volume.id, "vm2 pid 1", lease)
+        assert await service.journal(volume.id) == (one, after)
+
+    run(backend, test)
+
+
+def test_snapshots_keep_the_present_head(backend: Backend) -> None:
+    """A snapshot is of the committed head at that moment; names are unique within a volume."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        empty = await service.create_snapshot(volume.id, "empty")
+        epoch = await service.attach(volume.id, "vm1 pid 1", await service.grant_lease(60))
+        await service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
+        full = await service.create_snapshot(volume.id, "full")
+        assert (empty.head, Head.decode(full.head)) == (b"", head_of(1, epoch))
+        with pytest.raises(Exists):
+            await service.create_snapshot(volume.id, "full")
+        assert await service.snapshots(volume.id) == [empty, full]
+        assert await service.snapshot(volume.id, "full") == full
+        await service.delete_snapshot(volume.id, "empty")
+        for call in (
+            service.delete_snapshot(volume.id, "empty"),
+            service.snapshot(volume.id, "empty"),
+        ):
+            with pytest.raises(NotExist):
+                await call
+        clone = await service.create_volume("clone", GIB, head=head_of(1, 0))
+        assert (await service.head(clone.id))[0] == head_of(1, 0)
+
+    run(backend, test)
+
+
+def test_the_state_for_the_collector_is_complete_or_an_error(backend: Backend) -> None:
+    """All that refers to blocks comes in one read; what cannot be read is never left out."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        demo = await service.create_volume("demo", GIB)
+        gone = await service.create_volume("gone", GIB)
+        await service.delete_volume("gone")
+        lease = await service.grant_lease(60)
+        await service.register_peer(peer(), lease)
+        epoch = await service.attach(demo.id, "vm1 pid 1", lease)
+        await service.commit_head(demo.id, epoch, 0, head_of(1, epoch))
+        journal = Journal(epoch, (peer().peer_id,))
+        await service.set_journal(demo.id, epoch, 0, journal)
+        snapshot = await service.create_snapshot(demo.id, "monday")
+        state = await service.state()
+        assert state.volumes == {demo.id: demo} and state.deleted == {gone.id: gone}
+        assert state.heads == {demo.id: head_of(1, epoch)} and state.epochs == {demo.id: epoch}
+        assert state.journals == {demo.id: journal} and state.snapshots == [snapshot]
+        assert isinstance(state.locks[demo.id], Lock)
+
+        rows = {service.keys.row_of(key) for key, _ in await service.dump()}
+        assert rows == set(keys.TABLE)
+        for broken in ("heads/0000000001", "unheard-of/7"):
+            key = service.keys.prefix + broken
+            kept = await f.store.get(key)
+            await f.store.txn([], [Put(key, b"{}")])
+            with pytest.raises(Corruption):
+                await service.state()
+            assert (key, b"{}") in await service.dump()
+            if kept is not None:
+                await f.store.txn([], [Put(key, kept.value)])
+
+    run(backend, test)
+
+
+FAULTS = ["lose_answers", "lose_requests", "delay_requests"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_change_survives_a_lost_answer(backend: Backend, fault: str) -> None:
+    """Each operation has its effect once, and says so, whichever half of the exchange is lost.
+
+    With a delayed request the copy that arrives later must change nothing.
+    """
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+
+        async def faulty(call: Awaitable[object]) -> object:
+            setattr(f.store, fault, 1)
+            result = await call
+            assert getattr(f.store, fault) == 0, "the fault was not met"
+            before = await service.dump()
+            await f.store.arrive()
+            assert await service.dump() == before
+            return result
+
+        await service.wipe()
+        await faulty(service.init(METADATA, b"ring 1"))
+        await faulty(service.set_ring(b"ring 2", 2))
+        lease = await service.grant_lease(60)
+        await faulty(service.register_peer(peer(), lease))
+        volume = await faulty(service.create_volume("demo", GIB))
+        assert isinstance(volume, VolumeRecord) and volume.id == 1
+        await faulty(service.resize_volume("demo", 2 * GIB))
+        assert isinstance(await faulty(service.mint_inode(volume.id)), int)
+        epoch = await faulty(service.attach(volume.id, "vm1 pid 1", lease))
+        assert epoch == 1
+        revision = await faulty(service.commit_head(volume.id, 1, 0, head_of(1, 1)))
+        assert await service.head(volume.id) == (head_of(1, 1), revision)
+        await faulty(service.set_journal(volume.id, 1, 0, Journal(1, ())))
+        await faulty(service.renew_lock(volume.id, 1, "vm1 pid 1", await service.grant_lease(60)))
+        await faulty(service.create_snapshot(volume.id, "monday"))
+        await faulty(service.delete_snapshot(volume.id, "monday"))
+        await faulty(service.detach(volume.id, 1))
+        await faulty(service.delete_volume("demo"))
+        await faulty(service.wipe())
+        assert await service.dump() == []
+
+    run(backend, test)
+
+
+def test_a_change_whose_fate_stays_unknown_says_so(backend: Backend) -> None:
+    """If the store stays away for resolve_s, the caller gets OutcomeUnknown, and not Again."""
+
+    async def test(f: Fixture) -> None:
+        service = MetadataService(f.store, rng=random.Random(4), resolve_s=0.2)
+        volume = await service.create_volume("demo", GIB)
+        epoch = await service.attach(volume.id, "vm1 pid 1", await service.grant_lease(60))
+        f.store.lose_requests = 1000
+        with pytest.raises(OutcomeUnknown):
+            await service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
+        f.store.lose_requests = 0
+        f.store.down = True
+        with pytest.raises(Again):
+            await service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
+
+    run(backend, test)
+
+
+def test_patience_outlasts_an_outage_and_has_an_end(backend: Backend) -> None:
+    """Patiently repeats a call that met Again until it works, or time is up; no other error."""
+
+    async def test(f: Fixture) -> None:
+        rng = random.Random(5)
+        f.store.down = True
+        with pytest.raises(Again):
+            await patiently(f.service.ring, give_up_s=0.2, rng=rng)
+        waiting = asyncio.ensure_future(patiently(f.service.ring, give_up_s=None, rng=rng))
+        await asyncio.wait({waiting}, timeout=0.1)
+        assert not waiting.done()
+        f.store.down = False
+        assert await waiting == (b"ring 1", 1)
+        with pytest.raises(NotExist):
+            await patiently(f.service.volume, "absent", give_up_s=None, rng=rng)
+
+    run(backend, test)

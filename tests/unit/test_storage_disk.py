@@ -1,0 +1,445 @@
+"""One suite for the real disk and the simulated one, and what only one of them has."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from torus_actors.errors import Closed, Invalid, Locked, NotExist, OutOfSpace
+from torus_actors.storage import disk as disk_module
+from torus_actors.storage.disk import Disk, RealDisk
+from torus_actors.storage.simdisk import PowerCut, SimDisk
+
+
+@pytest.fixture(params=["real", "sim"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Disk:
+    """An empty data directory of each kind."""
+    if request.param == "real":
+        return RealDisk(tmp_path / "data" / "node")
+    return SimDisk(random.Random(1))
+
+
+def sim(seed: int = 1, **options: int) -> SimDisk:
+    """A simulated disk with one synced file of 8 KiB of 'a'."""
+    disk = SimDisk(random.Random(seed), **options)
+    file = disk.open("f", create=True)
+    file.pwrite(b"a" * 8192, 0)
+    file.fdatasync()
+    disk.fsync_dir()
+    return disk
+
+
+def test_bytes_come_back(disk: Disk) -> None:
+    """What vectored calls write is what vectored reads see, at any offset and split."""
+    file = disk.open("f", create=True)
+    file.pwritev([b"abc", memoryview(b"defg"), bytearray(b"h")], 4095)
+    assert file.size() == 4103
+    first, second = bytearray(3), bytearray(4)
+    assert file.preadv([first, memoryview(second)], 4096) == 7
+    assert bytes(first + second) == b"bcdefgh"
+    assert file.pread(100, 4094) == b"\0abcdefgh"
+    assert file.pread(10, 5000) == b""
+    assert disk.open("f").pread(3, 4095) == b"abc"
+    file.close()
+
+
+def test_read_ends_at_end_of_file(disk: Disk) -> None:
+    """A read over the end of the file is short, and says by how much."""
+    file = disk.open("f", create=True)
+    file.pwrite(b"abc", 0)
+    first, second = bytearray(2), bytearray(4)
+    assert file.preadv([first, second], 0) == 3
+    assert second[:1] == b"c"
+
+
+def test_more_buffers_than_one_call_takes(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer lists than IOV_MAX are written and read whole."""
+    monkeypatch.setattr(disk_module, "BUFFERS_MAX", 3)
+    file = disk.open("f", create=True)
+    pieces = [bytes([i]) * (i + 1) for i in range(10)]
+    file.pwritev(pieces, 7)
+    buffers = [bytearray(i + 1) for i in range(10)]
+    assert file.preadv(buffers, 7) == 55
+    assert [bytes(b) for b in buffers] == pieces
+
+
+def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that writes only part is followed by others until all is written."""
+    real = os.pwritev
+
+    def stingy(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return real(fd, [memoryview(buffers[0])[:2]], offset)
+
+    monkeypatch.setattr(os, "pwritev", stingy)
+    file = RealDisk(tmp_path).open("f", create=True)
+    file.pwritev([b"abc", b"", b"defg"], 1)
+    assert file.pread(8, 0) == b"\0abcdefg"
+
+
+def test_size_changes(disk: Disk) -> None:
+    """Truncation cuts and extends with zeros; reserving never shrinks."""
+    file = disk.open("f", create=True, size=6000)
+    assert file.size() == 6000
+    file.pwrite(b"x" * 6000, 0)
+    file.allocate(100)
+    assert file.size() == 6000
+    file.truncate(10)
+    file.allocate(5000)
+    assert file.pread(6000, 0) == b"x" * 10 + bytes(4990)
+    file.truncate(20)
+    file.fdatasync()
+    file.truncate(8000)
+    assert file.pread(9000, 0) == b"x" * 10 + bytes(7990)
+
+
+def test_names(disk: Disk) -> None:
+    """Files are made, listed, renamed over others and removed."""
+    assert disk.listdir() == []
+    disk.mkdir("sub/deep")
+    disk.open("b", create=True).pwrite(b"b", 0)
+    disk.open("a", create=True).pwrite(b"a", 0)
+    disk.open("sub/deep/c", create=True)
+    assert disk.listdir() == ["a", "b"]
+    assert disk.listdir("sub/deep") == ["c"]
+    assert disk.listdir("nowhere") == []
+    disk.rename("a", "b")
+    assert not disk.exists("a")
+    assert disk.open("b").pread(1, 0) == b"a"
+    disk.unlink("b")
+    assert not disk.exists("b")
+    disk.fsync_dir()
+    disk.fsync_dir("sub/deep")
+    with pytest.raises(Invalid):
+        disk.rename("sub/deep/c", "c")
+
+
+def test_missing_files(disk: Disk) -> None:
+    """What needs a file that is not there says so by name."""
+    for action in (
+        lambda: disk.open("gone"),
+        lambda: disk.unlink("gone"),
+        lambda: disk.rename("gone", "other"),
+    ):
+        with pytest.raises(NotExist, match="gone"):
+            action()
+
+
+def test_closed_file(disk: Disk) -> None:
+    """A closed file refuses everything; closing twice is allowed."""
+    file = disk.open("f", create=True)
+    file.close()
+    file.close()
+    for action in (
+        lambda: file.pread(1, 0),
+        lambda: file.preadv_nowait([bytearray(1)], 0),
+        lambda: file.pwrite(b"x", 0),
+        file.fdatasync,
+        file.size,
+        lambda: file.truncate(0),
+    ):
+        with pytest.raises(Closed):
+            action()
+
+
+def test_lock_is_exclusive(disk: Disk) -> None:
+    """A data directory is opened once at a time, and the refusal is one plain line."""
+    lock = disk.lock()
+    with pytest.raises(Locked, match="in use by another process") as refusal:
+        disk.lock()
+    assert "\n" not in str(refusal.value)
+    lock.release()
+    lock.release()
+    disk.lock().release()
+
+
+def test_lock_survives_a_late_release(disk: Disk) -> None:
+    """Releasing a lock twice does not take it from the next holder."""
+    first = disk.lock()
+    first.release()
+    second = disk.lock()
+    first.release()
+    with pytest.raises(Locked):
+        disk.lock()
+    second.release()
+
+
+def test_read_from_memory(disk: Disk) -> None:
+    """A read that must not wait serves what was just written, or says that it cannot."""
+    file = disk.open("f", create=True)
+    file.pwrite(b"abcd", 0)
+    buffer = bytearray(4)
+    count = file.preadv_nowait([buffer], 0)
+    assert count is None or (count == 4 and buffer == b"abcd")
+
+
+def test_real_nowait_gives_up_where_unsupported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without cached reads is asked once; one that would block answers None."""
+    file = RealDisk(tmp_path).open("f", create=True)
+    calls = []
+
+    def preadv(error: int) -> None:
+        def fail(*_: object) -> int:
+            calls.append(error)
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(os, "preadv", fail)
+
+    preadv(errno.EAGAIN)
+    assert file.preadv_nowait([bytearray(1)], 0) is None
+    preadv(errno.EIO)
+    with pytest.raises(OSError, match="cannot read"):
+        file.preadv_nowait([bytearray(1)], 0)
+    preadv(errno.EOPNOTSUPP)
+    assert file.preadv_nowait([bytearray(1)], 0) is None
+    assert file.preadv_nowait([bytearray(1)], 0) is None
+    assert calls == [errno.EAGAIN, errno.EIO, errno.EOPNOTSUPP]
+
+
+def test_real_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reservation that does not fit leaves the file, and the directory, as they were."""
+
+    def full(fd: int, offset: int, length: int) -> None:
+        os.ftruncate(fd, offset + length // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    disk = RealDisk(tmp_path)
+    file = disk.open("old", create=True, size=100)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutOfSpace, match="the disk is full"):
+        file.allocate(1000)
+    assert file.size() == 100
+    with pytest.raises(OutOfSpace):
+        disk.open("new", create=True, size=1000)
+    assert disk.listdir() == ["old"]
+    with pytest.raises(OutOfSpace):
+        disk.open("old", size=1000)
+    assert disk.listdir() == ["old"]
+    assert disk.free_bytes() > 0
+
+
+def test_real_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the medium stays an OSError, with action and path in its text."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    file = RealDisk(tmp_path).open("f", create=True)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match=r"cannot sync: Input/output error: .*/f") as failure:
+        file.fdatasync()
+    assert failure.value.errno == errno.EIO
+
+
+# What only the simulated one has.
+
+
+def test_synced_bytes_survive_a_crash() -> None:
+    """A sync makes all writes before it durable, in files whose names are synced."""
+    after = sim().crash()
+    assert after.open("f").pread(9000, 0) == b"a" * 8192
+
+
+def test_unsynced_bytes_survive_in_any_subset() -> None:
+    """Over many crashes every sector is seen old and new, and nothing else is."""
+    seen: set[bytes] = set()
+    torn = 0
+    for seed in range(60):
+        disk = sim(seed)
+        disk.open("f").pwrite(b"b" * 2048, 1024)
+        assert disk.open("f").pread(8192, 0) == b"a" * 1024 + b"b" * 2048 + b"a" * 5120
+        content = disk.crash().open("f").pread(8192, 0)
+        assert content[:1024] == b"a" * 1024
+        assert content[3072:] == b"a" * 5120
+        sectors = [content[at : at + 512] for at in range(1024, 3072, 512)]
+        assert all(len(set(sector)) == 1 for sector in sectors)
+        torn += len(set(sectors)) > 1
+        seen.update(sectors)
+    assert seen == {b"a" * 512, b"b" * 512}
+    assert torn > 10
+
+
+def test_small_write_takes_its_sector_along() -> None:
+    """A write of less than a sector is there whole or not at all, with its neighbours intact."""
+    outcomes = set()
+    for seed in range(30):
+        disk = sim(seed)
+        disk.open("f").pwrite(b"b" * 100, 4000)
+        content = disk.crash().open("f").pread(8192, 0)
+        assert content.replace(b"b", b"a") == b"a" * 8192
+        outcomes.add(content.count(b"b"))
+    # 4000 to 4096 ends one sector, 4096 to 4100 begins the next.
+    assert outcomes == {0, 4, 96, 100}
+
+
+def test_unsynced_names_may_be_lost() -> None:
+    """New names, renames and removals last only once their directory is synced."""
+    outcomes = set()
+    for seed in range(60):
+        disk = sim(seed)
+        disk.open("g", create=True)
+        disk.rename("f", "h")
+        outcomes.add(tuple(disk.crash().listdir()))
+    assert outcomes == {("f",), ("f", "g"), ("h",), ("g", "h")}
+    disk = sim()
+    disk.rename("f", "h")
+    disk.fsync_dir()
+    assert disk.crash().listdir() == ["h"]
+    disk = sim()
+    disk.unlink("f")
+    disk.fsync_dir()
+    assert disk.crash().listdir() == []
+
+
+def test_unsynced_sizes_may_be_lost() -> None:
+    """Growing and cutting a file last only once it is synced."""
+    for grow, sizes in ((True, {8192, 12288}), (False, {8192, 100})):
+        outcomes = set()
+        for seed in range(30):
+            disk = sim(seed)
+            file = disk.open("f")
+            if grow:
+                file.allocate(12288)
+            else:
+                file.truncate(100)
+            after = disk.crash().open("f")
+            outcomes.add(after.size())
+            assert after.pread(20000, 0) == (b"a" * 8192)[: after.size()].ljust(after.size(), b"\0")
+        assert outcomes == sizes
+
+
+def test_failed_sync_lies_afterwards() -> None:
+    """After a failed sync the cache shows what the disk lost, and a later sync does not help."""
+    lost = 0
+    for seed in range(30):
+        disk = sim(seed)
+        disk.inject("sync")
+        file = disk.open("f")
+        file.pwrite(b"b" * 4096, 0)
+        with pytest.raises(OSError):
+            file.fdatasync()
+        file.fdatasync()
+        assert file.pread(4096, 0) == b"b" * 4096
+        after = disk.crash().open("f").pread(4096, 0)
+        lost += after != b"b" * 4096
+        # Writing the same again does.
+        disk = sim(seed)
+        disk.inject("sync")
+        file = disk.open("f")
+        file.pwrite(b"b" * 4096, 0)
+        with pytest.raises(OSError):
+            file.fdatasync()
+        file.pwrite(file.pread(4096, 0), 0)
+        file.fdatasync()
+        assert disk.crash().open("f").pread(4096, 0) == b"b" * 4096
+    assert lost > 10
+
+
+def test_power_cut_ends_everything() -> None:
+    """From the cut on, no call of the old disk or its files returns."""
+    disk = sim()
+    file = disk.open("f")
+    disk.cut_before(2)
+    file.pwrite(b"x", 0)
+    file.fdatasync()
+    for action in (
+        lambda: file.pwrite(b"y", 0),
+        lambda: file.pread(1, 0),
+        lambda: disk.open("f"),
+        disk.listdir,
+        disk.lock,
+    ):
+        with pytest.raises(PowerCut):
+            action()
+    assert disk.crash().open("f").pread(1, 0) == b"x"
+
+
+def test_cut_on_demand() -> None:
+    """A scenario can cut the power between operations too."""
+    disk = sim()
+    disk.cut_power()
+    with pytest.raises(PowerCut):
+        disk.open("f")
+
+
+def test_kill_keeps_the_cache() -> None:
+    """Killing the process ends locks and handles, and loses no finished write."""
+    disk = sim()
+    disk.lock()
+    file = disk.open("f")
+    file.pwrite(b"b", 0)
+    after = disk.kill()
+    with pytest.raises(PowerCut):
+        file.pread(1, 0)
+    after.lock()
+    assert after.open("f").pread(2, 0) == b"ba"
+
+
+def test_injected_errors() -> None:
+    """Faults hit the given kind, file, place in the sequence and number of times."""
+    disk = sim()
+    file = disk.open("f")
+    disk.inject("write", skip=1, times=2)
+    disk.inject("write", path="other")
+    file.pwrite(b"1", 0)
+    for _ in range(2):
+        with pytest.raises(OSError, match="cannot write: Input/output error: 'f'"):
+            file.pwrite(b"2", 0)
+    file.pwrite(b"3", 0)
+    disk.inject("read")
+    with pytest.raises(OSError):
+        file.pread(1, 0)
+    assert file.pread(1, 0) == b"3"
+    disk.inject("write", errno.ENOSPC)
+    with pytest.raises(OutOfSpace):
+        file.pwrite(b"4", 0)
+
+
+def test_capacity() -> None:
+    """The files together hold no more than the disk; refused growth changes nothing."""
+    disk = sim(capacity_bytes=10_000)
+    assert disk.free_bytes() == 10_000 - 8192
+    with pytest.raises(OutOfSpace):
+        disk.open("g", create=True, size=5000)
+    assert disk.listdir() == ["f"]
+    file = disk.open("f")
+    with pytest.raises(OutOfSpace):
+        file.pwrite(bytes(4096), 8192)
+    assert file.size() == 8192
+    file.pwrite(bytes(1000), 8192)
+    assert disk.free_bytes() == 10_000 - 9192
+
+
+def test_bit_rot() -> None:
+    """Rot changes just those bytes, for readers and for good."""
+    disk = sim()
+    disk.rot("f", 4095, 2)
+    rotten = b"a" * 4095 + b"\x9e\x9e" + b"a" * 4095
+    assert disk.open("f").pread(8192, 0) == rotten
+    assert disk.crash().open("f").pread(8192, 0) == rotten
+
+
+def test_cache_misses_are_seeded() -> None:
+    """Which reads miss the cache depends on the seed alone."""
+
+    def misses(seed: int) -> list[bool]:
+        file = sim(seed, miss_percent=50).open("f")
+        return [file.preadv_nowait([bytearray(1)], 0) is None for _ in range(40)]
+
+    assert misses(1) == misses(1) != misses(2)
+    assert 5 < sum(misses(1)) < 35
+
+
+def test_memory_is_sparse() -> None:
+    """Zeros take no memory, and synced bytes take theirs once."""
+    disk = SimDisk(random.Random(1))
+    file = disk.open("f", create=True, size=1 << 40 >> 1)
+    assert disk.memory_bytes() == 0
+    file.pwrite(b"x" * 4096, 1 << 30)
+    file.fdatasync()
+    assert disk.memory_bytes() == 4096

@@ -1,0 +1,145 @@
+"""What all metadata operations share: typed reads, and transactions that survive a lost answer."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import random
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from torus_actors.errors import Again, OutcomeUnknown
+from torus_actors.metadata.keys import PREFIX, Keys
+from torus_actors.metadata.kv import Compare, KeyValueStore, Operation
+from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.records import Record
+from torus_actors.metadata.watching import POLL_S, Watch
+
+R = TypeVar("R", bound=Record)
+
+RESOLVE_S = 10.0
+"""How long an operation whose answer was lost is followed up before it fails as unknown."""
+
+CONTENTION_MAX = 50
+"""Attempts against others who change the same key; more is not contention, but a bug."""
+
+
+class MetadataBase:
+    """The store, the keys in it, and how to change them.
+
+    Args:
+        store: where everything is kept; closed with the service.
+        rng: jitter, and the nonces by which an operation knows its own work again. Two services on
+            one store must not draw the same numbers.
+        prefix: all keys start with it.
+        wall_clock: seconds since 1970, for people to read; the loop's time unless given.
+        resolve_s: how long the fate of a change is looked into after its answer was lost.
+    """
+
+    def __init__(
+        self,
+        store: KeyValueStore,
+        *,
+        rng: random.Random,
+        prefix: str = PREFIX,
+        wall_clock: Callable[[], float] | None = None,
+        resolve_s: float = RESOLVE_S,
+    ) -> None:
+        self.store = store
+        self.keys = Keys(prefix)
+        self._rng = rng
+        self._wall_clock = wall_clock
+        self._resolve_s = resolve_s
+
+    async def close(self) -> None:
+        """Close the store."""
+        await self.store.close()
+
+    def watch(self, prefix: str, *, poll_s: float = POLL_S) -> Watch:
+        """Follow the keys under ``prefix`` (a full key prefix): see `Watch`."""
+        return Watch(self.store, prefix, rng=self._rng, poll_s=poll_s)
+
+    async def _read(self, key: str, record: type[R]) -> tuple[R | None, int]:
+        found = await self.store.get(key)
+        return (None, 0) if found is None else (record.decode(found.value), found.mod_revision)
+
+    async def _list(self, prefix: str, record: type[R]) -> list[R]:
+        found, _ = await self.store.range(prefix)
+        return [record.decode(item.value) for item in found]
+
+    async def _settle(
+        self,
+        compare: Sequence[Compare],
+        then: Sequence[Operation],
+        mine: Callable[[], Awaitable[int | None]],
+    ) -> int | None:
+        """Run a transaction to a known end, though its answer may get lost on the way.
+
+        If an answer is lost the same transaction is sent again. That is safe only because its own
+        effect makes its compares false: at most one of the two can apply, even if the first is
+        still under way. When the compares fail, ``mine`` looks whether that is our own doing.
+
+        Args:
+            compare: false once ``then`` has applied.
+            then: the operations.
+            mine: returns the revision at which this very change was made, or None.
+
+        Returns:
+            The revision of the change; None if it was not made, and cannot be any more.
+
+        Raises:
+            Again: nothing happened.
+            OutcomeUnknown: the store did not come back in time to tell.
+        """
+        until = asyncio.get_running_loop().time() + self._resolve_s
+        backoff = Backoff(self._rng)
+        unknown = False
+        while True:
+            try:
+                result = await self.store.txn(compare, then)
+                return result.revision if result.succeeded else await mine()
+            except (Again, OutcomeUnknown) as error:
+                unknown = unknown or isinstance(error, OutcomeUnknown)
+                if not unknown:
+                    raise
+                if not await backoff.wait(until):
+                    raise OutcomeUnknown(f"the change may or may not be made: {error}") from error
+
+    def _attempts(self, what: str) -> Attempts:
+        return Attempts(Backoff(self._rng, first_s=0.002, max_s=0.1), what)
+
+    def _now(self) -> float:
+        if self._wall_clock is None:
+            return asyncio.get_running_loop().time()
+        return self._wall_clock()
+
+    def _nonce(self) -> str:
+        return str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
+
+
+class Attempts:
+    """Counts the attempts at a compare-and-set that others may get ahead of."""
+
+    def __init__(self, backoff: Backoff, what: str) -> None:
+        self._backoff = backoff
+        self._what = what
+        self._made = 0
+
+    async def next(self) -> None:
+        """Call before each attempt; waits a little before all but the first.
+
+        Raises:
+            Again: there were enough of them.
+        """
+        if self._made >= CONTENTION_MAX:
+            raise Again(f"cannot {self._what}: others change it all the time")
+        if self._made:
+            await self._backoff.wait()
+        self._made += 1
+
+
+def when(seconds: float) -> str:
+    """A wall-clock time for a person, in UTC."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,241 @@
+"""Metadata of the cluster as a whole: global metadata, ring, peers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from torus_actors.errors import (
+    CompareFailed,
+    Corruption,
+    Exists,
+    NoGlobalMetadata,
+    NonSequentialRing,
+)
+from torus_actors.metadata import keys as table
+from torus_actors.metadata.base import MetadataBase
+from torus_actors.metadata.kv import Compare, Delete, DeletePrefix, Put
+from torus_actors.metadata.records import (
+    Counter,
+    Epoch,
+    GlobalMetadata,
+    Head,
+    Journal,
+    Lock,
+    PeerInfo,
+    Record,
+    RingRecord,
+    Snapshot,
+    VolumeRecord,
+)
+from torus_actors.metadata.watching import Follow
+
+FIRST_RING_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """Everything that says which blocks are alive, read at one revision; maps are by volume id."""
+
+    revision: int
+    volumes: dict[int, VolumeRecord]
+    heads: dict[int, Head]
+    epochs: dict[int, int]
+    locks: dict[int, Lock]
+    journals: dict[int, Journal]
+    snapshots: list[Snapshot]
+    deleted: dict[int, VolumeRecord]
+
+
+class ClusterOperations(MetadataBase):
+    """Global metadata, ring and peers."""
+
+    async def init(self, metadata: GlobalMetadata, ring: bytes) -> None:
+        """Make the cluster: its global metadata, and its first ring at version 1.
+
+        Args:
+            metadata: with a fresh cluster id; ``created`` is filled in if it is 0.
+            ring: opaque.
+
+        Raises:
+            Exists: it was made before.
+        """
+        if metadata.created == 0.0:
+            metadata = dataclasses.replace(metadata, created=self._now())
+        then = [
+            Put(self.keys.global_, metadata.encode()),
+            Put(self.keys.ring, RingRecord(FIRST_RING_VERSION, ring).encode()),
+            Put(self.keys.volume_counter, Counter(0).encode()),
+        ]
+
+        async def mine() -> int | None:
+            stored, revision = await self._read(self.keys.global_, GlobalMetadata)
+            return revision if stored == metadata else None
+
+        if await self._settle([Compare(self.keys.global_, mod_revision=0)], then, mine) is None:
+            raise Exists("the cluster is initialised already")
+
+    async def wipe(self) -> None:
+        """Remove everything of this cluster; fine if there is nothing (torus#267)."""
+        attempts = self._attempts("wipe the metadata")
+        while True:
+            await attempts.next()
+            found = await self.store.get(self.keys.global_)
+            revision = 0 if found is None else found.mod_revision
+
+            async def gone() -> int | None:
+                items, now = await self.store.range(self.keys.prefix)
+                return None if items else now
+
+            # The compare keeps a wipe that was delayed on its way from hitting a later cluster.
+            compare = [Compare(self.keys.global_, mod_revision=revision)]
+            if await self._settle(compare, [DeletePrefix(self.keys.prefix)], gone) is not None:
+                return
+
+    async def global_metadata(self) -> GlobalMetadata:
+        """What holds for the whole cluster.
+
+        Raises:
+            NoGlobalMetadata: `init` was never called.
+        """
+        found, _ = await self._read(self.keys.global_, GlobalMetadata)
+        if found is None:
+            raise NoGlobalMetadata("the cluster is not initialised: run torusctl init")
+        return found
+
+    async def ring(self) -> tuple[bytes, int]:
+        """The ring and its version.
+
+        Raises:
+            NoGlobalMetadata: `init` was never called.
+        """
+        stored, _ = await self._ring()
+        return stored.data, stored.version
+
+    async def set_ring(self, data: bytes, version: int) -> None:
+        """Replace the ring by its successor.
+
+        Args:
+            data: opaque.
+            version: one more than the version that it was made from.
+
+        Raises:
+            NonSequentialRing: the stored version is further behind.
+            CompareFailed: somebody else changed the ring first.
+        """
+        new = RingRecord(version, data)
+        stored, revision = await self._ring()
+        if version > stored.version + 1:
+            raise NonSequentialRing(f"ring {version} does not follow {stored.version}")
+        raced = CompareFailed(f"the ring was changed before: version {version} is taken")
+        if version <= stored.version:
+            raise raced
+
+        async def mine() -> int | None:
+            now, at = await self._read(self.keys.ring, RingRecord)
+            return at if now == new else None
+
+        compare = [Compare(self.keys.ring, mod_revision=revision)]
+        if await self._settle(compare, [Put(self.keys.ring, new.encode())], mine) is None:
+            raise raced
+
+    def ring_watch(self) -> AsyncIterator[tuple[bytes, int]]:
+        """The ring and its version: at present, then after every change; nothing while wiped."""
+
+        def view(found: list[RingRecord]) -> tuple[bytes, int] | None:
+            return (found[0].data, found[0].version) if found else None
+
+        return Follow(self.watch(self.keys.ring), RingRecord, view)
+
+    async def register_peer(self, info: PeerInfo, lease: int) -> None:
+        """Say that a storage node is up, for as long as the lease lives.
+
+        May be repeated under the same or another lease: above all after one was lost (torus#132).
+
+        Raises:
+            Exists: a later incarnation of the node is registered: this process must not serve.
+            LeaseNotFound: the lease has ended.
+        """
+        key = self.keys.peer(info.peer_id)
+        attempts = self._attempts("register the peer")
+        while True:
+            await attempts.next()
+            stored, revision = await self._read(key, PeerInfo)
+            if stored is not None and stored.incarnation > info.incarnation:
+                raise Exists(
+                    f"peer {info.peer_id} runs already, started later, at {stored.address}: "
+                    "two nodes must not share a data directory"
+                )
+
+            async def mine() -> int | None:
+                now = await self.store.get(key)
+                same = now is not None and (now.value, now.lease) == (info.encode(), lease)
+                return now.mod_revision if now is not None and same else None
+
+            put = Put(key, info.encode(), lease)
+            if await self._settle([Compare(key, mod_revision=revision)], [put], mine) is not None:
+                return
+
+    async def unregister_peer(self, peer_id: str) -> None:
+        """Say that a storage node leaves in good order; fine if it is not registered."""
+        await self.store.txn([], [Delete(self.keys.peer(peer_id))])
+
+    async def peers(self) -> list[PeerInfo]:
+        """Storage nodes that are up, by id."""
+        return await self._list(self.keys.under(table.PEER), PeerInfo)
+
+    def peers_watch(self) -> AsyncIterator[list[PeerInfo]]:
+        """Storage nodes that are up, by id: at present, then after every change."""
+        return Follow(self.watch(self.keys.under(table.PEER)), PeerInfo, list)
+
+    async def state(self) -> ClusterState:
+        """All that refers to blocks, in one read: what a collector's pass starts from.
+
+        Raises:
+            Corruption: any record cannot be read; nothing is left out.
+        """
+        items, revision = await self.store.range(self.keys.prefix)
+        state = ClusterState(revision, {}, {}, {}, {}, {}, [], {})
+        for item in items:
+            row = self.keys.row_of(item.key)
+            if row is None:
+                raise Corruption(f"unknown metadata key {item.key}")
+            record = row.record.decode(item.value)
+            volume_id = item.key.removeprefix(self.keys.under(row)).partition("/")[0]
+            match record:
+                case Head():
+                    state.heads[int(volume_id, 16)] = record
+                case Epoch():
+                    state.epochs[int(volume_id, 16)] = record.epoch
+                case Lock():
+                    state.locks[int(volume_id, 16)] = record
+                case Journal():
+                    state.journals[int(volume_id, 16)] = record
+                case Snapshot():
+                    state.snapshots.append(record)
+                case VolumeRecord() if row is table.VOLUME:
+                    state.volumes[record.id] = record
+                case VolumeRecord():
+                    state.deleted[record.id] = record
+        return state
+
+    async def dump(self) -> list[tuple[str, Record | bytes]]:
+        """Every key and its record, for a person; what cannot be read is given as it is."""
+        items, _ = await self.store.range(self.keys.prefix)
+        return [(item.key, self._decoded(item.key, item.value)) for item in items]
+
+    def _decoded(self, key: str, value: bytes) -> Record | bytes:
+        row = self.keys.row_of(key)
+        if row is None:
+            return value
+        try:
+            return row.record.decode(value)
+        except Corruption:
+            return value
+
+    async def _ring(self) -> tuple[RingRecord, int]:
+        stored, revision = await self._read(self.keys.ring, RingRecord)
+        if stored is None:
+            raise NoGlobalMetadata("the cluster is not initialised: run torusctl init")
+        return stored, revision

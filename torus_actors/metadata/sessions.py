@@ -1,0 +1,194 @@
+"""Metadata of a volume's session: lock, epoch, head, journal.
+
+The lock keeps two clients from opening one volume, and hangs on a lease. The epoch is what makes it
+safe: it only grows, hangs on nothing, and every commit compares it. A client that lost its lease
+may go on until another attaches; from then on the store refuses all that it commits.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torus_actors.errors import CompareFailed, Fenced, Invalid, NotExist
+from torus_actors.metadata import keys as table
+from torus_actors.metadata.base import MetadataBase
+from torus_actors.metadata.kv import Compare, Delete, Put
+from torus_actors.metadata.records import Epoch, Head, Journal, Lock, Record, VolumeRecord
+from torus_actors.metadata.volumes import held
+
+R = TypeVar("R", bound=Record)
+
+
+class SessionOperations(MetadataBase):
+    """What the one client that has a volume open does."""
+
+    async def attach(self, volume_id: int, holder: str, lease: int) -> int:
+        """Open a volume: take its lock, under a new epoch that fences all earlier sessions.
+
+        Args:
+            volume_id: the volume.
+            holder: who, for people: host and process.
+            lease: the lock lives as long.
+
+        Returns:
+            The epoch of the new session.
+
+        Raises:
+            Locked: somebody else has it; the text names them.
+            NotExist: there is no such volume.
+            LeaseNotFound: the lease has ended.
+        """
+        lock_key = self.keys.of(table.LOCK, volume_id)
+        epoch_key = self.keys.of(table.EPOCH, volume_id)
+        nonce = self._nonce()
+        attempts = self._attempts("attach the volume")
+        while True:
+            await attempts.next()
+            epoch, revision = await self._read(epoch_key, Epoch)
+            if epoch is None:
+                raise NotExist(f"there is no volume with id {volume_id}")
+            lock, _ = await self._read(lock_key, Lock)
+            if lock is not None:
+                raise held(await self._name_of(volume_id), lock)
+            mine_epoch = Epoch(epoch.epoch + 1)
+            new = Lock(holder, mine_epoch.epoch, self._now(), nonce)
+
+            async def mine(new: Lock = new) -> int | None:
+                stored, at = await self._read(lock_key, Lock)
+                return at if stored == new else None
+
+            compare = [
+                Compare(epoch_key, mod_revision=revision),
+                Compare(lock_key, mod_revision=0),
+            ]
+            then = [Put(epoch_key, mine_epoch.encode()), Put(lock_key, new.encode(), lease)]
+            if await self._settle(compare, then, mine) is not None:
+                return new.epoch
+
+    async def lock_status(self, volume_id: int) -> tuple[Lock | None, int]:
+        """Who has the volume open, if anybody, and its newest epoch.
+
+        Raises:
+            NotExist: there is no such volume.
+        """
+        epoch, _ = await self._read(self.keys.of(table.EPOCH, volume_id), Epoch)
+        if epoch is None:
+            raise NotExist(f"there is no volume with id {volume_id}")
+        lock, _ = await self._read(self.keys.of(table.LOCK, volume_id), Lock)
+        return lock, epoch.epoch
+
+    async def renew_lock(self, volume_id: int, epoch: int, holder: str, new_lease: int) -> None:
+        """Hang the lock on another lease; make it again if the old lease took it along.
+
+        Raises:
+            Fenced: another session has begun since, or the volume is gone.
+            LeaseNotFound: the new lease has ended.
+        """
+        key = self.keys.of(table.LOCK, volume_id)
+        nonce = self._nonce()
+        attempts = self._attempts("renew the volume's lock")
+        while True:
+            await attempts.next()
+            lock, revision = await self._read(key, Lock)
+            await self._check_epoch(volume_id, epoch)
+            new = Lock(holder, epoch, self._now() if lock is None else lock.since, nonce)
+
+            async def mine(new: Lock = new) -> int | None:
+                stored, at = await self._read(key, Lock)
+                return at if stored == new else None
+
+            # The lock's revision too: else a renewal that was delayed on its way could bring back
+            # a lock that has been given up.
+            compare = [self._in_session(volume_id, epoch), Compare(key, mod_revision=revision)]
+            if await self._settle(compare, [Put(key, new.encode(), new_lease)], mine) is not None:
+                return
+
+    async def detach(self, volume_id: int, epoch: int) -> None:
+        """Give up the lock; fine if it is gone already.
+
+        Raises:
+            Fenced: another session has begun since, or the volume is gone.
+        """
+        key = self.keys.of(table.LOCK, volume_id)
+
+        async def fenced() -> int | None:
+            return None
+
+        # Its effect leaves the compare true, but twice is as good as once: while the epoch is ours
+        # nobody else's lock can be there.
+        if await self._settle([self._in_session(volume_id, epoch)], [Delete(key)], fenced) is None:
+            await self._check_epoch(volume_id, epoch)
+
+    async def head(self, volume_id: int) -> tuple[Head | None, int]:
+        """The last committed version and its revision; None and 0 before the first commit."""
+        return await self._read(self.keys.of(table.HEAD, volume_id), Head)
+
+    async def commit_head(
+        self, volume_id: int, epoch: int, expected_revision: int, head: Head
+    ) -> int:
+        """Make a checkpoint the volume's version. Repeating it after a lost answer is fine.
+
+        Args:
+            volume_id: the volume.
+            epoch: the session's.
+            expected_revision: of the head that this one replaces.
+            head: with the session's epoch and an INode number of its own.
+
+        Returns:
+            The new head's revision: expected by the next commit.
+
+        Raises:
+            Fenced: another session has begun since, or the volume is gone.
+            CompareFailed: the head is another than expected.
+            OutcomeUnknown: the store did not come back in time to tell; commit the same again.
+        """
+        if head.epoch != epoch:
+            raise Invalid(f"a head of epoch {head.epoch} in a session of epoch {epoch}")
+        key = self.keys.of(table.HEAD, volume_id)
+        return await self._commit(volume_id, epoch, expected_revision, key, head)
+
+    async def journal(self, volume_id: int) -> tuple[Journal | None, int]:
+        """Where the newest journal is, and the record's revision; None and 0 before the first."""
+        return await self._read(self.keys.of(table.JOURNAL, volume_id), Journal)
+
+    async def set_journal(
+        self, volume_id: int, epoch: int, expected_revision: int, journal: Journal
+    ) -> int:
+        """Name the journal's ensemble. Arguments, result and errors are those of `commit_head`."""
+        if journal.epoch != epoch:
+            raise Invalid(f"a journal of epoch {journal.epoch} in a session of epoch {epoch}")
+        key = self.keys.of(table.JOURNAL, volume_id)
+        return await self._commit(volume_id, epoch, expected_revision, key, journal)
+
+    async def _commit(
+        self, volume_id: int, epoch: int, expected_revision: int, key: str, record: Record
+    ) -> int:
+        async def mine() -> int | None:
+            # Only this session writes records of its epoch, so an equal one is its own.
+            stored = await self.store.get(key)
+            same = stored is not None and stored.value == record.encode()
+            return stored.mod_revision if stored is not None and same else None
+
+        compare = [
+            self._in_session(volume_id, epoch),
+            Compare(key, mod_revision=expected_revision),
+        ]
+        revision = await self._settle(compare, [Put(key, record.encode())], mine)
+        if revision is None:
+            await self._check_epoch(volume_id, epoch)
+            raise CompareFailed(f"{key} is no longer at revision {expected_revision}")
+        return revision
+
+    def _in_session(self, volume_id: int, epoch: int) -> Compare:
+        return Compare(self.keys.of(table.EPOCH, volume_id), value=Epoch(epoch).encode())
+
+    async def _check_epoch(self, volume_id: int, epoch: int) -> None:
+        newest, _ = await self._read(self.keys.of(table.EPOCH, volume_id), Epoch)
+        if newest is None:
+            raise Fenced("the volume was deleted while it was open")
+        if newest.epoch != epoch:
+            raise Fenced(f"session {epoch} of the volume is over: session {newest.epoch} has begun")
+
+    async def _name_of(self, volume_id: int) -> str:
+        found, _ = await self._read(self.keys.of(table.VOLUME, volume_id), VolumeRecord)
+        return str(volume_id) if found is None else found.name

@@ -1,0 +1,261 @@
+"""Metadata of volumes: names, records, snapshots, and what remains of the deleted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+
+from torus_actors.errors import (
+    CompareFailed,
+    Exists,
+    Locked,
+    NoGlobalMetadata,
+    NotExist,
+    OutOfSpace,
+)
+from torus_actors.metadata import keys as table
+from torus_actors.metadata.base import MetadataBase, when
+from torus_actors.metadata.kv import Compare, Delete, DeletePrefix, Operation, Put
+from torus_actors.metadata.records import (
+    Counter,
+    Epoch,
+    Head,
+    Lock,
+    Snapshot,
+    VolumeName,
+    VolumeRecord,
+    check_name,
+)
+from torus_actors.metadata.watching import Follow
+from torus_actors.model.refs import VOLUME_ID_MAX
+
+
+class VolumeOperations(MetadataBase):
+    """Volumes and their snapshots."""
+
+    async def create_volume(
+        self, name: str, size: int, kind: str = "block", *, head: Head | None = None
+    ) -> VolumeRecord:
+        """Make a volume.
+
+        Args:
+            name: 1 to 128 letters, digits, dots, dashes, underscores.
+            size: bytes.
+            kind: a registered volume kind.
+            head: the first version, for a clone; without it the volume is all zeros.
+
+        Raises:
+            Exists: the name is taken.
+            NoGlobalMetadata: the cluster was never initialised.
+            OutOfSpace: all 2^40 ids have been used.
+        """
+        nonce = self._nonce()
+        attempts = self._attempts(f"create volume {name}")
+        while True:
+            await attempts.next()
+            counter, revision = await self._read(self.keys.volume_counter, Counter)
+            if counter is None:
+                raise NoGlobalMetadata("the cluster is not initialised: run torusctl init")
+            if counter.last >= VOLUME_ID_MAX:
+                raise OutOfSpace("all volume ids have been used")
+            volume = VolumeRecord(counter.last + 1, name, kind, size, self._now(), nonce)
+            if await self.store.get(self.keys.name(name)) is not None:
+                raise Exists(f"volume {name} exists already")
+            key = self.keys.of(table.VOLUME, volume.id)
+            then = [
+                Put(self.keys.volume_counter, Counter(volume.id).encode()),
+                Put(self.keys.name(name), VolumeName(volume.id).encode()),
+                Put(key, volume.encode()),
+                Put(self.keys.of(table.MINT, volume.id), Counter(0).encode()),
+                Put(self.keys.of(table.EPOCH, volume.id), Epoch(0).encode()),
+            ]
+            if head is not None:
+                then.append(Put(self.keys.of(table.HEAD, volume.id), head.encode()))
+
+            async def mine(key: str = key) -> int | None:
+                stored, at = await self._read(key, VolumeRecord)
+                return at if stored is not None and stored.nonce == nonce else None
+
+            compare = [
+                Compare(self.keys.volume_counter, mod_revision=revision),
+                Compare(self.keys.name(name), mod_revision=0),
+            ]
+            if await self._settle(compare, then, mine) is not None:
+                return volume
+
+    async def volumes(self) -> list[VolumeRecord]:
+        """All volumes, by id."""
+        return await self._list(self.keys.under(table.VOLUME), VolumeRecord)
+
+    def volumes_watch(self) -> AsyncIterator[list[VolumeRecord]]:
+        """All volumes, by id: at present, then after every change."""
+        return Follow(self.watch(self.keys.under(table.VOLUME)), VolumeRecord, list)
+
+    async def volume(self, name: str) -> VolumeRecord:
+        """The volume of that name.
+
+        Raises:
+            NotExist: there is none.
+        """
+        return (await self._volume(name))[0]
+
+    async def volume_by_id(self, volume_id: int) -> VolumeRecord:
+        """The volume with that id.
+
+        Raises:
+            NotExist: there is none, or no more.
+        """
+        found, _ = await self._read(self.keys.of(table.VOLUME, volume_id), VolumeRecord)
+        if found is None:
+            raise NotExist(f"there is no volume with id {volume_id}")
+        return found
+
+    async def resize_volume(self, name: str, size: int) -> VolumeRecord:
+        """Record another size; whether it may shrink is for the caller to say.
+
+        Args:
+            name: the volume.
+            size: bytes.
+
+        Raises:
+            NotExist: there is no such volume.
+        """
+        attempts = self._attempts(f"resize volume {name}")
+        while True:
+            await attempts.next()
+            volume, revision = await self._volume(name)
+            resized = dataclasses.replace(volume, size=size)
+            key = self.keys.of(table.VOLUME, volume.id)
+
+            async def mine(key: str = key, resized: VolumeRecord = resized) -> int | None:
+                stored, at = await self._read(key, VolumeRecord)
+                return at if stored == resized else None
+
+            compare = [Compare(key, mod_revision=revision)]
+            if await self._settle(compare, [Put(key, resized.encode())], mine) is not None:
+                return resized
+
+    async def delete_volume(self, name: str) -> VolumeRecord:
+        """Delete a volume with its snapshots; a marker for its blocks remains.
+
+        Raises:
+            NotExist: there is no such volume.
+            Locked: somebody has it open.
+        """
+        attempts = self._attempts(f"delete volume {name}")
+        while True:
+            await attempts.next()
+            volume, revision = await self._volume(name)
+            lock_key = self.keys.of(table.LOCK, volume.id)
+            lock, _revision = await self._read(lock_key, Lock)
+            if lock is not None:
+                raise held(volume.name, lock)
+            marker = self.keys.of(table.DELETED, volume.id)
+            gone = (table.VOLUME, table.MINT, table.HEAD, table.EPOCH, table.JOURNAL)
+            then: list[Operation] = [Delete(self.keys.of(row, volume.id)) for row in gone]
+            then.append(Delete(self.keys.name(name)))
+            then.append(DeletePrefix(self.keys.snapshots(volume.id)))
+            then.append(Put(marker, volume.encode()))
+
+            async def mine(marker: str = marker) -> int | None:
+                return (await self._read(marker, VolumeRecord))[1] or None
+
+            compare = [
+                Compare(self.keys.of(table.VOLUME, volume.id), mod_revision=revision),
+                Compare(lock_key, mod_revision=0),
+            ]
+            if await self._settle(compare, then, mine) is not None:
+                return volume
+
+    async def deleted_volumes(self) -> list[VolumeRecord]:
+        """Deleted volumes whose blocks may still be stored, by id."""
+        return await self._list(self.keys.under(table.DELETED), VolumeRecord)
+
+    async def forget_deleted(self, volume_id: int) -> None:
+        """The last block of a deleted volume is gone; fine if that was said before."""
+        await self.store.txn([], [Delete(self.keys.of(table.DELETED, volume_id))])
+
+    async def create_snapshot(self, volume_id: int, name: str) -> Snapshot:
+        """Keep the volume's present head under a name.
+
+        Raises:
+            NotExist: there is no such volume.
+            Exists: it has a snapshot of that name.
+            CompareFailed: the head moved meanwhile.
+        """
+        check_name(name)
+        volume_key = self.keys.of(table.VOLUME, volume_id)
+        head_key = self.keys.of(table.HEAD, volume_id)
+        key = self.keys.snapshot(volume_id, name)
+        volume, volume_revision = await self._read(volume_key, VolumeRecord)
+        if volume is None:
+            raise NotExist(f"there is no volume with id {volume_id}")
+        head, head_revision = await self._read(head_key, Head)
+        if (await self._read(key, Snapshot))[0] is not None:
+            raise Exists(f"snapshot {name} exists already")
+        encoded = b"" if head is None else head.encode()
+        snapshot = Snapshot(volume_id, name, encoded, self._now(), self._nonce())
+
+        async def mine() -> int | None:
+            stored, at = await self._read(key, Snapshot)
+            return at if stored == snapshot else None
+
+        compare = [
+            Compare(volume_key, mod_revision=volume_revision),
+            Compare(head_key, mod_revision=head_revision),
+            Compare(key, mod_revision=0),
+        ]
+        if await self._settle(compare, [Put(key, snapshot.encode())], mine) is None:
+            raise CompareFailed(f"the volume changed while snapshot {name} was made")
+        return snapshot
+
+    async def snapshot(self, volume_id: int, name: str) -> Snapshot:
+        """One snapshot.
+
+        Raises:
+            NotExist: there is none of that name.
+        """
+        found, _ = await self._read(self.keys.snapshot(volume_id, name), Snapshot)
+        if found is None:
+            raise NotExist(f"there is no snapshot {name}")
+        return found
+
+    async def snapshots(self, volume_id: int) -> list[Snapshot]:
+        """A volume's snapshots, by name."""
+        return await self._list(self.keys.snapshots(volume_id), Snapshot)
+
+    async def delete_snapshot(self, volume_id: int, name: str) -> None:
+        """Let a snapshot go.
+
+        Raises:
+            NotExist: there is none of that name.
+        """
+        key = self.keys.snapshot(volume_id, name)
+        _, revision = await self._read(key, Snapshot)
+        if not revision:
+            raise NotExist(f"there is no snapshot {name}")
+
+        async def gone() -> int | None:
+            return None if await self.store.get(key) else revision
+
+        if await self._settle([Compare(key, mod_revision=revision)], [Delete(key)], gone) is None:
+            raise CompareFailed(f"snapshot {name} was replaced meanwhile")
+
+    async def _volume(self, name: str) -> tuple[VolumeRecord, int]:
+        check_name(name)
+        named, _ = await self._read(self.keys.name(name), VolumeName)
+        if named is not None:
+            key = self.keys.of(table.VOLUME, named.id)
+            volume, revision = await self._read(key, VolumeRecord)
+            # Deleted between the two reads, or else they belong together.
+            if volume is not None:
+                return volume, revision
+        raise NotExist(f"there is no volume {name}")
+
+
+def held(name: str, lock: Lock) -> Locked:
+    """The error for a volume that is open elsewhere, naming who has it."""
+    return Locked(
+        f"volume {name} is held by {lock.holder} since {when(lock.since)}; "
+        "detach it there, or wait until its lease ends"
+    )

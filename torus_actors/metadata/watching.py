@@ -1,0 +1,112 @@
+"""Following a prefix of the store, through outages and lost history."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torus_actors.errors import TRANSIENT, Compacted
+from torus_actors.metadata.kv import Event, EventKind, KeyValue, KeyValueStore
+from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.records import Record
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+POLL_S = 30.0
+"""One long poll: short enough that a connection that died unnoticed is replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One step of a watch.
+
+    The first one, and the first after lost history, is ``full``: ``items`` is then all there is, by
+    key. The others carry ``events``, oldest first. ``revision`` is where the watch now stands.
+    """
+
+    full: bool
+    items: list[KeyValue]
+    events: list[Event]
+    revision: int
+
+
+class Watch(AsyncIterator[Update]):
+    """The present state under a prefix, then every change, for ever.
+
+    An outage of the store only delays: the watch goes on where it was, or with a full state if the
+    history in between is gone. It ends with `Closed` when the store is closed. It is a class and
+    not a generator so that leaving the loop needs no clean-up; nothing runs between two steps.
+
+    Args:
+        store: what to watch.
+        prefix: of the keys.
+        rng: jitter of the waits during an outage.
+        poll_s: length of one long poll, seconds.
+    """
+
+    def __init__(
+        self, store: KeyValueStore, prefix: str, *, rng: random.Random, poll_s: float = POLL_S
+    ) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._poll_s = poll_s
+        self._backoff = Backoff(rng)
+        self._revision: int | None = None
+
+    async def __anext__(self) -> Update:
+        while True:
+            try:
+                update = await self._step()
+            except Compacted:
+                self._revision = None
+                await self._backoff.wait()
+                continue
+            except TRANSIENT:
+                await self._backoff.wait()
+                continue
+            self._backoff.reset()
+            self._revision = update.revision
+            if update.full or update.events:
+                return update
+
+    async def _step(self) -> Update:
+        if self._revision is None:
+            items, revision = await self._store.range(self._prefix)
+            return Update(True, items, [], revision)
+        events, revision = await self._store.events(self._prefix, self._revision, self._poll_s)
+        return Update(False, [], events, revision)
+
+
+class Follow(AsyncIterator[T], Generic[R, T]):
+    """The records under a prefix, all of them, at present and after every change.
+
+    Args:
+        watch: the watch to follow.
+        record: what the keys hold.
+        view: makes what is yielded from the records, in order of key; None is not yielded.
+    """
+
+    def __init__(self, watch: Watch, record: type[R], view: Callable[[list[R]], T | None]) -> None:
+        self._watch = watch
+        self._record = record
+        self._view = view
+        self._values: dict[str, bytes] = {}
+
+    async def __anext__(self) -> T:
+        while True:
+            update = await anext(self._watch)
+            if update.full:
+                self._values = {item.key: item.value for item in update.items}
+            for event in update.events:
+                if event.kind is EventKind.PUT:
+                    self._values[event.key] = event.value
+                else:
+                    self._values.pop(event.key, None)
+            seen = self._view(
+                [self._record.decode(value) for _, value in sorted(self._values.items())]
+            )
+            if seen is not None:
+                return seen

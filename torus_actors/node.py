@@ -1,0 +1,580 @@
+"""The supervision trees: of a storage node, and of a client.
+
+A tree starts in two steps. First what needs no cluster: bridge and metadata. Then, once the cluster's
+metadata and ring are known (a node may be started before ``torusctl init``), the services.
+
+Storage node::
+
+    node
+    |-- bridge                 calls to and from other nodes
+    |-- metadata               etcd, or the file that this node keeps for all
+    `-- services
+        |-- ring_watcher       what the cluster looks like
+        |-- storage (rest for one)
+        |   |-- disk_writer, disk_reader, disk_flusher
+        |   `-- block_store
+        |-- replicator, inode_store, rebalancer
+        |-- heartbeat          lease and registration
+        |-- control            questions and orders from torusctl
+        `-- volumes, nbd_server   with --nbd: volumes for NBD clients
+
+A client is the same without ``storage`` and ``rebalancer``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvloop
+
+from torus_actors import __version__
+from torus_actors.actors.block_store import BlockStoreActor, OpenStores, StoreConfig
+from torus_actors.actors.bridge import Bridge, BridgeConfig
+from torus_actors.actors.control import Control
+from torus_actors.actors.disk import worker_factory
+from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
+from torus_actors.actors.inode_store import INodeStore
+from torus_actors.actors.metadata import ActorStore, MetadataActor
+from torus_actors.actors.nbd_server import NbdAddress, NbdServer
+from torus_actors.actors.rebalancer import Rebalancer
+from torus_actors.actors.replicator import ReadLevel, Replicator, WriteLevel
+from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
+from torus_actors.actors.volumes import Volumes
+from torus_actors.errors import (
+    Again,
+    CompareFailed,
+    Corruption,
+    Exists,
+    Invalid,
+    NoGlobalMetadata,
+    OutcomeUnknown,
+)
+from torus_actors.metadata import opening
+from torus_actors.metadata.kv import KeyValueStore
+from torus_actors.metadata.memory import MemoryStore
+from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.records import GlobalMetadata, PeerInfo
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model import rings
+from torus_actors.model.peers import Peer
+from torus_actors.nbd.connection import TlsSettings
+from torus_actors.runtime import ActorSystem, ChildSpec, Strategy, SupervisorSpec
+from torus_actors.storage.disk import RealDisk
+from torus_actors.volume.session import CacheSizes
+from torus_actors.wire.hello import Identity, Role
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BLOCK_SIZE = 512 << 10
+DEFAULT_BLOCK_SPEC = "crc,base"
+DEFAULT_ADDRESS = ("127.0.0.1", 40000)
+DEFAULT_METADATA = "torus://127.0.0.1:40000"
+
+Addr = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class NbdConfig:
+    """Serving volumes over NBD.
+
+    Attributes:
+        listen: addresses.
+        only: serve just this volume, also as the default export.
+        caches: bounds of memory.
+    """
+
+    listen: tuple[NbdAddress, ...]
+    only: str | None = None
+    read_only: bool = False
+    caches: CacheSizes = field(default_factory=CacheSizes)
+    tls: TlsSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """A storage node.
+
+    Attributes:
+        data_dir: everything it keeps.
+        size_bytes: how much disk to take; None keeps what an existing store has.
+        listen: where peers and tools connect.
+        advertise: where they are told to; None for the address listened on.
+        metadata: URL. A ``torus://`` one that names this node's own address makes it keep the
+            metadata for all.
+        auto_join: enter the ring by itself.
+        zone: failure domain.
+        secret: of the cluster, at least 16 bytes, or None.
+    """
+
+    data_dir: Path
+    size_bytes: int | None = None
+    listen: Addr = DEFAULT_ADDRESS
+    advertise: Addr | None = None
+    metadata: str = DEFAULT_METADATA
+    auto_join: bool = False
+    zone: str = ""
+    secret: bytes | None = None
+    nbd: NbdConfig | None = None
+    lease_ttl_s: int = LEASE_TTL_S
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """A process that uses the cluster and stores nothing.
+
+    Attributes:
+        metadata: URL.
+        listen: where ``torusctl`` may ask it; None for nowhere.
+    """
+
+    metadata: str = DEFAULT_METADATA
+    secret: bytes | None = None
+    nbd: NbdConfig | None = None
+    listen: Addr | None = None
+    read_level: ReadLevel = ReadLevel.BLOCK
+    write_level: WriteLevel = WriteLevel.ALL
+    lease_ttl_s: int = LEASE_TTL_S
+
+
+def is_embedded(metadata: str, listen: Addr) -> bool:
+    """Whether a metadata URL names the node that listens there."""
+    host, port = listen
+    return metadata in (f"torus://{host}:{port}", f"torus://{host}:{port}/")
+
+
+class Process:
+    """A running tree, of a node or a client.
+
+    Args:
+        node_id: of this process; a fresh one for a client.
+        metadata: URL.
+        rng: all randomness.
+    """
+
+    def __init__(
+        self, node_id: str, role: Role, metadata: str, secret: bytes | None, rng: random.Random
+    ) -> None:
+        self.system = ActorSystem(asyncio.get_running_loop(), node_id=node_id, rng=rng)
+        self.role = role
+        self.metadata_url = metadata
+        self.secret = secret
+        self.incarnation = rng.getrandbits(63)
+        self.view: ClusterView | None = None
+        self.meta = MetadataService(self._store(), rng=rng, wall_clock=_wall_clock)
+
+    def _store(self) -> KeyValueStore:
+        """The metadata actor of this process, or of the node that the URL names."""
+        if self.metadata_url.startswith("torus://") and not self.embedded:
+            rest = self.metadata_url.removeprefix("torus://").removesuffix("/")
+            if len(opening.endpoints_of(rest)) != 1:
+                raise Invalid(f"{self.metadata_url!r} must name one node")
+            return ActorStore(self.system.actor("metadata", node=f"@{rest}"))
+        return ActorStore(self.system.actor("metadata"))
+
+    embedded = False
+
+    async def start_base(
+        self, listen: Addr | None, open_store: Callable[[], Awaitable[KeyValueStore]] | None
+    ) -> None:
+        """Start bridge and metadata."""
+        identity = Identity(
+            None, self.system.node_id, self.role, self.incarnation, f"torus-actors/{__version__}"
+        )
+        bridge = BridgeConfig(identity, listen, self.secret)
+        children = [ChildSpec("bridge", lambda: Bridge(bridge))]
+        if open_store is not None:
+            children.append(
+                ChildSpec("metadata", lambda: MetadataActor(open_store), max_concurrency=1024)
+            )
+        await self.system.start(SupervisorSpec("node", tuple(children)))
+
+    async def load_view(self, patience_s: float | None) -> ClusterView:
+        """Read global metadata and ring.
+
+        Args:
+            patience_s: how long to wait for the metadata to be reachable and the cluster to be
+                initialised; None for as long as it takes.
+
+        Raises:
+            Again: not reachable in time.
+            NoGlobalMetadata: not initialised in time.
+        """
+        loop = self.system.loop
+        end = None if patience_s is None else loop.time() + patience_s
+        backoff = Backoff(self.system.rng, first_s=0.05, max_s=0.5)
+        told = ""
+        while True:
+            try:
+                gmd = await self.meta.global_metadata()
+                data, _ = await self.meta.ring()
+                break
+            except (Again, NoGlobalMetadata) as error:
+                if end is not None and not await backoff.wait(end):
+                    raise
+                if end is None:
+                    if str(error) != told:
+                        told = str(error)
+                        log.warning("waiting: %s", error)
+                    await backoff.wait()
+        self.view = ClusterView(gmd, rings.unmarshal(data))
+        await self.system.actor("bridge").set_cluster.remote(gmd.cluster_id)
+        return self.view
+
+    async def start_services(self, children: list[ChildSpec | SupervisorSpec]) -> None:
+        """Start what needs the cluster."""
+        spec = SupervisorSpec("services", tuple(children))
+        await self.system.actor("node").start_child.remote(spec, timeout_s=120.0)
+
+    def common_services(
+        self, read_level: ReadLevel, write_level: WriteLevel, has_store: bool
+    ) -> list[ChildSpec | SupervisorSpec]:
+        """Services of nodes and clients alike."""
+        view = self.view
+        assert view is not None
+        return [
+            ChildSpec("ring_watcher", lambda: RingWatcher(self.meta, view)),
+            ChildSpec(
+                "replicator",
+                lambda: Replicator(
+                    view, has_store=has_store, read_level=read_level, write_level=write_level
+                ),
+                max_concurrency=256,
+            ),
+            ChildSpec("inode_store", INodeStore, max_concurrency=64),
+        ]
+
+    def nbd_services(self, nbd: NbdConfig | None) -> list[ChildSpec | SupervisorSpec]:
+        """Services for NBD clients."""
+        view = self.view
+        assert view is not None
+        if nbd is None:
+            return []
+        return [
+            ChildSpec(
+                "volumes",
+                lambda: Volumes(
+                    self.meta, view, nbd.caches, only=nbd.only, read_only=nbd.read_only
+                ),
+                max_concurrency=64,
+                shutdown_s=90.0,
+            ),
+            ChildSpec("nbd_server", lambda: NbdServer(nbd.listen, nbd.tls), shutdown_s=20.0),
+        ]
+
+    async def stop(self) -> None:
+        """Stop the tree and give the lease back."""
+        await self.system.stop()
+
+
+class StorageNode(Process):
+    """A running storage node; made by ``start_node``."""
+
+    def __init__(self, config: NodeConfig, node_id: str, rng: random.Random) -> None:
+        self.config = config
+        self.embedded = is_embedded(config.metadata, config.listen)
+        self.stores: OpenStores | None = None
+        super().__init__(node_id, Role.NODE, config.metadata, config.secret, rng)
+
+    def peer_info(self) -> PeerInfo:
+        """This node as the others see it."""
+        host, port = self.config.advertise or self.config.listen
+        return PeerInfo(
+            peer_id=self.system.node_id,
+            address=f"{host}:{port}",
+            zone=self.config.zone,
+            capacity_bytes=self.capacity_bytes,
+            version=__version__,
+            incarnation=self.incarnation,
+        )
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Room for data blocks: its weight in the ring."""
+        assert self.stores is not None
+        return sum(store.stats().total * store.block_size for store in self.stores.stores[:1])
+
+    async def start(self) -> None:
+        """Start everything."""
+        config = self.config
+        await self.start_base(config.listen, self._opener())
+        if self.embedded:
+            await self._init_if_fresh()
+        view = await self.load_view(None)
+        stores = OpenStores.open(
+            self.system,
+            StoreConfig(config.data_dir, config.size_bytes, view.block_size),
+            self.system.rng,
+        )
+        self.stores = stores
+        if config.auto_join or (self.embedded and not view.ring.members):
+            await self._join()
+        storage = SupervisorSpec(
+            "storage",
+            (
+                ChildSpec("disk_writer", worker_factory(stores.stores)),
+                ChildSpec("disk_reader", worker_factory(stores.stores)),
+                ChildSpec("disk_flusher", worker_factory(stores.stores)),
+                ChildSpec("block_store", lambda: BlockStoreActor(stores), max_concurrency=256),
+            ),
+            strategy=Strategy.ONE_FOR_ONE,
+        )
+        services = self.common_services(ReadLevel.BLOCK, WriteLevel.ALL, True)
+        await self.start_services(
+            [
+                *services[:1],
+                storage,
+                *services[1:],
+                ChildSpec("rebalancer", lambda: Rebalancer(view)),
+                ChildSpec(
+                    "heartbeat",
+                    lambda: Heartbeat(self.meta, self.peer_info, config.lease_ttl_s),
+                    max_concurrency=64,
+                ),
+                ChildSpec("control", lambda: Control(view, "node"), max_concurrency=16),
+                *self.nbd_services(config.nbd),
+            ]
+        )
+
+    def _opener(self) -> Callable[[], Awaitable[KeyValueStore]] | None:
+        if self.embedded:
+            from torus_actors.metadata.sqlite import SqliteStore
+
+            path = self.config.data_dir / "metadata.sqlite"
+            return lambda: SqliteStore.open(path)
+        return store_opener(self.metadata_url)
+
+    async def _init_if_fresh(self) -> None:
+        """A node that keeps the metadata for itself needs no ``torusctl init``."""
+        ring = rings.make_ring("ketama", version=1, replication=1, peers=())
+        with contextlib.suppress(Exists):
+            await self.meta.init(new_global_metadata(), rings.marshal(ring))
+            log.info("new cluster, replication 1")
+
+    async def _join(self) -> None:
+        """Enter the ring, unless this node is in it."""
+        assert self.view is not None
+        info = self.peer_info()
+        peer = Peer(info.peer_id, max(info.capacity_bytes, 1), info.zone, info.address)
+        self.view.ring = await join_ring(self.meta, peer)
+
+    async def stop(self) -> None:
+        """Flush the block store and close everything."""
+        if self.stores is not None and "block_store" in self.system.cells:
+            with contextlib.suppress(Exception):
+                await self.system.actor("block_store").flush.remote(timeout_s=30.0)
+        lease = self.system.heirlooms.get("lease", 0)
+        if lease:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(1.0):
+                    await self.meta.revoke_lease(lease)
+        await super().stop()
+        if self.stores is not None:
+            self.stores.close()
+
+
+class Client(Process):
+    """A running client; made by ``start_client``."""
+
+    def __init__(self, config: ClientConfig, rng: random.Random) -> None:
+        self.config = config
+        node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        super().__init__(node_id, Role.CLIENT, config.metadata, config.secret, rng)
+
+    async def start(self, patience_s: float = 5.0) -> None:
+        """Start what a client needs.
+
+        Raises:
+            Again, NoGlobalMetadata: no cluster there in time.
+        """
+        config = self.config
+        await self.start_base(config.listen, store_opener(config.metadata))
+        view = await self.load_view(patience_s)
+        await self.start_services(
+            [
+                *self.common_services(config.read_level, config.write_level, False),
+                ChildSpec(
+                    "heartbeat",
+                    lambda: Heartbeat(self.meta, None, config.lease_ttl_s),
+                    max_concurrency=64,
+                ),
+                ChildSpec("control", lambda: Control(view, "client"), max_concurrency=16),
+                *self.nbd_services(config.nbd),
+            ]
+        )
+
+    async def stop(self) -> None:
+        """Close volumes, then everything else; then let the lease go."""
+        await super().stop()
+
+
+def store_opener(url: str) -> Callable[[], Awaitable[KeyValueStore]] | None:
+    """What opens the metadata backend in this process; None where another node has it.
+
+    Raises:
+        Invalid: not a metadata URL.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme == "torus":
+        return None
+    if scheme == "memory":
+        # One store for the life of the process: the actor that serves it may be restarted.
+        store = MemoryStore()
+
+        async def same() -> KeyValueStore:
+            return store
+
+        return same
+    if scheme == "etcd":
+        endpoints = opening.endpoints_of(rest.removesuffix("/"))
+
+        async def etcd() -> KeyValueStore:
+            from torus_actors.metadata.etcd import EtcdStore
+
+            return EtcdStore(endpoints)
+
+        return etcd
+    raise Invalid(f"{url!r} is no metadata URL: {opening.USAGE}")
+
+
+def new_global_metadata(
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    block_spec: str = DEFAULT_BLOCK_SPEC,
+    inode_replication: int = 1,
+) -> GlobalMetadata:
+    """Global metadata of a new cluster."""
+    return GlobalMetadata(
+        block_size=block_size,
+        block_spec=block_spec,
+        inode_replication=inode_replication,
+        cluster_id=str(uuid.uuid4()),
+        created=_wall_clock(),
+    )
+
+
+async def change_ring(
+    meta: MetadataService, change: Callable[[rings.Ring], rings.Ring | None]
+) -> rings.Ring:
+    """Change the ring by compare-and-set, however many others change it too.
+
+    Args:
+        meta: the metadata service.
+        change: makes the next ring of the present one, or None if nothing is to be done.
+
+    Returns:
+        The ring that holds now.
+    """
+    backoff = Backoff(random.Random(), first_s=0.01)
+    while True:
+        data, _ = await meta.ring()
+        present = rings.unmarshal(data)
+        following = change(present)
+        if following is None:
+            return present
+        try:
+            await meta.set_ring(rings.marshal(following), following.version)
+            return following
+        except (CompareFailed, Again, OutcomeUnknown):
+            await backoff.wait()
+
+
+async def join_ring(meta: MetadataService, peer: Peer) -> rings.Ring:
+    """Add a peer to the ring, or bring its weight, zone and address up to date."""
+    return await change_ring(
+        meta, lambda ring: None if peer in ring.peers else ring.with_peer(peer)
+    )
+
+
+def load_node_id(data_dir: Path, rng: random.Random) -> str:
+    """The id in a data directory, made on first use.
+
+    Raises:
+        Corruption: the file is damaged.
+    """
+    path = data_dir / "node.json"
+    try:
+        return str(uuid.UUID(json.loads(path.read_text())["id"]))
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        raise Corruption(f"{path} is damaged: {error}") from error
+    node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    temporary = path.with_suffix(".new")
+    with temporary.open("w") as file:
+        json.dump({"id": node_id}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    return node_id
+
+
+async def start_node(config: NodeConfig, rng: random.Random | None = None) -> StorageNode:
+    """Start a storage node on the running loop.
+
+    Raises:
+        TorusError: it cannot start; nothing keeps running.
+    """
+    rng = rng or random.Random()
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    lock = RealDisk(config.data_dir).lock()
+    try:
+        node = StorageNode(config, load_node_id(config.data_dir, rng), rng)
+        node.system.heirlooms["disk_lock"] = lock
+        try:
+            await node.start()
+        except BaseException:
+            await node.stop()
+            raise
+    except BaseException:
+        lock.release()
+        raise
+    return node
+
+
+async def start_client(config: ClientConfig, rng: random.Random | None = None) -> Client:
+    """Start a client on the running loop.
+
+    Raises:
+        TorusError: it cannot start; nothing keeps running.
+    """
+    client = Client(config, rng or random.Random())
+    try:
+        await client.start()
+    except BaseException:
+        await client.stop()
+        raise
+    return client
+
+
+def _wall_clock() -> float:
+    return time.time()
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop."""
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def check_exposure(listen: Addr, secured: bool, insecure: bool) -> None:
+    """Refuse to listen to strangers without knowing who they are.
+
+    Raises:
+        Invalid: the address is not a loopback one, and there is no secret.
+    """
+    host = listen[0]
+    loopback = host in ("localhost", "::1") or host.startswith("127.")
+    if not loopback and not secured and not insecure:
+        raise Invalid(
+            f"refusing to listen on {host} without a cluster secret: "
+            "give --secret-file, or --insecure if the network is trusted"
+        )

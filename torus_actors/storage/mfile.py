@@ -1,0 +1,429 @@
+"""The block store of a node: a preallocated file of slots, and an index file.
+
+Why no power cut can lose a flushed block or expose a wrong one (layout: storage/index.py; decision:
+docs/decisions/0002-block-store-format.md):
+
+1. Data before index. An entry is written only after the `fdatasync` that covers its data.
+2. A slot is written to only while the index on the disk holds no entry for it: a deleted block's
+   slot waits in limbo until a flush has made the zeroed entry durable.
+3. An entry that is torn, of another store, or in the wrong place counts as absent.
+4. What an unclean stop left in the index is written again and synced before it is relied on: it may
+   be in the page cache only, after a kill or a failed sync.
+5. After a failed sync no further flush is attempted: the kernel would report success for lost
+   pages.
+"""
+
+# ruff: noqa: D102 - what overrides a method of the interface is documented there
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
+
+from torus_actors.errors import (
+    BlockNotExist,
+    Closed,
+    Corruption,
+    Exists,
+    Invalid,
+    OutOfSpace,
+    Overloaded,
+)
+from torus_actors.model.checksums import PAGE_SIZE, Buffer, sums_size
+from torus_actors.model.refs import BlockRef
+from torus_actors.storage import slots as states
+from torus_actors.storage.disk import Disk, File, WriteBuffer
+from torus_actors.storage.index import (
+    ENTRIES_OFFSET,
+    ENTRY_SIZE,
+    ZERO_ENTRY,
+    Layout,
+    entry_seed,
+    pack_entry,
+)
+from torus_actors.storage.mfile_open import Opened, open_files
+from torus_actors.storage.slots import SlotTable
+from torus_actors.storage.store import (
+    Allocator,
+    BlockStore,
+    FlushBatch,
+    Location,
+    StoreStats,
+    Ticket,
+    check_put,
+    check_range,
+    check_ref,
+    new_buffer,
+)
+
+_ZEROS = bytes(PAGE_SIZE)
+
+
+class MFileBatch(FlushBatch):
+    """One flush of an `MFileStore`.
+
+    Args:
+        data: the data file.
+        index: the index file.
+        puts: slot to index entry, of blocks whose data is written.
+        zeros: slots whose entries are to be zeroed.
+    """
+
+    def __init__(
+        self, data: File, index: File, puts: dict[int, bytes], zeros: frozenset[int]
+    ) -> None:
+        self._data = data
+        self._index = index
+        self.puts = puts
+        self.zeros = zeros
+        self.sync_failure: str | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self.puts and not self.zeros
+
+    def write(self) -> None:
+        if self.empty:
+            return
+        if self.puts:
+            self.sync_data()
+        self.write_index()
+        self.sync_index()
+
+    def sync_data(self) -> None:
+        """Make the blocks durable: before any entry names them."""
+        self._sync(self._data)
+
+    def write_index(self) -> None:
+        """Write the entries, neighbours together."""
+        entries = dict.fromkeys(self.zeros, ZERO_ENTRY) | self.puts
+        run: list[bytes] = []
+        start = 0
+        for slot in sorted(entries):
+            if slot != start + len(run):
+                self._write_run(start, run)
+                run, start = [], slot
+            run.append(entries[slot])
+        self._write_run(start, run)
+
+    def sync_index(self) -> None:
+        """Make the entries durable."""
+        self._sync(self._index)
+
+    def _write_run(self, start: int, run: list[bytes]) -> None:
+        if run:
+            self._index.pwrite(b"".join(run), ENTRIES_OFFSET + start * ENTRY_SIZE)
+
+    def _sync(self, file: File) -> None:
+        try:
+            file.fdatasync()
+        except OSError as error:
+            self.sync_failure = str(error)
+            raise
+
+
+class MFileStore(BlockStore):
+    """A block store in two files of a data directory; made by `open`."""
+
+    batch_class: type[MFileBatch] = MFileBatch
+
+    def __init__(self, opened: Opened, allocate: Allocator) -> None:
+        self._data = opened.data
+        self._index = opened.index
+        self._header = opened.header
+        self._table: SlotTable = opened.table
+        self.damaged_entries = opened.damaged
+        """Index entries found torn or rotten at opening: at most so many blocks are missing."""
+        self.block_size = opened.header.block_size
+        self.incarnation = opened.header.incarnation
+        self._layout = Layout(self.block_size)
+        self._seed = entry_seed(opened.header.store_id)
+        self._generation = opened.generation
+        self._allocate = allocate
+        self._puts: dict[int, bytes] = {}
+        """Committed, to be entered by the next flush."""
+        self._zeros: set[int] = set()
+        """Deleted, to be zeroed by the next flush."""
+        self._touched: set[int] = set()
+        """Slots of `_puts` whose entry a failed flush may have written already."""
+        self._in_flight: MFileBatch | None = None
+        self._unsynced = False
+        """A failed flush may have written entries that no sync has covered since."""
+        self._pins: dict[int, int] = {}
+        self._failure: str | None = None
+        self._gap = bytearray(self._layout.sums_room)
+        """Where reads put the padding that nobody looks at; several threads may scribble on it."""
+
+    @classmethod
+    def open(
+        cls,
+        disk: Disk,
+        *,
+        block_size: int,
+        size_bytes: int | None = None,
+        rng: random.Random,
+        allocate: Allocator = new_buffer,
+    ) -> Self:
+        return cls(open_files(disk, block_size, size_bytes, rng), allocate)
+
+    def close(self) -> None:
+        settled = self._failure is None and self._in_flight is None and not self._unsynced
+        self._failure = self._failure or "closed"
+        with contextlib.closing(self._data), contextlib.closing(self._index):
+            if settled:
+                self._header.successor(clean=True).write(self._index)
+
+    # Put.
+
+    def reserve(self, ref: BlockRef, root: int) -> Ticket | None:
+        self._check_usable()
+        check_ref(ref)
+        table = self._table
+        slot = table.find(ref)
+        if slot >= 0:
+            self._check_same(ref, slot, root)
+            return None
+        slot = table.lowest_free()
+        if slot < 0:
+            counts = table.counts
+            raise OutOfSpace(
+                f"block store is full: {counts[states.STORED]} of {table.slots} blocks used, "
+                f"{counts[states.LIMBO]} free after the next flush"
+            )
+        table.set_state(slot, states.RESERVED)
+        return Ticket(ref, root, slot)
+
+    def write(self, ticket: Ticket, sums: Buffer, data: Buffer) -> None:
+        check_put(self.block_size, ticket.root, sums, data)
+        # Whole pages, so that the kernel need not read what is around them.
+        buffers = [
+            sums,
+            memoryview(_ZEROS)[: self._layout.sums_room - len(sums)],
+            data,
+            memoryview(_ZEROS)[: -len(data) % PAGE_SIZE],
+        ]
+        try:
+            self._data.pwritev(buffers, self._layout.slot_offset(ticket.slot))
+        except OSError:
+            ticket.failed = True
+            raise
+        ticket.length = len(data)
+
+    def commit(self, ticket: Ticket) -> bool:
+        if not ticket.length or ticket.failed:
+            self.abandon(ticket)
+            raise Invalid(f"block {ticket.ref} was not written")
+        slot = self._use_up(ticket)
+        table = self._table
+        first = table.find(ticket.ref)
+        if first >= 0:
+            # Nothing on the disk names this slot yet, so it can be used again at once.
+            table.set_state(slot, states.FREE)
+            self._check_same(ticket.ref, first, ticket.root)
+            return False
+        self._generation += 1
+        table.insert(slot, ticket.ref, ticket.root, ticket.length, self._generation)
+        self._puts[slot] = pack_entry(
+            ticket.ref, ticket.root, ticket.length, self._generation, slot, self._seed
+        )
+        return True
+
+    def abandon(self, ticket: Ticket) -> None:
+        slot = self._use_up(ticket)
+        self._table.set_state(slot, states.QUARANTINED if ticket.failed else states.FREE)
+
+    # Flush.
+
+    def begin_flush(self) -> MFileBatch:
+        self._check_usable()
+        if self._in_flight is not None:
+            # Two at once could write the entries of one slot in the wrong order.
+            raise Overloaded("a flush of the block store is under way")
+        batch = self.batch_class(self._data, self._index, self._puts, frozenset(self._zeros))
+        self._in_flight = batch
+        self._puts = {}
+        self._zeros = set()
+        return batch
+
+    def end_flush(self, batch: FlushBatch) -> None:
+        batch = self._landed(batch)
+        if not batch.empty:
+            self._unsynced = False
+        self._touched.difference_update(batch.puts)
+        for slot in batch.zeros:
+            if self._table.state(slot) == states.LIMBO:
+                self._release(slot)
+
+    def fail_flush(self, batch: FlushBatch) -> None:
+        batch = self._landed(batch)
+        for slot, entry in batch.puts.items():
+            # A block deleted meanwhile waits to be zeroed; its entry must not come back.
+            if slot not in self._zeros:
+                self._puts[slot] = entry
+                self._touched.add(slot)
+        self._zeros |= batch.zeros
+        self._unsynced = True
+        if batch.sync_failure is not None:
+            self._failure = f"failed ({batch.sync_failure}); open it again"
+
+    # Delete.
+
+    def delete(self, refs: Iterable[BlockRef]) -> int:
+        self._check_usable()
+        count = 0
+        for ref in refs:
+            slot = self._table.find(ref)
+            if slot >= 0:
+                self._drop(slot, states.LIMBO)
+                count += 1
+        return count
+
+    def mark_corrupt(self, ref: BlockRef, location: Location | None = None) -> bool:
+        slot = self._table.find(ref)
+        if slot < 0 or (location is not None and location != self.locate(ref)):
+            return False
+        self._drop(slot, states.QUARANTINED)
+        return True
+
+    # Read.
+
+    def locate(self, ref: BlockRef) -> Location:
+        table = self._table
+        slot = table.find(ref)
+        if slot < 0:
+            raise BlockNotExist(f"block {ref} is not stored here")
+        return Location(slot, table.lengths[slot], table.roots[slot], table.generations[slot])
+
+    def pin(self, location: Location) -> None:
+        self._check_current(location)
+        self._pins[location.slot] = self._pins.get(location.slot, 0) + 1
+
+    def unpin(self, location: Location) -> None:
+        slot = location.slot
+        self._pins[slot] -= 1
+        if not self._pins[slot]:
+            del self._pins[slot]
+            if self._table.state(slot) == states.DRAINING:
+                self._release(slot)
+
+    def read_nowait(
+        self, location: Location, offset: int, length: int, want_sums: bool
+    ) -> tuple[bytes, memoryview] | None:
+        self._check_current(location)
+        return self._read(self._data.preadv_nowait, location, offset, length, want_sums)
+
+    def read(
+        self, location: Location, offset: int, length: int, want_sums: bool
+    ) -> tuple[bytes, memoryview]:
+        result = self._read(self._data.preadv, location, offset, length, want_sums)
+        if result is None:
+            raise Corruption(f"slot {location.slot}: the data file ends before it")
+        return result
+
+    # Look.
+
+    def has(self, ref: BlockRef) -> bool:
+        return self._table.find(ref) >= 0
+
+    def refs_from(self, slot: int, count: int) -> tuple[list[BlockRef], int | None]:
+        refs: list[BlockRef] = []
+        for at, ref in self._table.stored_from(slot):
+            if len(refs) == count:
+                return refs, at
+            refs.append(ref)
+        return refs, None
+
+    def stats(self) -> StoreStats:
+        free, reserved, stored, limbo, draining, quarantined = self._table.counts
+        return StoreStats(
+            total=self._table.slots,
+            used=stored,
+            reserved=reserved,
+            limbo=limbo + draining,
+            quarantined=quarantined,
+            free=free,
+            pending=len(self._puts) + len(self._zeros),
+        )
+
+    @property
+    def failure(self) -> str | None:
+        return self._failure
+
+    # Inside.
+
+    def _read(
+        self,
+        preadv: Callable[[Sequence[WriteBuffer], int], int | None],
+        location: Location,
+        offset: int,
+        length: int,
+        want_sums: bool,
+    ) -> tuple[bytes, memoryview] | None:
+        """None when fewer bytes came than asked for."""
+        check_range(location.length, offset, length)
+        start = self._layout.slot_offset(location.slot)
+        room = self._layout.sums_room
+        data = self._allocate(length)
+        try:
+            if not want_sums:
+                whole = preadv([data], start + room + offset) == length
+                return (b"", data) if whole else None
+            sums = bytearray(sums_size(location.length))
+            if offset == 0:
+                # The list and the block lie together: one call fetches both.
+                gap = memoryview(self._gap)[: room - len(sums)]
+                whole = preadv([sums, gap, data], start) == room + length
+            else:
+                whole = (
+                    preadv([sums], start) == len(sums)
+                    and preadv([data], start + room + offset) == length
+                )
+            return (bytes(sums), data) if whole else None
+        except OSError as error:
+            raise Corruption(f"slot {location.slot} cannot be read: {error}") from error
+
+    def _drop(self, slot: int, state: int) -> None:
+        """Make a block unreadable; its slot goes to LIMBO or QUARANTINED."""
+        self._table.remove(slot, state)
+        if self._puts.pop(slot, None) is not None and slot not in self._touched:
+            # Its entry was never written: there is nothing to zero.
+            if state == states.LIMBO:
+                self._release(slot)
+            return
+        self._touched.discard(slot)
+        self._zeros.add(slot)
+
+    def _release(self, slot: int) -> None:
+        """Let a slot be used again that nothing on the disk names, once nobody reads it."""
+        self._table.set_state(slot, states.DRAINING if slot in self._pins else states.FREE)
+
+    def _use_up(self, ticket: Ticket) -> int:
+        slot, ticket.slot = ticket.slot, -1
+        if slot < 0:
+            raise Invalid(f"the put of block {ticket.ref} has ended already")
+        return slot
+
+    def _landed(self, batch: FlushBatch) -> MFileBatch:
+        if self._in_flight is not batch:
+            raise Invalid("this flush has ended already")
+        landed, self._in_flight = self._in_flight, None
+        assert landed is not None
+        return landed
+
+    def _is_current(self, location: Location) -> bool:
+        table, slot = self._table, location.slot
+        return table.state(slot) == states.STORED and table.generations[slot] == location.generation
+
+    def _check_current(self, location: Location) -> None:
+        if not self._is_current(location):
+            raise BlockNotExist(f"the block in slot {location.slot} was deleted")
+
+    def _check_same(self, ref: BlockRef, slot: int, root: int) -> None:
+        if self._table.roots[slot] != root:
+            raise Exists(f"block {ref} is stored with other content")
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise Closed(f"block store {self._failure}")

@@ -1,0 +1,534 @@
+"""A disk in memory that forgets what a real one may forget.
+
+It models what Linux and a disk with a volatile cache promise, and nothing above it:
+
+- What a process reads is the page cache: it sees each finished write at once.
+- What survives a power cut is, for each file, what the last successful `fdatasync` covered, plus
+  any subset of the writes since, each whole or torn at sectors of 512 bytes. Names behave likewise
+  under `fsync_dir`.
+- A failed `fdatasync` loses any subset of what it covered, yet leaves it in the page cache, marked
+  clean: a later successful one does not bring it back. (As ext4 and XFS do since Linux 4.13.)
+
+Everything random comes from the injected generator, so a seed replays a run exactly.
+"""
+
+# ruff: noqa: D102 - what overrides a method of the interface is documented there
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import random
+from collections.abc import Callable, Sequence
+
+from torus_actors.errors import Closed, Locked, NotExist, OutOfSpace
+from torus_actors.storage.disk import (
+    SECTOR_SIZE,
+    Disk,
+    DiskLock,
+    File,
+    ReadBuffer,
+    WriteBuffer,
+    same_directory,
+)
+
+PAGE = 4096
+_ZERO_PAGE = bytes(PAGE)
+
+
+class PowerCut(BaseException):
+    """The machine, or the process, is gone: no call on this disk will ever return again.
+
+    Not an Exception, so that no error handling of the code under test can live on after it.
+    """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operation:
+    """What is about to be done: kind is one of `OPERATIONS`."""
+
+    kind: str
+    path: str
+
+
+OPERATIONS = ("write", "sync", "allocate", "truncate", "create", "rename", "unlink", "sync_dir")
+"""The operations that change something: those that `SimDisk.cut_before` counts."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Fault:
+    kind: str
+    error: int
+    path: str | None
+    skip: int
+    times: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Write:
+    """An unsynced write: whole sectors as the cache had them afterwards, and where it ended."""
+
+    start: int
+    data: bytes
+    end: int
+
+
+class _Inode:
+    """Content of one file, twice: as cached and as durable. Pages of zeros take no memory."""
+
+    def __init__(self) -> None:
+        self.durable: dict[int, bytes] = {}
+        self.durable_size = 0
+        self.cache: dict[int, bytes] = {}
+        """Pages that are newer than the durable ones, or differ since a sync failed."""
+        self.size = 0
+        self.dirty: set[int] = set()
+        self.pending: list[_Write | int] = []
+        """Writes and size changes since the last sync, in order."""
+
+    def page(self, number: int) -> bytes:
+        page = self.cache.get(number)
+        return page if page is not None else self.durable.get(number, _ZERO_PAGE)
+
+    def read_into(self, target: memoryview, offset: int) -> int:
+        count = max(0, min(len(target), self.size - offset))
+        done = 0
+        while done < count:
+            number, start = divmod(offset + done, PAGE)
+            length = min(PAGE - start, count - done)
+            target[done : done + length] = self.page(number)[start : start + length]
+            done += length
+        return count
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        end = offset + len(data)
+        self.size = max(self.size, end)
+        for number in range(offset // PAGE, -(-end // PAGE)):
+            at = number * PAGE
+            low, high = max(offset, at), min(end, at + PAGE)
+            piece = data[low - offset : high - offset]
+            if len(piece) < PAGE:
+                old = self.page(number)
+                piece = old[: low - at] + piece + old[high - at :]
+            self.cache[number] = piece
+            self.dirty.add(number)
+        first = offset // SECTOR_SIZE * SECTOR_SIZE
+        last = -(-end // SECTOR_SIZE) * SECTOR_SIZE
+        if (first, last) != (offset, end):
+            # Sectors are what a disk writes: take along what was around the bytes.
+            head = self.page(first // PAGE)[first % PAGE : first % PAGE + offset - first]
+            tail = self.page(end // PAGE)[end % PAGE :][: last - end] if last > end else b""
+            data = head + data + tail
+        self.pending.append(_Write(first, data, end))
+
+    def resize(self, size: int) -> None:
+        if size < self.size:
+            self._cut(self.cache, size)
+            for number in [n for n in self.durable if n * PAGE >= size]:
+                # The durable page stays until the sync; the cache hides it.
+                self.cache[number] = _ZERO_PAGE
+            if size % PAGE:
+                number = size // PAGE
+                self.cache[number] = self.page(number)[: size % PAGE].ljust(PAGE, b"\0")
+                self.dirty.add(number)
+            self.dirty = {n for n in self.dirty if n * PAGE < size}
+        self.size = size
+        self.pending.append(size)
+
+    def sync(self) -> None:
+        for change in self.pending:
+            if isinstance(change, int):
+                self._cut(self.durable, change)
+        self._cut(self.cache, self.size)
+        for number in self.dirty:
+            self._store(number, self.cache.pop(number))
+        self.durable_size = self.size
+        self.dirty.clear()
+        self.pending.clear()
+
+    def lose(self, rng: random.Random) -> None:
+        """Decide for each unsynced change whether it reached the disk; the cache stays."""
+        for change in self.pending:
+            fate = rng.randrange(3)
+            if fate == 0:
+                continue
+            if isinstance(change, int):
+                self._cut(self.durable, change)
+                self.durable_size = change
+                continue
+            sectors = range(0, len(change.data), SECTOR_SIZE)
+            if fate == 1:
+                kept = list(sectors)
+            elif rng.randrange(2):
+                kept = list(sectors[: rng.randrange(len(sectors) + 1)])
+            else:
+                bits = rng.getrandbits(len(sectors))
+                kept = [at for i, at in enumerate(sectors) if bits >> i & 1]
+            for at in kept:
+                self._store_sector(change.start + at, change.data[at : at + SECTOR_SIZE])
+                end = min(change.end, change.start + at + SECTOR_SIZE)
+                self.durable_size = max(self.durable_size, end)
+        self.dirty.clear()
+        self.pending.clear()
+
+    def forget_cache(self) -> None:
+        self.cache.clear()
+        self._cut(self.durable, self.durable_size)
+        self.size = self.durable_size
+
+    def flip(self, offset: int) -> None:
+        """Change one byte where it lies, on the disk and in the cache."""
+        number, at = divmod(offset, PAGE)
+        for pages in (self.durable, self.cache):
+            if pages is self.durable or number in pages:
+                page = bytearray(pages.get(number, _ZERO_PAGE))
+                page[at] ^= 0xFF
+                pages[number] = bytes(page)
+
+    def _store(self, number: int, page: bytes) -> None:
+        if page == _ZERO_PAGE:
+            self.durable.pop(number, None)
+        else:
+            self.durable[number] = page
+
+    def _store_sector(self, offset: int, sector: bytes) -> None:
+        number, at = divmod(offset, PAGE)
+        page = self.durable.get(number, _ZERO_PAGE)
+        self._store(number, page[:at] + sector + page[at + SECTOR_SIZE :])
+
+    @staticmethod
+    def _cut(pages: dict[int, bytes], size: int) -> None:
+        for number in [n for n in pages if (n + 1) * PAGE > size]:
+            if number * PAGE >= size:
+                del pages[number]
+            else:
+                pages[number] = pages[number][: size % PAGE].ljust(PAGE, b"\0")
+
+
+class SimFile(File):
+    """An open file of a `SimDisk`."""
+
+    def __init__(self, disk: SimDisk, path: str, inode: _Inode) -> None:
+        self._disk = disk
+        self._path = path
+        self._inode = inode
+        self._closed = False
+
+    def preadv(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
+        self._begin("read")
+        return self._read(buffers, offset)
+
+    def preadv_nowait(self, buffers: Sequence[WriteBuffer], offset: int) -> int | None:
+        if self._disk.draw_cache_miss():
+            return None
+        self._begin("read")
+        return self._read(buffers, offset)
+
+    def pwritev(self, buffers: Sequence[ReadBuffer], offset: int) -> None:
+        data = b"".join(buffers)
+        try:
+            self._begin("write")
+        except OSError:
+            # A write that failed may have been made in part.
+            part = data[: self._disk.rng.randrange(len(data) + 1)]
+            if part and offset + len(part) <= self._inode.size:
+                self._inode.write(offset, part)
+            raise
+        if not data:
+            return
+        self._disk.need_room(self._path, offset + len(data) - self._inode.size)
+        self._inode.write(offset, data)
+
+    def fdatasync(self) -> None:
+        try:
+            self._begin("sync")
+        except OSError:
+            self._inode.lose(self._disk.rng)
+            raise
+        self._inode.sync()
+
+    def allocate(self, size: int) -> None:
+        self._begin("allocate")
+        if size > self._inode.size:
+            self._disk.need_room(self._path, size - self._inode.size)
+            self._inode.resize(size)
+
+    def truncate(self, size: int) -> None:
+        self._begin("truncate")
+        if size != self._inode.size:
+            self._inode.resize(size)
+
+    def size(self) -> int:
+        self._check_open("examine")
+        return self._inode.size
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _begin(self, kind: str) -> None:
+        self._check_open(kind)
+        self._disk.begin(kind, self._path)
+
+    def _check_open(self, action: str) -> None:
+        if self._closed:
+            raise Closed(f"cannot {action} {self._path}: it is closed")
+
+    def _read(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
+        done = 0
+        for buffer in buffers:
+            count = self._inode.read_into(memoryview(buffer), offset + done)
+            done += count
+            if count < len(buffer):
+                break
+        return done
+
+
+class _SimLock(DiskLock):
+    def __init__(self, held: set[str], path: str) -> None:
+        self._held = held
+        self._path = path
+        self._released = False
+
+    def release(self) -> None:
+        if not self._released:
+            self._released = True
+            self._held.discard(self._path)
+
+
+class SimDisk(Disk):
+    """A simulated data directory.
+
+    Args:
+        rng: decides what a crash or a failed sync loses, and which reads miss the cache.
+        capacity_bytes: how much the files may hold together.
+        miss_percent: chance that `File.preadv_nowait` finds nothing cached, 0 to 100.
+    """
+
+    def __init__(
+        self,
+        rng: random.Random,
+        *,
+        capacity_bytes: int = 1 << 40,
+        miss_percent: int = 0,
+    ) -> None:
+        self.rng = rng
+        self.capacity_bytes = capacity_bytes
+        self.miss_percent = miss_percent
+        self.operations = 0
+        """Changing operations begun so far; what `cut_before` counts."""
+        self.on_operation: Callable[[Operation], None] | None = None
+        """Called before each changing operation, in the caller's stack."""
+        self._names: dict[str, _Inode] = {}
+        self._durable_names: dict[str, _Inode] = {}
+        self._pending_names: list[tuple[str, dict[str, _Inode | None]]] = []
+        self._locks: set[str] = set()
+        self._faults: list[_Fault] = []
+        self._cut_at: int | None = None
+        self._dead = False
+
+    # Faults.
+
+    def cut_before(self, operation: int) -> None:
+        """Cut the power before the n-th changing operation from now; 0 is the next one."""
+        self._cut_at = self.operations + operation
+
+    def cut_power(self) -> None:
+        """Cut the power now: every later call raises `PowerCut`."""
+        self._dead = True
+
+    def inject(
+        self,
+        kind: str,
+        error: int = errno.EIO,
+        *,
+        path: str | None = None,
+        skip: int = 0,
+        times: int = 1,
+    ) -> None:
+        """Make coming operations fail.
+
+        Args:
+            kind: "read" or one of `OPERATIONS`.
+            error: errno of the failure; ENOSPC becomes `OutOfSpace`.
+            path: only of this file; None is any.
+            skip: let so many pass first.
+            times: then fail so many.
+        """
+        self._faults.append(_Fault(kind, error, path, skip, times))
+
+    def heal(self) -> None:
+        """Take back the faults that have not happened yet."""
+        self._faults.clear()
+
+    def rot(self, path: str, offset: int, count: int = 1) -> None:
+        """Flip the bits of ``count`` bytes at ``offset``, on the disk and in the cache."""
+        for at in range(offset, offset + count):
+            self._lookup(path, "rot").flip(at)
+
+    def crash(self) -> SimDisk:
+        """Lose the power: the disk as the next boot finds it. This one is dead afterwards."""
+        after = self._successor()
+        survivors = dict(self._durable_names)
+        for _, change in self._pending_names:
+            if self.rng.randrange(2):
+                _apply(survivors, change)
+        after._durable_names = survivors
+        after._names = dict(survivors)
+        for inode in {id(i): i for i in survivors.values()}.values():
+            inode.lose(self.rng)
+            inode.forget_cache()
+        return after
+
+    def kill(self) -> SimDisk:
+        """Lose the process only: locks and handles end, the page cache stays."""
+        after = self._successor()
+        after._names = self._names
+        after._durable_names = self._durable_names
+        after._pending_names = self._pending_names
+        return after
+
+    def memory_bytes(self) -> int:
+        """Bytes of file content held, durable and cached."""
+        return sum(
+            PAGE * (len(inode.durable) + len(inode.cache))
+            + sum(len(w.data) for w in inode.pending if isinstance(w, _Write))
+            for inode in self._names.values()
+        )
+
+    # The interface.
+
+    def open(self, path: str, *, create: bool = False, size: int = 0) -> File:
+        self._check_alive()
+        fresh = path not in self._names
+        if fresh:
+            if not create:
+                raise NotExist(f"cannot open {path}: no such file")
+            self.begin("create", path)
+            self._change_names(os.path.dirname(path), {path: _Inode()})
+        file = SimFile(self, path, self._names[path])
+        if size > file.size():
+            try:
+                file.allocate(size)
+            except (OSError, OutOfSpace):
+                if fresh:
+                    self.unlink(path)
+                raise
+        return file
+
+    def exists(self, path: str) -> bool:
+        self._check_alive()
+        return path in self._names
+
+    def rename(self, old: str, new: str) -> None:
+        directory = same_directory(old, new)
+        inode = self._lookup(old, "rename")
+        self.begin("rename", old)
+        self._change_names(directory, {old: None, new: inode})
+
+    def unlink(self, path: str) -> None:
+        self._lookup(path, "remove")
+        self.begin("unlink", path)
+        self._change_names(os.path.dirname(path), {path: None})
+
+    def listdir(self, path: str = "") -> list[str]:
+        self._check_alive()
+        names = (os.path.split(name) for name in self._names)
+        return sorted(name for directory, name in names if directory == path.rstrip("/"))
+
+    def mkdir(self, path: str) -> None:
+        # Directories are the prefixes of names: there is nothing to make, and nothing to lose.
+        self._check_alive()
+
+    def fsync_dir(self, path: str = "") -> None:
+        self.begin("sync_dir", path)
+        directory = path.rstrip("/")
+        for where, change in self._pending_names:
+            if where == directory:
+                _apply(self._durable_names, change)
+        self._pending_names = [p for p in self._pending_names if p[0] != directory]
+
+    def free_bytes(self) -> int:
+        self._check_alive()
+        return max(0, self.capacity_bytes - sum(inode.size for inode in self._names.values()))
+
+    def lock(self, path: str = "lock") -> DiskLock:
+        self._check_alive()
+        if path in self._locks:
+            raise Locked(
+                "the data directory is in use by another process; "
+                "stop it or choose another directory"
+            )
+        self._locks.add(path)
+        return _SimLock(self._locks, path)
+
+    # For SimFile.
+
+    def begin(self, kind: str, path: str) -> None:
+        """Count an operation, and let the faults have it."""
+        self._check_alive()
+        if kind != "read":
+            if self._cut_at is not None and self.operations >= self._cut_at:
+                self._dead = True
+                raise PowerCut
+            self.operations += 1
+            if self.on_operation is not None:
+                self.on_operation(Operation(kind, path))
+                self._check_alive()
+        for fault in self._faults:
+            if fault.kind == kind and fault.path in (None, path):
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                if not fault.times:
+                    self._faults.remove(fault)
+                if fault.error == errno.ENOSPC:
+                    raise OutOfSpace(f"cannot {kind} {path}: the disk is full")
+                raise OSError(fault.error, f"cannot {kind}: {os.strerror(fault.error)}", path)
+
+    def need_room(self, path: str, more: int) -> None:
+        """Refuse to grow a file beyond the capacity."""
+        if more > 0 and more > self.free_bytes():
+            raise OutOfSpace(f"cannot write {path}: the disk is full")
+
+    def draw_cache_miss(self) -> bool:
+        """Whether the next read that must not wait finds nothing cached."""
+        return self.miss_percent > 0 and self.rng.randrange(100) < self.miss_percent
+
+    def _successor(self) -> SimDisk:
+        self._dead = True
+        after = SimDisk(
+            self.rng, capacity_bytes=self.capacity_bytes, miss_percent=self.miss_percent
+        )
+        # Faults belong to the medium: they outlive the process and the power.
+        after._faults = self._faults
+        return after
+
+    def _check_alive(self) -> None:
+        if self._dead:
+            raise PowerCut
+
+    def _lookup(self, path: str, action: str) -> _Inode:
+        self._check_alive()
+        inode = self._names.get(path)
+        if inode is None:
+            raise NotExist(f"cannot {action} {path}: no such file")
+        return inode
+
+    def _change_names(self, directory: str, change: dict[str, _Inode | None]) -> None:
+        _apply(self._names, change)
+        self._pending_names.append((directory, change))
+
+
+def _apply(names: dict[str, _Inode], change: dict[str, _Inode | None]) -> None:
+    for name, inode in change.items():
+        if inode is None:
+            names.pop(name, None)
+        else:
+            names[name] = inode

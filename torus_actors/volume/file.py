@@ -1,0 +1,766 @@
+"""A file over immutable blocks: reads, writes, trims, and writing back in the background.
+
+One ``File`` belongs to one volume actor and runs on its loop. It is a plain object on purpose: it
+holds acknowledged writes, so it must outlive the actor, whose successor calls ``resume``.
+
+Data path calls take a callback instead of being coroutines, because a task a request would cost
+more than the request. ``done(error, pieces)`` is called exactly once, unless the call itself
+returned the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any
+
+from torus_actors.errors import (
+    BlockUnavailable,
+    Closed,
+    Fenced,
+    Invalid,
+    OutOfSpace,
+    TorusError,
+)
+from torus_actors.model.blocksets import Blockset
+from torus_actors.model.checksums import PAGE_SIZE, Buffer, root_of, sums_of
+from torus_actors.model.extents import MISSING, ExtentMap
+from torus_actors.model.inode_tree import BlockMap
+from torus_actors.model.inode_tree_walk import PageNeeded
+from torus_actors.model.refs import BlockRef
+from torus_actors.nbd.requests import Hole, Piece
+from torus_actors.runtime import ActorSystem
+from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.write_back import WriteBack
+
+log = logging.getLogger(__name__)
+
+PUTS_MAX = 16
+"""Blocks on their way to the ring at once: 8 MiB of the default size, enough to keep two peers busy
+and little enough for the slowest to finish within its time-out."""
+
+PRESSURE = 0.5
+"""Share of the write cache above which partly written blocks are put on the ring. Below it they
+wait, because each costs a read of the rest of the block, and more writes may come to it."""
+
+RETRY_FIRST_S = 0.1
+RETRY_MAX_S = 2.0
+"""Pause before a failed write-back is tried again."""
+
+WHOLE_READ_MIN = 128 << 10
+"""Reads from this size on fetch and keep whole blocks."""
+
+STREAMS_MAX = 16
+"""Sequential readers told apart."""
+
+SEQUENTIAL_AFTER = 2
+"""Reads in a row, each beginning where one ended, that make a sequential reader."""
+
+READAHEAD_MAX = 8
+"""Blocks fetched ahead of a sequential reader."""
+
+CLEAR_RANGE_MIN = 64
+"""Trims of this many whole blocks clear the map at once instead of block by block."""
+
+MAP_PAGES_MAX = 2048
+"""Pages of the block map kept in memory: 56 MiB, which map 1 TiB of the default block size."""
+
+WAITING_WRITES_MAX = 4096
+"""Writes that may wait for room in the cache; the NBD connections bound them too."""
+
+Done = Callable[[TorusError | None, Sequence[Piece]], None]
+Spawn = Callable[[Coroutine[Any, Any, Any]], Any]
+
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+class _ReadOp:
+    """A read of which parts are still to come."""
+
+    __slots__ = ("done", "error", "left", "pieces")
+
+    def __init__(self, pieces: list[Any], left: int, done: Done) -> None:
+        self.pieces = pieces
+        self.left = left
+        self.done = done
+        self.error: TorusError | None = None
+
+    def arrived(self, at: int, buffer: Buffer | None, error: TorusError | None) -> None:
+        if error is not None:
+            self.error = error
+        else:
+            self.pieces[at] = buffer
+        self.left -= 1
+        if not self.left:
+            self.done(self.error, self.pieces if self.error is None else ())
+
+
+class File:
+    """See the module.
+
+    Args:
+        system: whose ``replicator`` stores and fetches blocks.
+        name: for logs.
+        size: bytes.
+        blockset: the map from position to block, as last committed.
+        read_cache: may be shared between files.
+        write_cache_bytes: bound of what is written and not yet in blocks.
+        read_only: writes are refused.
+    """
+
+    def __init__(
+        self,
+        system: ActorSystem,
+        *,
+        name: str,
+        size: int,
+        block_size: int,
+        blockset: Blockset,
+        read_cache: ReadCache,
+        write_cache_bytes: int,
+        next_ref: Callable[[], BlockRef],
+        read_only: bool = False,
+    ) -> None:
+        self.system = system
+        self.loop = system.loop
+        self.name = name
+        self.size = size
+        self.block_size = block_size
+        self.blockset = blockset
+        self.cache = read_cache
+        self.layers = WriteBack(write_cache_bytes)
+        self.next_ref = next_ref
+        self.read_only = read_only
+        self.failure: TorusError | None = None
+        """Why the file takes no writes any more; None while it does."""
+        self.unsynced: dict[BlockRef, tuple[int, list[list[Any]]]] = {}
+        """Blocks on the ring that no flush has made durable yet: root, and who took them."""
+        self.spawn: Spawn | None = None
+        self._replicator = system.actor("replicator")
+        self._fetching: dict[BlockRef, list[Callable[[Buffer | None, TorusError | None], None]]]
+        self._fetching = {}
+        self._loading: dict[tuple[int, int], list[Callable[[TorusError | None], None]]] = {}
+        self._streams: dict[int, int] = {}
+        self._ready: deque[int] = deque()
+        self._wanted: set[int] = set()
+        self._waiting: deque[tuple[int, Buffer | None, int, Done]] = deque()
+        self._putting = 0
+        self._retry_s = RETRY_FIRST_S
+        self._retry_timer: asyncio.TimerHandle | None = None
+        self._progress: asyncio.Future[None] | None = None
+        self.put_error: TorusError | None = None
+        """What the last write-back failed with; None after one succeeded."""
+
+    @property
+    def map(self) -> BlockMap:
+        """The paged tree under the blockset."""
+        return self.blockset.block_map
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def resume(self, spawn: Spawn) -> None:
+        """Go on under a new owner: what the old one was putting on the ring is put again."""
+        self.spawn = spawn
+        self._putting = 0
+        self._ready.clear()
+        for index in list(self.layers.frozen):
+            self.layers.thaw(index)
+        for index, layer in self.layers.dirty.items():
+            if layer.is_full(self._block_length(index)):
+                self._ready.append(index)
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
+        self.pump()
+
+    def fail(self, error: TorusError) -> None:
+        """Take no writes from now on; what waits for room fails."""
+        if self.failure is None:
+            self.failure = error
+            log.warning("volume %s takes no more writes: %s", self.name, error)
+        waiting, self._waiting = self._waiting, deque()
+        for _, _, _, done in waiting:
+            done(self.failure, ())
+        self._announce_progress()
+
+    def close(self) -> None:
+        """Let go of timers; flush before."""
+        self.fail(Closed(f"volume {self.name} is closed"))
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+
+    def _block_length(self, index: int) -> int:
+        """Bytes of the file in a block; less than a block only at its end."""
+        return min(self.block_size, self.size - index * self.block_size)
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise Invalid(f"bytes {offset} to {offset + length} are outside volume {self.name}")
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def read_at(self, offset: int, length: int, done: Done) -> list[Piece] | None:
+        """Read.
+
+        Args:
+            offset: bytes.
+            length: bytes.
+            done: called later with the pieces, unless they are returned.
+
+        Returns:
+            Buffers and holes in order, if all is in memory; they must not be changed. None if
+            ``done`` will be called.
+
+        Raises:
+            Invalid: outside the file.
+        """
+        self._check_range(offset, length)
+        pieces: list[Any] = []
+        missing: list[tuple[int, BlockRef, int, int, int]] = []
+        block_size = self.block_size
+        position, end = offset, offset + length
+        try:
+            while position < end:
+                index, start = divmod(position, block_size)
+                size = min(block_size - start, end - position)
+                self._plan(index, start, size, pieces, missing)
+                position += size
+        except PageNeeded as need:
+            self._load(need, partial(self._read_again, offset, length, done))
+            return None
+        sequential = self._note_stream(offset, end, length)
+        if not missing:
+            return pieces
+        op = _ReadOp(pieces, len(missing), done)
+        whole = sequential or length >= WHOLE_READ_MIN
+        for at, ref, root, start, size in missing:
+            if whole:
+                self._fetch_whole(ref, root, partial(_slice_whole, op, at, start, size))
+            else:
+                self._fetch_pages(ref, root, start, size, op, at)
+        return None
+
+    def _read_again(self, offset: int, length: int, done: Done, error: TorusError | None) -> None:
+        if error is not None:
+            done(error, ())
+            return
+        pieces = self.read_at(offset, length, done)
+        if pieces is not None:
+            done(None, pieces)
+
+    def _plan(
+        self,
+        index: int,
+        start: int,
+        size: int,
+        pieces: list[Any],
+        missing: list[tuple[int, BlockRef, int, int, int]],
+    ) -> None:
+        """Find a range of one block in the layers, then the map and the cache."""
+        layers = self.layers
+        if index in layers.dirty or index in layers.frozen:
+            for at, length, buffer in layers.read(index, start, size):
+                if buffer is MISSING:
+                    self._plan_below(index, at, length, pieces, missing)
+                else:
+                    pieces.append(Hole(length) if buffer is None else buffer)
+        else:
+            self._plan_below(index, start, size, pieces, missing)
+
+    def _plan_below(
+        self,
+        index: int,
+        start: int,
+        size: int,
+        pieces: list[Any],
+        missing: list[tuple[int, BlockRef, int, int, int]],
+    ) -> None:
+        entry = self.blockset.get(index)
+        if entry is None:
+            pieces.append(Hole(size))
+            return
+        found = self.cache.get(entry.ref, start, size)
+        if found is None:
+            missing.append((len(pieces), entry.ref, entry.root, start, size))
+        pieces.append(found)
+
+    def _fetch_pages(
+        self, ref: BlockRef, root: int, start: int, size: int, op: _ReadOp, at: int
+    ) -> None:
+        first = start & -PAGE_SIZE
+        last = min(-(-(start + size) // PAGE_SIZE) * PAGE_SIZE, self.block_size)
+
+        def arrived(future: asyncio.Future[Any]) -> None:
+            error = _error_of(future)
+            if error is not None:
+                op.arrived(at, None, error)
+                return
+            data = future.result()
+            self.cache.put_pages(ref, first, data)
+            op.arrived(at, data[start - first : start - first + size], None)
+
+        self._replicator.read.remote(ref, root, first, last - first).add_done_callback(arrived)
+
+    def _fetch_whole(
+        self,
+        ref: BlockRef,
+        root: int,
+        then: Callable[[Buffer | None, TorusError | None], None],
+    ) -> None:
+        waiters = self._fetching.get(ref)
+        if waiters is not None:
+            waiters.append(then)
+            return
+        self._fetching[ref] = [then]
+
+        def arrived(future: asyncio.Future[Any]) -> None:
+            error = _error_of(future)
+            data = None if error is not None else future.result()
+            if data is not None:
+                self.cache.put_whole(ref, data)
+            for waiter in self._fetching.pop(ref, ()):
+                waiter(data, error)
+
+        self._replicator.read.remote(ref, root, 0, self.block_size).add_done_callback(arrived)
+
+    def _note_stream(self, offset: int, end: int, length: int) -> bool:
+        """Whether this read continues others; fetches ahead if it does."""
+        streams = self._streams
+        count = streams.pop(offset, -1) + 1
+        streams[end] = count
+        if len(streams) > STREAMS_MAX:
+            del streams[next(iter(streams))]
+        if count < SEQUENTIAL_AFTER:
+            return False
+        index = -(-end // self.block_size)
+        ahead = min(1 << (count - SEQUENTIAL_AFTER), READAHEAD_MAX)
+        for following in range(index, min(index + ahead, -(-self.size // self.block_size))):
+            try:
+                entry = self.blockset.get(following)
+            except PageNeeded as need:
+                self._load(need, _ignore)
+                break
+            if (
+                entry is not None
+                and following not in self.layers.dirty
+                and following not in self.layers.frozen
+                and entry.ref not in self._fetching
+                and not self.cache.has_whole(entry.ref)
+            ):
+                self._fetch_whole(entry.ref, entry.root, _ignore)
+        return True
+
+    # -- pages of the map --------------------------------------------------------------------------
+
+    def _load(self, need: PageNeeded, then: Callable[[TorusError | None], None]) -> None:
+        """Fetch a page of the block map; several callers share one fetch."""
+        key = (need.level, need.page_number)
+        waiters = self._loading.get(key)
+        if waiters is not None:
+            waiters.append(then)
+            return
+        self._loading[key] = [then]
+
+        def arrived(future: asyncio.Future[Any]) -> None:
+            error = _error_of(future)
+            if error is None:
+                try:
+                    self.map.load(need, future.result())
+                    self.map.drop_clean_pages(MAP_PAGES_MAX)
+                except TorusError as broken:
+                    error = broken
+            for waiter in self._loading.pop(key, ()):
+                waiter(error)
+
+        self.system.actor("inode_store").get_page.remote(need.ref, need.crc).add_done_callback(
+            arrived
+        )
+
+    async def load(self, need: PageNeeded) -> None:
+        """As ``_load``, for coroutines."""
+        future: asyncio.Future[None] = self.loop.create_future()
+
+        def then(error: TorusError | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        self._load(need, then)
+        await future
+
+    async def with_pages(self, call: Callable[[], Any]) -> Any:
+        """Call something on the map, loading pages until it can be answered."""
+        while True:
+            try:
+                return call()
+            except PageNeeded as need:
+                await self.load(need)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def write_at(self, offset: int, data: Buffer, done: Done) -> bool:
+        """Write into the cache.
+
+        Args:
+            offset: bytes.
+            data: kept, and not to be changed ever after.
+            done: called later, unless the write is taken at once.
+
+        Returns:
+            Whether it was taken; if not, ``done`` will be called once there is room.
+
+        Raises:
+            Invalid: outside the file.
+            OutOfSpace: the cluster is full and so is the cache.
+            Fenced, Closed: the file takes no writes.
+        """
+        self._check_range(offset, len(data))
+        self._check_writable()
+        if self._waiting or self.layers.size + len(data) > self.layers.size_max:
+            return self._wait_for_room(offset, data, len(data), done)
+        self._write(offset, data)
+        return True
+
+    def _check_writable(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self.read_only:
+            raise Invalid(f"volume {self.name} is open read-only")
+        if isinstance(self.put_error, OutOfSpace):
+            # Whatever is taken now could not be stored: say so while the writer can still react.
+            raise self.put_error
+
+    def _wait_for_room(self, offset: int, data: Buffer | None, length: int, done: Done) -> bool:
+        if length > self.layers.size_max and not self.layers.size and not self._waiting:
+            self._take(offset, data, length)  # larger than the cache: let through alone
+            return True
+        if len(self._waiting) >= WAITING_WRITES_MAX:
+            raise BlockUnavailable("too many writes wait for room in the write cache")
+        self._waiting.append((offset, data, length, done))
+        self.pump()
+        return False
+
+    def _take(self, offset: int, data: Buffer | None, length: int) -> None:
+        if data is None:
+            self._zero(offset, length)
+        else:
+            self._write(offset, data)
+
+    def _write(self, offset: int, data: Buffer) -> None:
+        block_size = self.block_size
+        index, start = divmod(offset, block_size)
+        length = len(data)
+        if start + length <= block_size:
+            layer = self.layers.write(index, start, data)
+            if layer.covered_bytes == block_size or layer.covered_bytes == self._block_length(
+                index
+            ):
+                self._now_full(index)
+            elif self.layers.size > self.layers.size_max * PRESSURE:
+                self.pump()
+            return
+        view = memoryview(data)
+        at = 0
+        while at < length:
+            size = min(block_size - start, length - at)
+            layer = self.layers.write(index, start, view[at : at + size])
+            if layer.is_full(self._block_length(index)):
+                self._now_full(index)
+            at += size
+            index, start = index + 1, 0
+        self.pump()
+
+    def _now_full(self, index: int) -> None:
+        if index not in self._wanted:
+            self._wanted.add(index)
+            self._ready.append(index)
+        self.pump()
+
+    def zero_at(self, offset: int, length: int, keep: bool, done: Done) -> bool:
+        """Make a range read as zeros.
+
+        Args:
+            offset: bytes.
+            length: bytes.
+            keep: leave it allocated: zeros are stored like data.
+            done: as for ``write_at``.
+
+        Returns:
+            Whether it is done; if not, ``done`` will be called.
+
+        Raises:
+            Invalid, OutOfSpace, Fenced, Closed: as ``write_at``.
+        """
+        self._check_range(offset, length)
+        self._check_writable()
+        if keep:
+            return self._write_zeros(offset, length, done)
+        if self._waiting:
+            return self._wait_for_room(offset, None, length, done)
+        block_size = self.block_size
+        first = -(-offset // block_size)
+        end = offset + length
+        last = -(-end // block_size) if end == self.size else end // block_size
+        if last - first >= CLEAR_RANGE_MIN:
+            self._zero(offset, min(first * block_size, end) - offset)
+            if end > last * block_size:
+                self._zero(last * block_size, end - last * block_size)
+            self._clear_range(first, last, done)
+            return False
+        self._zero(offset, length)
+        return True
+
+    def _write_zeros(self, offset: int, length: int, done: Done) -> bool:
+        at = 0
+        while at < length:
+            size = min(len(_ZEROS), length - at)
+            if at + size == length:
+                return self.write_at(offset + at, _ZEROS[:size], done)
+            self.write_at(offset + at, _ZEROS[:size], _ignore)
+            at += size
+        return True
+
+    def _zero(self, offset: int, length: int) -> None:
+        block_size = self.block_size
+        end = offset + length
+        while offset < end:
+            index, start = divmod(offset, block_size)
+            size = min(block_size - start, end - offset)
+            layer = self.layers.zero(index, start, size)
+            if layer.is_full(self._block_length(index)):
+                self._now_full(index)
+            offset += size
+        self.pump()
+
+    def _clear_range(self, first: int, last: int, done: Done) -> None:
+        self.layers.drop(first, last)
+        try:
+            self.blockset.trim(first, last)
+        except PageNeeded as need:
+
+            def then(error: TorusError | None) -> None:
+                if error is None:
+                    self._clear_range(first, last, done)
+                else:
+                    done(error, ())
+
+            self._load(need, then)
+            return
+        self.loop.call_soon(done, None, ())
+        self._room_made()
+
+    # -- writing back ------------------------------------------------------------------------------
+
+    def want(self, index: int) -> None:
+        """Put this block on the ring soon, full or not."""
+        if index not in self._wanted and index in self.layers.dirty:
+            self._wanted.add(index)
+            self._ready.append(index)
+
+    def pump(self) -> None:
+        """Start as many puts as are due and allowed."""
+        layers = self.layers
+        if self._retry_timer is not None or self.spawn is None or self.failure is not None:
+            return
+        blocked: list[int] = []
+        while self._ready and self._putting < PUTS_MAX:
+            index = self._ready.popleft()
+            if index in layers.frozen:
+                blocked.append(index)  # its older layer is still on its way
+                continue
+            self._wanted.discard(index)
+            if index in layers.dirty:
+                self._start_put(index)
+        self._ready.extend(blocked)
+        if self._putting < PUTS_MAX and (layers.size > layers.size_max * PRESSURE or self._waiting):
+            self._relieve()
+
+    def _relieve(self) -> None:
+        """The cache is filling: put out the partly written blocks that free the most."""
+        layers = self.layers
+        oldest = []
+        for index in layers.dirty:
+            if index not in layers.frozen:
+                oldest.append(index)
+                if len(oldest) >= 4 * PUTS_MAX:
+                    break
+        oldest.sort(key=lambda index: -layers.dirty[index].data_bytes)
+        for index in oldest[: PUTS_MAX - self._putting]:
+            self._start_put(index)
+
+    def _start_put(self, index: int) -> None:
+        assert self.spawn is not None
+        layer = self.layers.freeze(index)
+        self._putting += 1
+        self.spawn(self._put(index, layer))
+
+    async def _put(self, index: int, layer: ExtentMap) -> None:
+        """Make a block of a frozen layer and enter it in the map."""
+        try:
+            if layer.is_all_zero and layer.is_full(self._block_length(index)):
+                await self.with_pages(lambda: self._settle(index, layer, None))
+            else:
+                block = await self._assemble(index, layer)
+                sums = sums_of(block)
+                root = root_of(sums)
+                ref = self.next_ref()
+                placed = await self._replicator.put_block.remote(
+                    ref, root, sums, self.blockset.replication or 0, payload=block
+                )
+                # Noted before it is in the map: whatever the map names, a flush must cover.
+                self.unsynced[ref] = (root, placed)
+                self.cache.put_whole(ref, block)
+                await self.with_pages(lambda: self._settle(index, layer, (ref, root)))
+        except TorusError as error:
+            self._put_failed(index, layer, error)
+        else:
+            self._retry_s = RETRY_FIRST_S
+            self.put_error = None
+        self._putting -= 1
+        self._room_made()
+        self._announce_progress()
+        self.pump()
+
+    def _settle(self, index: int, layer: ExtentMap, block: tuple[BlockRef, int] | None) -> None:
+        """Enter a block in the map and drop its layer, in one step; may raise PageNeeded."""
+        if self.layers.frozen.get(index) is not layer:
+            return  # trimmed meanwhile: the block is nobody's
+        if block is None:
+            self.blockset.trim(index, index + 1)
+        else:
+            self.blockset.put(index, *block)
+        self.layers.settle(index, layer)
+
+    async def _assemble(self, index: int, layer: ExtentMap) -> Buffer:
+        """The whole content of a block: the layer over what is stored."""
+        if len(layer) == 1 and layer.is_full(self.block_size):
+            ((_, _, buffer),) = layer.items()
+            if buffer is not None:
+                return buffer
+        block = bytearray(self.block_size)
+        if not layer.is_full(self._block_length(index)):
+            entry = await self.with_pages(lambda: self.blockset.get(index))
+            if entry is not None:
+                cached = self.cache.get(entry.ref, 0, self.block_size)
+                if cached is None:
+                    cached = await self._replicator.read.remote(
+                        entry.ref, entry.root, 0, self.block_size
+                    )
+                block[: len(cached)] = cached
+        layer.overlay(block)
+        return block
+
+    def _put_failed(self, index: int, layer: ExtentMap, error: TorusError) -> None:
+        if self.layers.frozen.get(index) is layer:
+            self.layers.thaw(index)
+            self.want(index)
+        if self.put_error is None or type(self.put_error) is not type(error):
+            log.warning("volume %s: block %d cannot be stored now: %s", self.name, index, error)
+        self.put_error = error
+        if isinstance(error, Fenced):
+            self.fail(error)
+        if isinstance(error, OutOfSpace):
+            waiting, self._waiting = self._waiting, deque()
+            for _, _, _, done in waiting:
+                done(error, ())
+        if self._retry_timer is None:
+            self._retry_timer = self.loop.call_later(self._retry_s, self._retry)
+            self._retry_s = min(self._retry_s * 2, RETRY_MAX_S)
+
+    def _retry(self) -> None:
+        self._retry_timer = None
+        self.pump()
+
+    def retry_now(self) -> None:
+        """Do not wait for the retry timer: somebody asks for the result."""
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry()
+
+    def _room_made(self) -> None:
+        waiting, layers = self._waiting, self.layers
+        while waiting:
+            offset, data, length, done = waiting[0]
+            if layers.size + length > layers.size_max and layers.size:
+                break
+            waiting.popleft()
+            self._take(offset, data, length)
+            done(None, ())
+
+    def _announce_progress(self) -> None:
+        if self._progress is not None and not self._progress.done():
+            self._progress.set_result(None)
+        self._progress = None
+
+    async def progress(self) -> None:
+        """Wait until some put ended, well or not."""
+        if self._progress is None:
+            self._progress = self.loop.create_future()
+        await asyncio.shield(self._progress)
+
+    # -- holes -------------------------------------------------------------------------------------
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Which parts of a range hold data.
+
+        Returns:
+            Lengths in bytes, each with whether it is data; in order, neighbours differ.
+
+        Raises:
+            PageNeeded: a page of the map must be loaded first.
+            Invalid: outside the file.
+        """
+        self._check_range(offset, length)
+        found: list[list[Any]] = []
+
+        def add(size: int, data: bool) -> None:
+            if found and found[-1][1] is data:
+                found[-1][0] += size
+            else:
+                found.append([size, data])
+
+        position, end = offset, offset + length
+        while position < end:
+            index, start = divmod(position, self.block_size)
+            size = min(self.block_size - start, end - position)
+            if index in self.layers.dirty or index in self.layers.frozen:
+                for _, part, buffer in self.layers.read(index, start, size):
+                    below = buffer is MISSING and self.blockset.get(index) is not None
+                    add(part, below or (buffer is not None and buffer is not MISSING))
+            else:
+                stop = min(-(-end // self.block_size), self._next_layer(index))
+                run, stored = self.map.run_end(index, stop)
+                size = min(run * self.block_size, end) - position
+                add(size, stored)
+            position += size
+        return [(size, data) for size, data in found]
+
+    def _next_layer(self, index: int) -> int:
+        """The first block behind ``index`` that has a layer."""
+        behind = [i for i in self.layers.indexes() if i > index]
+        return min(behind, default=-(-self.size // self.block_size))
+
+
+def _slice_whole(
+    op: _ReadOp, at: int, start: int, size: int, data: Buffer | None, error: TorusError | None
+) -> None:
+    op.arrived(at, None if data is None else memoryview(data)[start : start + size], error)
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody waits for this."""
+
+
+def _error_of(future: asyncio.Future[Any]) -> TorusError | None:
+    if future.cancelled():
+        return Closed("given up")
+    error = future.exception()
+    if error is None or isinstance(error, TorusError):
+        return error
+    return TorusError(repr(error))

@@ -1,0 +1,452 @@
+"""A session: one client's exclusive use of a volume, from attach to detach.
+
+Owns the file, its caches and everything acknowledged but not yet durable, so it outlives the volume
+actor that drives it. Requests come in as the NBD server's batches; answers leave through an outbox
+that is emptied once a turn of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torus_actors.errors import (
+    Again,
+    BlockUnavailable,
+    Closed,
+    Fenced,
+    NotSupported,
+    OutcomeUnknown,
+    TorusError,
+)
+from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.records import Head, VolumeRecord
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model import blocksets
+from torus_actors.model.inode_tree import CommitPlan
+from torus_actors.model.inode_tree_walk import PageNeeded
+from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.nbd.protocol import STATE_HOLE, STATE_ZERO, errno_of
+from torus_actors.nbd.requests import Op, Piece, Reply, Request
+from torus_actors.runtime import ActorSystem
+from torus_actors.volume.commit import Committer
+from torus_actors.volume.file import File, Spawn
+from torus_actors.volume.read_cache import ReadCache
+
+log = logging.getLogger(__name__)
+
+MINTED = 64
+"""INode numbers taken from the metadata at a time: one transaction for that many commits."""
+
+IDLE_FLUSH_S = 5.0
+"""Writes that nobody flushed are flushed once the volume was quiet for this long."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """Bounds of one client's memory, bytes."""
+
+    read_bytes: int = 256 << 20
+    write_bytes: int = 64 << 20
+
+
+class Session:
+    """See the module; made by ``open_session``.
+
+    Attributes:
+        name, volume_id, size: of the volume.
+        epoch: of this session; 0 for a read-only one, which has no lock.
+        holder: who holds the lock, for people.
+    """
+
+    def __init__(
+        self,
+        system: ActorSystem,
+        meta: MetadataService,
+        record: VolumeRecord,
+        *,
+        epoch: int,
+        holder: str,
+        head_revision: int,
+        inodes: list[int],
+        blockset: blocksets.Blockset,
+        block_size: int,
+        read_cache: ReadCache,
+        write_cache_bytes: int,
+    ) -> None:
+        self.system = system
+        self.name = record.name
+        self.volume_id = record.id
+        self.size = record.size
+        self.epoch = epoch
+        self.holder = holder
+        self._meta = meta
+        self._head_revision = head_revision
+        self._inodes = inodes
+        self._inode = inodes.pop(0) if inodes else 0
+        self._next_index = 0
+        self._minting = False
+        self.file = File(
+            system,
+            name=record.name,
+            size=record.size,
+            block_size=block_size,
+            blockset=blockset,
+            read_cache=read_cache,
+            write_cache_bytes=write_cache_bytes,
+            next_ref=self._data_ref,
+            read_only=not epoch,
+        )
+        self.committer = Committer(
+            system, self.file, self._inode_ref, self._next_inode, self._record_head
+        )
+        self._spawn: Spawn | None = None
+        self._outbox: dict[int, list[Reply]] = {}
+        self._emptying = False
+        self._flush_waiting: list[Callable[[TorusError | None], None]] = []
+        self._flushing: list[Callable[[TorusError | None], None]] = []
+        self._flush_wake = asyncio.Event()
+        self._written_at = 0.0
+        self.commits = 0
+        self._handlers: dict[int, Callable[[int, Request, list[Reply]], None]] = {
+            Op.READ: self._on_read,
+            Op.WRITE: self._on_write,
+            Op.FLUSH: self._on_flush,
+            Op.TRIM: self._on_zero,
+            Op.WRITE_ZEROES: self._on_zero,
+            Op.CACHE: self._on_cache,
+            Op.BLOCK_STATUS: self._on_block_status,
+        }
+
+    # -- names of blocks ---------------------------------------------------------------------------
+
+    def _data_ref(self) -> BlockRef:
+        self._next_index += 1
+        return BlockRef.of(self.volume_id, self._inode, self._next_index)
+
+    def _inode_ref(self) -> BlockRef:
+        self._next_index += 1
+        return BlockRef.of(self.volume_id, self._inode, self._next_index, BlockType.INODE)
+
+    def _next_inode(self) -> int:
+        """Go over to the next INode number; blocks put from now on belong to the next commit.
+
+        With the metadata away the numbers may run out: the last one is then used on, which is safe,
+        because an index is never given out twice, and only makes collecting coarser.
+        """
+        used = self._inode
+        if self._inodes:
+            self._inode = self._inodes.pop(0)
+            self._next_index = 0
+        if len(self._inodes) < MINTED // 2 and not self._minting and self._spawn is not None:
+            self._minting = True
+            self._spawn(self._mint())
+        return used
+
+    async def _mint(self) -> None:
+        try:
+            first = await self._meta.mint_inode(self.volume_id, MINTED)
+            self._inodes += range(first, first + MINTED)
+        except TorusError as error:
+            log.debug("volume %s: INode numbers: %s", self.name, error)
+        finally:
+            self._minting = False
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def resume(self, spawn: Spawn) -> None:
+        """Go on under a (new) volume actor."""
+        self._spawn = spawn
+        self._minting = False
+        self._flush_waiting = self._flushing + self._flush_waiting
+        self._flushing = []
+        self._flush_wake.set()
+        self.file.resume(spawn)
+        spawn(self._flusher())
+
+    def fence(self, error: Fenced) -> None:
+        """Another session has begun: nothing is written any more."""
+        self.file.fail(error)
+        self._flush_wake.set()
+
+    def flush_soon(self, done: Callable[[TorusError | None], None]) -> None:
+        """Make everything acknowledged so far durable, then call ``done``."""
+        self._flush_waiting.append(done)
+        self._flush_wake.set()
+
+    async def _flusher(self) -> None:
+        """One flush after the other; those that come while one runs share the next."""
+        loop = self.system.loop
+        while True:
+            if not self._flush_waiting:
+                self._flush_wake.clear()
+                try:
+                    async with asyncio.timeout(IDLE_FLUSH_S):
+                        await self._flush_wake.wait()
+                except TimeoutError:
+                    quiet = loop.time() - self._written_at > IDLE_FLUSH_S
+                    if not quiet or self.committer.clean or self.file.failure is not None:
+                        continue
+            self._flushing, self._flush_waiting = self._flush_waiting, []
+            error: TorusError | None = None
+            try:
+                await self.committer.commit()
+            except TorusError as failed:
+                error = failed
+                log.warning("volume %s: flush failed: %s", self.name, failed)
+                if isinstance(failed, Fenced):
+                    self.file.fail(failed)
+            flushed, self._flushing = self._flushing, []
+            for done in flushed:
+                done(error)
+
+    async def _record_head(self, plan: CommitPlan, inode: int) -> None:
+        """Store the new head, however long the metadata is away."""
+        head = Head(
+            inode=inode,
+            root=bytes(plan.root.ref),
+            root_crc=plan.root.crc,
+            size=self.size,
+            epoch=self.epoch,
+            extra=self.file.blockset.marshal(plan.root),
+        )
+        backoff = Backoff(self.system.rng, max_s=1.0)
+        while True:
+            try:
+                self._head_revision = await self._meta.commit_head(
+                    self.volume_id, self.epoch, self._head_revision, head
+                )
+                self.commits += 1
+                return
+            except (Again, OutcomeUnknown) as error:
+                log.info("volume %s: waiting for the metadata: %s", self.name, error)
+                await backoff.wait()
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def submit(self, conn: int, requests: Sequence[Request]) -> None:
+        """Take a batch of requests of one NBD connection."""
+        replies: list[Reply] = []
+        handlers = self._handlers
+        for request in requests:
+            try:
+                handlers[request.op](conn, request, replies)
+            except TorusError as error:
+                replies.append(_failed(request, error))
+        if replies:
+            self.system.actor("nbd_server").replies.tell(conn, replies)
+
+    def _answer(self, conn: int, reply: Reply) -> None:
+        """Answer later than within ``submit``; gathers what one turn of the loop brings."""
+        self._outbox.setdefault(conn, []).append(reply)
+        if not self._emptying:
+            self._emptying = True
+            self.system.loop.call_soon(self._empty_outbox)
+
+    def _empty_outbox(self) -> None:
+        self._emptying = False
+        outbox, self._outbox = self._outbox, {}
+        server = self.system.actor("nbd_server")
+        for conn, replies in outbox.items():
+            server.replies.tell(conn, replies)
+
+    def _on_read(self, conn: int, request: Request, replies: list[Reply]) -> None:
+        pieces = self.file.read_at(
+            request.offset, request.length, partial(self._read_done, conn, request)
+        )
+        if pieces is not None:
+            replies.append(Reply(request, buffers=pieces))
+
+    def _read_done(
+        self, conn: int, request: Request, error: TorusError | None, pieces: Sequence[Piece]
+    ) -> None:
+        self._answer(
+            conn, Reply(request, buffers=pieces) if error is None else _failed(request, error)
+        )
+
+    def _on_write(self, conn: int, request: Request, replies: list[Reply]) -> None:
+        assert request.data is not None
+        done = partial(self._write_done, conn, request)
+        self._written_at = self.system.loop.time()
+        if self.file.write_at(request.offset, request.data, done):
+            if request.fua:
+                self.flush_soon(partial(self._flush_done, conn, request))
+            else:
+                replies.append(Reply(request))
+
+    def _on_zero(self, conn: int, request: Request, replies: list[Reply]) -> None:
+        done = partial(self._write_done, conn, request)
+        self._written_at = self.system.loop.time()
+        keep = request.op == Op.WRITE_ZEROES and request.no_hole
+        if keep and request.fast_zero:
+            raise NotSupported("zeros that stay allocated are written like data")
+        if self.file.zero_at(request.offset, request.length, keep, done):
+            if request.fua:
+                self.flush_soon(partial(self._flush_done, conn, request))
+            else:
+                replies.append(Reply(request))
+
+    def _write_done(
+        self, conn: int, request: Request, error: TorusError | None, _: Sequence[Piece]
+    ) -> None:
+        if error is not None:
+            self._answer(conn, _failed(request, error))
+        elif request.fua:
+            self.flush_soon(partial(self._flush_done, conn, request))
+        else:
+            self._answer(conn, Reply(request))
+
+    def _on_flush(self, conn: int, request: Request, replies: list[Reply]) -> None:
+        if not self.epoch:
+            replies.append(Reply(request))  # read-only: there is nothing to flush
+        else:
+            self.flush_soon(partial(self._flush_done, conn, request))
+
+    def _flush_done(self, conn: int, request: Request, error: TorusError | None) -> None:
+        self._answer(conn, Reply(request) if error is None else _failed(request, error))
+
+    def _on_cache(self, conn: int, request: Request, replies: list[Reply]) -> None:
+        pieces = self.file.read_at(
+            request.offset, request.length, partial(self._cache_done, conn, request)
+        )
+        if pieces is not None:
+            replies.append(Reply(request))
+
+    def _cache_done(
+        self, conn: int, request: Request, error: TorusError | None, _: Sequence[Piece]
+    ) -> None:
+        self._answer(conn, Reply(request) if error is None else _failed(request, error))
+
+    def _on_block_status(self, conn: int, request: Request, replies: list[Reply]) -> None:
+        try:
+            found = self.file.extents(request.offset, request.length)
+        except PageNeeded:
+            assert self._spawn is not None
+            self._spawn(self._block_status_later(conn, request))
+            return
+        replies.append(_extents(request, found))
+
+    async def _block_status_later(self, conn: int, request: Request) -> None:
+        try:
+            found = await self.file.with_pages(
+                lambda: self.file.extents(request.offset, request.length)
+            )
+            self._answer(conn, _extents(request, found))
+        except TorusError as error:
+            self._answer(conn, _failed(request, error))
+
+    def status(self) -> dict[str, Any]:
+        """What ``torusctl status`` shows of an open volume."""
+        file = self.file
+        return {
+            "name": self.name,
+            "size": self.size,
+            "epoch": self.epoch,
+            "commits": self.commits,
+            "dirty_bytes": file.layers.size,
+            "unsynced_blocks": len(file.unsynced),
+            "read_cache_bytes": file.cache.size,
+            "read_cache_hits": file.cache.hits,
+            "read_cache_misses": file.cache.misses,
+            "failure": str(file.failure or file.put_error or ""),
+        }
+
+
+def _extents(request: Request, found: list[tuple[int, bool]]) -> Reply:
+    hole = STATE_HOLE | STATE_ZERO
+    return Reply(request, extents=[(size, 0 if data else hole) for size, data in found])
+
+
+def _failed(request: Request, error: TorusError) -> Reply:
+    return Reply(request, error=errno_of(error), message=str(error))
+
+
+async def open_session(
+    system: ActorSystem,
+    meta: MetadataService,
+    name: str,
+    *,
+    holder: str,
+    block_size: int,
+    block_spec: str,
+    read_cache: ReadCache,
+    write_cache_bytes: int,
+    read_only: bool = False,
+) -> Session:
+    """Attach a volume.
+
+    Raises:
+        NotExist: there is no such volume.
+        Locked: another client has it open; the text says who.
+        Again: the metadata cannot be reached.
+    """
+    record = await meta.volume(name)
+    epoch = 0
+    inodes: list[int] = []
+    if not read_only:
+        lease = await system.actor("heartbeat").lease.remote(timeout_s=10.0)
+        epoch = await meta.attach(record.id, holder, lease)
+    try:
+        if not read_only:
+            first = await meta.mint_inode(record.id, MINTED)
+            inodes = list(range(first, first + MINTED))
+        head, revision = await meta.head(record.id)
+        nblocks = -(-record.size // block_size)
+        if head is None:
+            blockset = blocksets.create_blockset(block_spec, nblocks)
+        else:
+            blockset = blocksets.unmarshal_blockset(head.extra)
+        session = Session(
+            system,
+            meta,
+            record,
+            epoch=epoch,
+            holder=holder,
+            head_revision=revision,
+            inodes=inodes,
+            blockset=blockset,
+            block_size=block_size,
+            read_cache=read_cache,
+            write_cache_bytes=write_cache_bytes,
+        )
+        if blockset.length != nblocks:
+            await session.file.with_pages(lambda: blockset.truncate(nblocks))
+    except BaseException:
+        if epoch:
+            await meta.detach(record.id, epoch)
+        raise
+    return session
+
+
+async def close_session(session: Session, meta: MetadataService) -> None:
+    """Flush, then give the lock up.
+
+    Raises:
+        TorusError: the flush failed; the lock is given up all the same, what was not flushed is
+            lost, as when a disk is unplugged.
+    """
+    error: TorusError | None = None
+    if session.epoch and session.file.failure is None:
+        flushed: asyncio.Future[TorusError | None] = session.system.loop.create_future()
+
+        def done(failed: TorusError | None) -> None:
+            if not flushed.done():
+                flushed.set_result(failed)
+
+        session.flush_soon(done)
+        try:
+            async with asyncio.timeout(60.0):
+                error = await flushed
+        except TimeoutError:
+            error = BlockUnavailable("the last flush did not end in time")
+    session.file.close()
+    if session.epoch:
+        with contextlib.suppress(Fenced, Closed):
+            await meta.detach(session.volume_id, session.epoch)
+    if error is not None:
+        raise error

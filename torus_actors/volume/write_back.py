@@ -1,0 +1,117 @@
+"""What was written to a volume and is not in a block yet.
+
+For each block of the file there are up to two layers of extents: ``dirty``, which takes writes,
+and ``frozen``, which is being put on the ring and changes no more. A write is readable from the
+moment it is in a layer; a layer is dropped only after the block that holds it is in the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torus_actors.model.checksums import Buffer
+from torus_actors.model.extents import MISSING, ExtentMap, Piece
+
+EXTENT_OVERHEAD_BYTES = 64
+"""Bookkeeping of one extent, counted so that a flood of tiny writes cannot outgrow the bound."""
+
+
+class WriteBack:
+    """The layers of one volume.
+
+    Args:
+        size_max: bytes of memory to use; what exceeds it waits.
+
+    Attributes:
+        size: bytes of memory in use.
+        dirty, frozen: layers by block number, the oldest first.
+    """
+
+    def __init__(self, size_max: int) -> None:
+        self.size_max = size_max
+        self.size = 0
+        self.dirty: dict[int, ExtentMap] = {}
+        self.frozen: dict[int, ExtentMap] = {}
+
+    def write(self, index: int, offset: int, data: Buffer) -> ExtentMap:
+        """Write into the dirty layer of a block; returns the layer."""
+        layer = self.dirty.get(index)
+        if layer is None:
+            layer = self.dirty[index] = ExtentMap()
+        before = _cost(layer)
+        layer.write(offset, data)
+        self.size += _cost(layer) - before
+        return layer
+
+    def zero(self, index: int, offset: int, length: int) -> ExtentMap:
+        """Zero a range in the dirty layer of a block; returns the layer."""
+        layer = self.dirty.get(index)
+        if layer is None:
+            layer = self.dirty[index] = ExtentMap()
+        before = _cost(layer)
+        layer.zero(offset, length)
+        self.size += _cost(layer) - before
+        return layer
+
+    def read(self, index: int, offset: int, length: int) -> list[Piece]:
+        """What the layers know of a range; MISSING is for the block below them."""
+        layer = self.dirty.get(index)
+        below = self.frozen.get(index)
+        if layer is None:
+            if below is None:
+                return [(offset, length, MISSING)]
+            return below.read(offset, length)
+        pieces = layer.read(offset, length)
+        if below is None:
+            return pieces
+        merged: list[Piece] = []
+        for piece in pieces:
+            if piece[2] is MISSING:
+                merged += below.read(piece[0], piece[1])
+            else:
+                merged.append(piece)
+        return merged
+
+    def freeze(self, index: int) -> ExtentMap:
+        """Take the dirty layer of a block for putting it on the ring; none may be frozen."""
+        assert index not in self.frozen
+        layer = self.dirty.pop(index)
+        self.frozen[index] = layer
+        return layer
+
+    def thaw(self, index: int) -> None:
+        """The put failed: the frozen layer takes writes again, below those that came since."""
+        layer = self.frozen.pop(index)
+        newer = self.dirty.pop(index, None)
+        if newer is not None:
+            before = _cost(layer) + _cost(newer)
+            layer.merge_from(newer)
+            self.size += _cost(layer) - before
+        self.dirty[index] = layer
+
+    def settle(self, index: int, layer: ExtentMap) -> None:
+        """The frozen layer is in the volume's map now, or was overwritten altogether."""
+        if self.frozen.get(index) is layer:
+            del self.frozen[index]
+            self.size -= _cost(layer)
+
+    def drop(self, first: int, last: int) -> None:
+        """Forget both layers of blocks ``first`` to ``last`` (not included)."""
+        for layers in (self.dirty, self.frozen):
+            if last - first < len(layers):
+                gone = [i for i in range(first, last) if i in layers]
+            else:
+                gone = [i for i in layers if first <= i < last]
+            for index in gone:
+                self.size -= _cost(layers.pop(index))
+
+    def indexes(self) -> Iterator[int]:
+        """Every block with a layer, each once."""
+        yield from self.frozen
+        for index in self.dirty:
+            if index not in self.frozen:
+                yield index
+
+
+def _cost(layer: ExtentMap) -> int:
+    return layer.data_bytes + EXTENT_OVERHEAD_BYTES * len(layer)
