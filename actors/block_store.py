@@ -56,6 +56,9 @@ POOLED_READ_MIN = 64 << 10
 IDLE_FLUSH_S = 2.0
 """Blocks that nobody flushed are made durable after this long all the same."""
 
+PRESSED_FLUSH_S = 0.1
+"""And after this long when the store is nearly full: what was deleted is free only then."""
+
 DATA, INODES = 0, 1
 
 
@@ -161,8 +164,7 @@ class OpenStores:
             store.abandon(ticket)
             raise
         store.commit(ticket)
-        if self._idle_flush is None:
-            self._idle_flush = self.system.loop.call_later(IDLE_FLUSH_S, self._flush_idle)
+        self.flush_later()
         level = store.level()
         if level is not self.level and kind == DATA:
             self.level = level
@@ -195,6 +197,12 @@ class OpenStores:
             self.system.background.add(task)
             task.add_done_callback(self.system.background.discard)
         await waiter
+
+    def flush_later(self) -> None:
+        """Flush soon even if nobody asks; at once where room is short, since it frees the deleted."""
+        if self._idle_flush is None:
+            pause = IDLE_FLUSH_S if self.level is Level.OK else PRESSED_FLUSH_S
+            self._idle_flush = self.system.loop.call_later(pause, self._flush_idle)
 
     def _flush_idle(self) -> None:
         self._idle_flush = None
@@ -376,9 +384,24 @@ class BlockStoreActor(LoopActor):
         refs, following = self._stores[kind].refs_from(slot, min(count, 4096))
         return [b"".join(refs), following]
 
+    @expose(remote=True, idempotent=True)
+    def discard_blocks(self, refs: bytes) -> int:
+        """Delete blocks that were overwritten before any head named them.
+
+        Only the session that put them can know that, and only it may say so.
+
+        Args:
+            refs: packed block refs.
+
+        Returns:
+            How many were here.
+        """
+        return self.delete_blocks(refs)
+
     @expose()
     def delete_blocks(self, refs: bytes) -> int:
         """Delete blocks; returns how many were there. Only actors of this node may."""
+        self._opened.flush_later()
         return sum(
             self._stores[kind].delete(
                 r for r in split_refs(refs) if self._opened.kind_of(r) == kind

@@ -17,7 +17,16 @@ from torus_actors.runtime import LoopActor, expose
 
 ASK_TIMEOUT_S = 2.0
 
-ASKED = ("block_store", "replicator", "rebalancer", "heartbeat", "volumes", "nbd_server", "bridge")
+ASKED = (
+    "block_store",
+    "replicator",
+    "rebalancer",
+    "collector",
+    "heartbeat",
+    "volumes",
+    "nbd_server",
+    "bridge",
+)
 """Actors whose status is part of the node's, where they run here."""
 
 

@@ -529,6 +529,26 @@ class Replicator(LoopActor):
         return await self.put_block(ref, root, sums, copies, block)
 
     @expose()
+    def discard(self, peer: str, refs: bytes) -> None:
+        """Have a peer delete blocks that no head ever named; what it misses is collected later."""
+        self._store(peer).discard_blocks.tell(refs)
+
+    @expose()
+    async def reclaim(self) -> int:
+        """Have all collectors look for garbage now; returns how many dead blocks they know of."""
+        refs = [
+            self.system.actor("collector", node=peer).start_pass.remote(timeout_s=2.0)
+            for peer in self._view.ring.members
+        ]
+        found = 0
+        for ref in refs:
+            try:
+                found += (await ref)["garbage"]
+            except TorusError as error:
+                log.debug("asking a collector: %s", error)
+        return found
+
+    @expose()
     def status(self) -> dict[str, Any]:
         """Counters since the start, and whether fewer peers are up than copies are wanted."""
         members = self._view.ring.members

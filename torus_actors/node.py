@@ -13,12 +13,12 @@ Storage node::
         |-- storage (rest for one)
         |   |-- disk_writer, disk_reader, disk_flusher
         |   `-- block_store
-        |-- replicator, inode_store, rebalancer
+        |-- replicator, inode_store, rebalancer, collector
         |-- heartbeat          lease and registration
         |-- control            questions and orders from torusctl
         `-- volumes, nbd_server   with --nbd: volumes for NBD clients
 
-A client is the same without ``storage`` and ``rebalancer``.
+A client is the same without ``storage``, ``rebalancer`` and ``collector``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import uvloop
 from torus_actors import __version__
 from torus_actors.actors.block_store import BlockStoreActor, OpenStores, StoreConfig
 from torus_actors.actors.bridge import Bridge, BridgeConfig
+from torus_actors.actors.collector import Collector
 from torus_actors.actors.control import Control
 from torus_actors.actors.disk import worker_factory
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
@@ -335,6 +336,7 @@ class StorageNode(Process):
                 storage,
                 *services[1:],
                 ChildSpec("rebalancer", lambda: Rebalancer(view)),
+                ChildSpec("collector", lambda: Collector(self.meta)),
                 ChildSpec(
                     "heartbeat",
                     lambda: Heartbeat(self.meta, self.peer_info, config.lease_ttl_s),

@@ -94,6 +94,8 @@ def test_history_stays_bounded_on_disk(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+ROOT = Path(__file__).parents[2]
+
 WRITER = """
 import asyncio, sys
 from torus_actors.metadata.kv import Put
@@ -115,7 +117,7 @@ def test_what_was_answered_survives_kill_9(tmp_path: Path) -> None:
     """A killed writer loses nothing it was told is done, and leaves no half transaction."""
     path = tmp_path / "metadata.sqlite"
     writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert writer.stdout is not None
     with writer.stdout as output:

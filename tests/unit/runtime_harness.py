@@ -103,6 +103,7 @@ class Diary:
         self.lines: list[Any] = []
 
     def __call__(self, line: Any) -> None:
+        """Write it down."""
         self.lines.append(line)
 
     def count(self, line: Any) -> int:
@@ -248,6 +249,8 @@ class Worker(LoopActor):
             try:
                 await asyncio.Event().wait()
             finally:
+                for _ in range(5):
+                    await asyncio.sleep(0)
                 self.diary("task ended")
                 raise KeyError("while it was cancelled")
 

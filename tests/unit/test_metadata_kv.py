@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.etcd_server import EtcdServer, require_etcd
-from tests.integration.metadata_backends import BACKENDS, Backend, until
+from tests.integration.metadata_backends import BACKENDS, HISTORY_EVENTS_MAX, Backend, until
 from torus_actors.errors import Closed, Compacted, Invalid, LeaseNotFound
 from torus_actors.metadata import kv
 from torus_actors.metadata.kv import (
@@ -365,6 +365,27 @@ def test_a_poll_behind_the_history_is_told_so(backend: Backend) -> None:
             [Event(EventKind.PUT, "w", b"2", changed)],
             changed,
         )
+
+    run(backend, test)
+
+
+def test_history_is_dropped_in_whole_transactions(backend: Backend) -> None:
+    """From any revision a poll gives Compacted, or complete transactions: never a part of one."""
+
+    async def test(store: KeyValueStore) -> None:
+        first = (await store.txn([], [Put("w", b"")])).revision
+        for _ in range(20):
+            last = (await store.txn([], [Put(f"w{number}", b"") for number in range(7)])).revision
+        complete = 0
+        for revision in range(first, last, 3):
+            try:
+                events, _ = await store.events("w", revision, 5)
+            except Compacted:
+                assert not complete, "history that is gone lies behind history that is there"
+                continue
+            complete += 1
+            assert len(events) == 7 * (last - revision)
+        assert complete >= HISTORY_EVENTS_MAX // 7 // 3
 
     run(backend, test)
 

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,8 @@ from torus_actors.errors import (
     OutOfSpace,
 )
 from torus_actors.metadata import keys
-from torus_actors.metadata.kv import Put
+from torus_actors.metadata.faulty import FaultyStore
+from torus_actors.metadata.kv import Compare, Operation, Put, TxnResult
 from torus_actors.metadata.patience import patiently
 from torus_actors.metadata.records import (
     Counter,
@@ -745,5 +746,101 @@ def test_patience_outlasts_an_outage_and_has_an_end(backend: Backend) -> None:
         assert await waiting == (b"ring 1", 1)
         with pytest.raises(NotExist):
             await patiently(f.service.volume, "absent", give_up_s=None, rng=rng)
+
+    run(backend, test)
+
+
+def test_a_change_that_may_have_been_made_is_never_called_again(backend: Backend) -> None:
+    """If the store goes down after an answer was lost, its fate is unknown, not none."""
+
+    async def test(f: Fixture) -> None:
+        volume = await f.service.create_volume("demo", GIB)
+        epoch = await f.service.attach(volume.id, "vm1 pid 1", await f.service.grant_lease(60))
+        head = head_of(1, epoch)
+
+        class Dying(FaultyStore):
+            async def txn(self, compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
+                if self.lose_answers:
+                    self.lose_answers = 0
+                    await self.inner.txn(compare, then)
+                    self.down = True
+                    raise OutcomeUnknown("died after the change")
+                return await super().txn(compare, then)
+
+        dying = Dying(f.store)
+        service = MetadataService(dying, rng=random.Random(6), resolve_s=0.3)
+        dying.lose_answers = 1
+        with pytest.raises(OutcomeUnknown):
+            await service.commit_head(volume.id, epoch, 0, head)
+        dying.down = False
+        revision = await service.commit_head(volume.id, epoch, 0, head)
+        assert await service.head(volume.id) == (head, revision)
+
+    run(backend, test)
+
+
+async def given_up(f: Fixture, call: Callable[[MetadataService], Awaitable[object]]) -> None:
+    """Make a call whose request is held up on its way, by a service that gives up at once."""
+    f.store.delay_requests = 1
+    with pytest.raises(OutcomeUnknown):
+        await call(MetadataService(f.store, rng=random.Random(7), resolve_s=0.0))
+
+
+def test_a_late_attach_does_not_take_a_lock_that_was_made_again(backend: Backend) -> None:
+    """An attach sent while the lock was gone, arriving after its owner renewed it, fails."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        lost, other = await service.grant_lease(60), await service.grant_lease(60)
+        epoch = await service.attach(volume.id, "vm1 pid 1", lost)
+        await service.revoke_lease(lost)
+        await given_up(f, lambda late: late.attach(volume.id, "vm2 pid 1", other))
+        await service.renew_lock(volume.id, epoch, "vm1 pid 1", await service.grant_lease(60))
+        assert [result.succeeded for result in await f.store.arrive()] == [False]
+        await service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
+
+    run(backend, test)
+
+
+def test_a_late_renewal_does_not_bring_back_a_lock_that_was_given_up(backend: Backend) -> None:
+    """A renewal that arrives after the detach of the same session fails."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        lease, new = await service.grant_lease(60), await service.grant_lease(60)
+        epoch = await service.attach(volume.id, "vm1 pid 1", lease)
+        await given_up(f, lambda late: late.renew_lock(volume.id, epoch, "vm1 pid 1", new))
+        await service.detach(volume.id, epoch)
+        assert [result.succeeded for result in await f.store.arrive()] == [False]
+        assert await service.lock_status(volume.id) == (None, epoch)
+
+    run(backend, test)
+
+
+def test_a_late_delete_does_not_hit_an_open_volume(backend: Backend) -> None:
+    """A delete that arrives after somebody attached fails."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        await given_up(f, lambda late: late.delete_volume("demo"))
+        await service.attach(volume.id, "vm1 pid 1", await service.grant_lease(60))
+        assert [result.succeeded for result in await f.store.arrive()] == [False]
+        assert await service.volume("demo") == volume
+
+    run(backend, test)
+
+
+def test_a_late_registration_does_not_replace_a_newer_incarnation(backend: Backend) -> None:
+    """What a node sent before it was restarted does not overwrite what it sent after."""
+
+    async def test(f: Fixture) -> None:
+        lease = await f.service.grant_lease(60)
+        await given_up(f, lambda late: late.register_peer(peer(incarnation=1), lease))
+        await f.service.register_peer(peer(incarnation=2), lease)
+        assert [result.succeeded for result in await f.store.arrive()] == [False]
+        assert await f.service.peers() == [peer(incarnation=2)]
 
     run(backend, test)

@@ -328,6 +328,21 @@ async def test_a_thread_may_call_actors_of_the_loop() -> None:
         await until(lambda: not system.deadlines._pending)
 
 
+@on_loop
+async def test_a_call_from_a_thread_touches_the_loop_on_its_own_thread_only() -> None:
+    """What the thread asks for is watched, and handled, by the loop once it turns again."""
+    async with system_of(worker()) as system:
+        refs: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: refs.append(system.actor("worker").note.remote("x", timeout_s=0.2))
+        )
+        thread.start()
+        thread.join(PATIENCE_S)  # the loop stands still meanwhile
+        assert not system.deadlines._pending and system.deadlines._timer is None
+        assert await refs[0] == "x"
+        await system.cells["worker"].room(0.0)  # there is room: it does not wait for any
+
+
 def test_async_methods_are_refused() -> None:
     """A coroutine on a thread without a loop would never run: the class is refused."""
     with pytest.raises(TypeError, match="just return"):

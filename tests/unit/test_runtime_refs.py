@@ -270,7 +270,8 @@ async def test_pykka_may_stop_an_actor(cls: Any) -> None:
         again.stop()
         await until(lambda: system.cells["x"].actor not in (again, None))
         await system.actor("x").note.remote("well")
-        assert row(system, "x")["restarts"] in (2, 3)
+        # The thread may be gone before the second: that one is then meant for whoever is there.
+        assert row(system, "x")["restarts"] in ((2,) if cls is Worker else (2, 3))
 
 
 @on_loop

@@ -272,9 +272,9 @@ async def test_a_group_restart_leaves_the_ended_alone() -> None:
     """one_for_all neither revives a temporary sibling nor a transient one that was done."""
     diary = Diary()
     specs = [
-        worker(diary, "a"),
         worker(diary, "done", restart=TRANSIENT),
         worker(diary, "brief", restart=TEMPORARY),
+        worker(diary, "a"),
     ]
     async with system_of(*specs, strategy=Strategy.ONE_FOR_ALL) as system:
         system.cells["done"].stop_soon()
@@ -335,6 +335,25 @@ async def test_stops_at_the_same_time_are_one_stop() -> None:
         await asyncio.gather(*stops)
         assert cell.actor is None and cell.state.value == "stopped"
         assert diary.lines == ["worker up", "begin x", "worker down"]
+
+
+@on_loop
+async def test_a_stop_that_was_given_up_on_goes_on() -> None:
+    """Who stops an actor may be killed at it: the actor is not left half stopped."""
+    diary = Diary()
+    async with system_of(worker(diary)) as system:
+        cell = system.cells["worker"]
+        actor: Any = cell.actor
+        ref = system.actor("worker").slow.remote("x")
+        await until(lambda: diary.count("begin x"))
+        stopping = asyncio.create_task(cell.stop(final=True))
+        await until(lambda: not actor._accepting)
+        stopping.cancel()
+        await asyncio.wait([stopping])
+        actor.gate.set()
+        assert await ref == "x"
+        await until(lambda: row(system, "worker")["state"] == "stopped")
+        await until(lambda: diary.count("worker down"))
 
 
 @on_loop

@@ -2,8 +2,8 @@
 
 A page has up to 1024 entries of 28 bytes: a block ref and the root of that block's checksums. In a
 leaf (level 0) an entry is a data block, in an inner page the block that holds a child page. Memory
-holds a page packed, as it is stored, so that it
-costs what it holds, and loading or storing it is a copy.
+holds a page packed, as it is stored, so that it costs what it holds, and loading or storing it is a
+copy.
 
 Stored page, little-endian::
 

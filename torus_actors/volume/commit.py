@@ -85,8 +85,14 @@ class Committer:
         if self.clean:
             return
         await self._write_out()
+        await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        """Commit the map as it is: steps 2 to 5."""
+        file = self._file
         plan = file.map.plan_commit(self._next_inode_ref)
         inode = self._next_inode()
+        file.fresh.clear()  # from here on a head may name them
         # The same synchronous step as the plan: exactly what the plan may name.
         covered = dict(file.unsynced)
         try:
@@ -137,6 +143,10 @@ class Committer:
                 raise BlockUnavailable(
                     f"{len(targets)} blocks could not be stored in time: {file.put_error}"
                 )
+            if file.reclaiming and (file.unsynced or file.map.is_dirty):
+                # The cluster is full, and what these blocks replace becomes garbage only once a
+                # head names them: that may be the very room that is missing.
+                await self._checkpoint()
             file.pump()
             try:
                 async with asyncio.timeout(min(left, 1.0)):

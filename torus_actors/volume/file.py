@@ -53,6 +53,18 @@ RETRY_MAX_S = 2.0
 WHOLE_READ_MIN = 128 << 10
 """Reads from this size on fetch and keep whole blocks."""
 
+REREADS_MAX = 5
+"""How often a read is started anew because its block was overwritten and discarded under it."""
+
+DISCARD_S = 0.25
+"""Blocks overwritten before any head named them are discarded in batches this often."""
+
+DISCARDED_MAX = 4096
+"""Refs remembered after they were discarded, for reads that were under way."""
+
+RECLAIM_PATIENCE_S = 20.0
+"""How long a full cluster is given to collect garbage before writers are told that it is full."""
+
 STREAMS_MAX = 16
 """Sequential readers told apart."""
 
@@ -78,7 +90,11 @@ _ZEROS = memoryview(bytes(1 << 20))
 
 
 class _ReadOp:
-    """A read of which parts are still to come."""
+    """A read of which parts are still to come.
+
+    ``done`` gets the error of a part, if there was one: the file may read again then, because the
+    block may have been overwritten and discarded meanwhile.
+    """
 
     __slots__ = ("done", "error", "left", "pieces")
 
@@ -138,6 +154,14 @@ class File:
         """Why the file takes no writes any more; None while it does."""
         self.unsynced: dict[BlockRef, tuple[int, list[list[Any]]]] = {}
         """Blocks on the ring that no flush has made durable yet: root, and who took them."""
+        self.fresh: dict[BlockRef, None] = {}
+        """Blocks in the map that no plan of a commit has named yet: overwritten, they are nobody's."""
+        self.discarded: dict[BlockRef, None] = {}
+        self._discards: dict[str, list[BlockRef]] = {}
+        self._discard_timer: asyncio.TimerHandle | None = None
+        self.reclaiming = False
+        """Whether the cluster is full and garbage is being looked for."""
+        self.commit_soon: Callable[[], None] = _ignore
         self.spawn: Spawn | None = None
         self._replicator = system.actor("replicator")
         self._fetching: dict[BlockRef, list[Callable[[Buffer | None, TorusError | None], None]]]
@@ -151,6 +175,8 @@ class File:
         self._retry_s = RETRY_FIRST_S
         self._retry_timer: asyncio.TimerHandle | None = None
         self._progress: asyncio.Future[None] | None = None
+        self.stored = 0
+        """Blocks put on the ring so far."""
         self.put_error: TorusError | None = None
         """What the last write-back failed with; None after one succeeded."""
 
@@ -165,6 +191,7 @@ class File:
         """Go on under a new owner: what the old one was putting on the ring is put again."""
         self.spawn = spawn
         self._putting = 0
+        self.reclaiming = False
         self._ready.clear()
         for index in list(self.layers.frozen):
             self.layers.thaw(index)
@@ -189,8 +216,10 @@ class File:
     def close(self) -> None:
         """Let go of timers; flush before."""
         self.fail(Closed(f"volume {self.name} is closed"))
-        if self._retry_timer is not None:
-            self._retry_timer.cancel()
+        for timer in (self._retry_timer, self._discard_timer):
+            if timer is not None:
+                timer.cancel()
+        self._send_discards()
 
     def _block_length(self, index: int) -> int:
         """Bytes of the file in a block; less than a block only at its end."""
@@ -202,13 +231,14 @@ class File:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def read_at(self, offset: int, length: int, done: Done) -> list[Piece] | None:
+    def read_at(self, offset: int, length: int, done: Done, attempt: int = 0) -> list[Piece] | None:
         """Read.
 
         Args:
             offset: bytes.
             length: bytes.
             done: called later with the pieces, unless they are returned.
+            attempt: how often this read found its blocks gone already.
 
         Returns:
             Buffers and holes in order, if all is in memory; they must not be changed. None if
@@ -234,7 +264,11 @@ class File:
         sequential = self._note_stream(offset, end, length)
         if not missing:
             return pieces
-        op = _ReadOp(pieces, len(missing), done)
+        if attempt < REREADS_MAX:
+            again = partial(self._reread, offset, length, done, attempt, [m[1] for m in missing])
+            op = _ReadOp(pieces, len(missing), again)
+        else:
+            op = _ReadOp(pieces, len(missing), done)
         whole = sequential or length >= WHOLE_READ_MIN
         for at, ref, root, start, size in missing:
             if whole:
@@ -250,6 +284,24 @@ class File:
         pieces = self.read_at(offset, length, done)
         if pieces is not None:
             done(None, pieces)
+
+    def _reread(
+        self,
+        offset: int,
+        length: int,
+        done: Done,
+        attempt: int,
+        refs: list[BlockRef],
+        error: TorusError | None,
+        pieces: Sequence[Piece],
+    ) -> None:
+        """End a read; where a block is gone because it was overwritten meanwhile, read again."""
+        if isinstance(error, BlockUnavailable) and any(ref in self.discarded for ref in refs):
+            found = self.read_at(offset, length, done, attempt + 1)
+            if found is not None:
+                done(None, found)
+            return
+        done(error, pieces)
 
     def _plan(
         self,
@@ -622,6 +674,7 @@ class File:
         else:
             self._retry_s = RETRY_FIRST_S
             self.put_error = None
+            self.stored += 1
         self._putting -= 1
         self._room_made()
         self._announce_progress()
@@ -630,12 +683,36 @@ class File:
     def _settle(self, index: int, layer: ExtentMap, block: tuple[BlockRef, int] | None) -> None:
         """Enter a block in the map and drop its layer, in one step; may raise PageNeeded."""
         if self.layers.frozen.get(index) is not layer:
-            return  # trimmed meanwhile: the block is nobody's
+            if block is not None:
+                self._discard(block[0])  # trimmed meanwhile: the block is nobody's
+            return
+        before = self.blockset.get(index)
         if block is None:
             self.blockset.trim(index, index + 1)
         else:
             self.blockset.put(index, *block)
+            self.fresh[block[0]] = None
         self.layers.settle(index, layer)
+        if before is not None and before.ref in self.fresh:
+            self._discard(before.ref)
+
+    def _discard(self, ref: BlockRef) -> None:
+        """Have the peers drop a block that was overwritten before any head named it."""
+        self.fresh.pop(ref, None)
+        _, placed = self.unsynced.pop(ref, (0, []))
+        self.discarded[ref] = None
+        if len(self.discarded) > DISCARDED_MAX:
+            del self.discarded[next(iter(self.discarded))]
+        for peer, _ in placed:
+            self._discards.setdefault(peer, []).append(ref)
+        if self._discard_timer is None:
+            self._discard_timer = self.loop.call_later(DISCARD_S, self._send_discards)
+
+    def _send_discards(self) -> None:
+        self._discard_timer = None
+        discards, self._discards = self._discards, {}
+        for peer, refs in discards.items():
+            self._replicator.discard.tell(peer, b"".join(refs))
 
     async def _assemble(self, index: int, layer: ExtentMap) -> Buffer:
         """The whole content of a block: the layer over what is stored."""
@@ -662,16 +739,39 @@ class File:
             self.want(index)
         if self.put_error is None or type(self.put_error) is not type(error):
             log.warning("volume %s: block %d cannot be stored now: %s", self.name, index, error)
-        self.put_error = error
         if isinstance(error, Fenced):
             self.fail(error)
-        if isinstance(error, OutOfSpace):
-            waiting, self._waiting = self._waiting, deque()
-            for _, _, _, done in waiting:
-                done(error, ())
+        if isinstance(error, OutOfSpace) and self.put_error is None:
+            if not self.reclaiming and self.spawn is not None:
+                self.reclaiming = True
+                self.spawn(self._reclaim(error))
+        else:
+            self.put_error = error
         if self._retry_timer is None:
             self._retry_timer = self.loop.call_later(self._retry_s, self._retry)
             self._retry_s = min(self._retry_s * 2, RETRY_MAX_S)
+
+    async def _reclaim(self, error: TorusError) -> None:
+        """The cluster is full: let garbage be collected first, then tell the writers."""
+        try:
+            end = self.loop.time() + RECLAIM_PATIENCE_S
+            empty = 0
+            self.commit_soon()
+            while self.loop.time() < end and empty < 2:
+                self._send_discards()
+                stored = self.stored
+                found = await self._replicator.reclaim.remote()
+                empty = 0 if found else empty + 1
+                await asyncio.sleep(1.0)
+                if self.stored != stored:
+                    return
+            self.put_error = error
+            waiting, self._waiting = self._waiting, deque()
+            for _, _, _, done in waiting:
+                done(error, ())
+            self._announce_progress()
+        finally:
+            self.reclaiming = False
 
     def _retry(self) -> None:
         self._retry_timer = None

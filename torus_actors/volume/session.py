@@ -47,6 +47,13 @@ IDLE_FLUSH_S = 5.0
 """Writes that nobody flushed are flushed once the volume was quiet for this long."""
 
 
+IDLE_CHECK_S = 1.0
+
+UNSYNCED_MAX = 1024
+"""Blocks that may be stored and not committed before a commit is due without being asked for: what
+they replace cannot be collected before it."""
+
+
 @dataclass(frozen=True, slots=True)
 class CacheSizes:
     """Bounds of one client's memory, bytes."""
@@ -102,6 +109,7 @@ class Session:
             next_ref=self._data_ref,
             read_only=not epoch,
         )
+        self.file.commit_soon = lambda: self.flush_soon(lambda _: None)
         self.committer = Committer(
             system, self.file, self._inode_ref, self._next_inode, self._record_head
         )
@@ -186,11 +194,12 @@ class Session:
             if not self._flush_waiting:
                 self._flush_wake.clear()
                 try:
-                    async with asyncio.timeout(IDLE_FLUSH_S):
+                    async with asyncio.timeout(IDLE_CHECK_S):
                         await self._flush_wake.wait()
                 except TimeoutError:
                     quiet = loop.time() - self._written_at > IDLE_FLUSH_S
-                    if not quiet or self.committer.clean or self.file.failure is not None:
+                    due = quiet or len(self.file.unsynced) > UNSYNCED_MAX
+                    if not due or self.committer.clean or self.file.failure is not None:
                         continue
             self._flushing, self._flush_waiting = self._flush_waiting, []
             error: TorusError | None = None

@@ -1,0 +1,259 @@
+"""The garbage collector of a node: deletes blocks that nothing can reach any more.
+
+A pass reads all metadata, walks the trees of all heads and snapshots, and looks at each block stored
+here. A block is a candidate when
+
+- its volume has a tombstone, or it is older than its volume's head (a smaller INode number: what an
+  open session has not committed yet is never older), and
+- no tree of any volume names it, since clones share blocks.
+
+It is deleted when two complete passes, ``grace_s`` apart, both find it. The collector fails closed:
+any error in a pass, in reading metadata or a page, ends the pass with nothing deleted, and a volume
+that is not understood protects all its blocks. Messages in: ``start_pass``, ``status``. Its death
+costs the candidates of the last pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pyroaring import BitMap64
+
+from torus_actors.errors import TorusError
+from torus_actors.metadata.records import Head
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model.blocksets import unmarshal_blockset
+from torus_actors.model.inode_tree import depth_of
+from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
+from torus_actors.model.refs import ZERO_BLOCK, BlockRef
+from torus_actors.runtime import LoopActor, expose
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 10.0
+"""Time between the two passes that must agree. Whoever reads by an old head, or makes a snapshot or
+clone of it, is done or visible in the metadata by then."""
+
+INTERVAL_S = 20.0
+"""A pass runs this often; the second one comes when the grace is over."""
+
+BATCH = 2048
+"""Blocks looked at in one turn of the loop: well under a millisecond each ten."""
+
+PAGES_IN_AIR = 16
+"""Pages fetched at once."""
+
+BUSY_SHARE = 0.2
+"""Share of one core that repeated passes may take: a long pass makes for a longer pause."""
+
+
+_ENTRY = struct.Struct("<16sQ4x")
+"""A leaf entry: volume and INode of the ref, its index, and the checksum, which is passed over."""
+
+
+class RefSet:
+    """A compact set of block refs: a roaring bitmap of indexes for each INode written."""
+
+    def __init__(self) -> None:
+        self._bitmaps: dict[bytes, BitMap64] = {}
+
+    def add_all(self, refs: Iterable[BlockRef]) -> None:
+        """Add refs."""
+        self.add_packed(b"".join([ref + b"\0\0\0\0" for ref in refs]))
+
+    def add_packed(self, entries: bytes) -> None:
+        """Add the refs of packed leaf entries."""
+        grouped: dict[bytes, list[int]] = {}
+        for key, index in _ENTRY.iter_unpack(entries):
+            grouped.setdefault(key, []).append(index)
+        for key, indexes in grouped.items():
+            bitmap = self._bitmaps.get(key)
+            if bitmap is None:
+                bitmap = self._bitmaps[key] = BitMap64()
+            bitmap.update(indexes)
+
+    def __contains__(self, ref: BlockRef) -> bool:
+        bitmap = self._bitmaps.get(ref[:16])
+        return bitmap is not None and int.from_bytes(ref[16:], "little") in bitmap
+
+    def __len__(self) -> int:
+        return sum(len(bitmap) for bitmap in self._bitmaps.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """What a page leads to; kept between passes, since a page never changes."""
+
+    pages: tuple[tuple[int, int, BlockRef, int], ...]
+    entries: bytes
+
+
+class Collector(LoopActor):
+    """See the module.
+
+    Args:
+        meta: the metadata service.
+        grace_s: time between the two passes that must agree.
+        interval_s: time between passes otherwise.
+    """
+
+    def __init__(
+        self, meta: MetadataService, grace_s: float = GRACE_S, interval_s: float = INTERVAL_S
+    ) -> None:
+        super().__init__()
+        self._meta = meta
+        self._grace_s = grace_s
+        self._interval_s = interval_s
+        self._asked = asyncio.Event()
+        self._pages: dict[BlockRef, _Page] = {}
+        self._suspects = RefSet()
+        self._suspected_at = 0.0
+        self._counts = {"passes": 0, "failed_passes": 0, "garbage": 0, "reclaimed": 0}
+        self._last_error = ""
+        self._pass_s = 0.0
+
+    async def setup(self) -> None:
+        """Start collecting."""
+        self.spawn(self._work())
+
+    @expose(remote=True)
+    def start_pass(self) -> dict[str, Any]:
+        """Collect soon, because room is wanted; returns the status."""
+        self._asked.set()
+        return self.status()
+
+    @expose(remote=True)
+    def status(self) -> dict[str, Any]:
+        """Counts in blocks; ``garbage`` are the dead ones that wait for their second pass."""
+        return {**self._counts, "last_error": self._last_error, "pass_s": round(self._pass_s, 3)}
+
+    async def _work(self) -> None:
+        loop = self.system.loop
+        while True:
+            wait_s = self._grace_s if len(self._suspects) else self._interval_s
+            try:
+                async with asyncio.timeout(max(wait_s, self._pass_s / BUSY_SHARE)):
+                    await self._asked.wait()
+            except TimeoutError:
+                pass
+            self._asked.clear()
+            left = self._suspected_at + self._grace_s - loop.time()
+            if len(self._suspects) and left > 0:
+                await asyncio.sleep(left)
+            started = loop.time()
+            try:
+                await self._pass()
+                self._last_error = ""
+            except TorusError as error:
+                # Nothing was deleted, and what was suspected must be found dead twice again.
+                self._suspects = RefSet()
+                self._counts["failed_passes"] += 1
+                self._counts["garbage"] = 0
+                self._last_error = str(error)
+                log.warning("collecting ended without deleting anything: %s", error)
+            self._pass_s = loop.time() - started
+
+    async def _pass(self) -> None:
+        """One complete pass: finds the dead, deletes those the last pass found dead as well."""
+        began = self.system.loop.time()
+        oldest_open, tombs, heads = await self._read_metadata()
+        live = await self._reachable(heads)
+        suspects = RefSet()
+        dead_twice: list[BlockRef] = []
+        store = self.system.actor("block_store")
+        for kind in (0, 1):
+            slot: int | None = 0
+            while slot is not None:
+                packed, slot = await store.list_blocks.remote(kind, slot, BATCH)
+                dead = []
+                for at in range(0, len(packed), 24):
+                    ref = BlockRef(packed[at : at + 24])
+                    volume = ref.volume
+                    # A volume that is not known, or has no head yet, protects all its blocks.
+                    open_ended = ref.inode >= oldest_open.get(volume, 0)
+                    if (volume in tombs or not open_ended) and ref not in live:
+                        dead.append(ref)
+                dead_twice += [ref for ref in dead if ref in self._suspects]
+                suspects.add_all(ref for ref in dead if ref not in self._suspects)
+                await asyncio.sleep(0)
+        for at in range(0, len(dead_twice), BATCH):
+            chunk = b"".join(dead_twice[at : at + BATCH])
+            self._counts["reclaimed"] += await store.delete_blocks.remote(chunk)
+        if dead_twice:
+            await store.flush.remote(timeout_s=120.0)  # their room is free only after that
+            log.info("%d dead blocks deleted", len(dead_twice))
+        self._suspects = suspects
+        self._suspected_at = began
+        self._counts["passes"] += 1
+        self._counts["garbage"] = len(suspects)
+
+    async def _read_metadata(self) -> tuple[dict[int, int], set[int], list[Head]]:
+        """All that roots blocks, in an order that makes a concurrent snapshot visible.
+
+        A snapshot is made of the present head only, so one that keeps an older head alive was there
+        before the newer head: reading heads first and snapshots last misses none.
+
+        Returns:
+            For each volume the INode number from which on blocks may be uncommitted; the volumes
+            that were deleted; every head and snapshot.
+        """
+        oldest_open: dict[int, int] = {}
+        heads: list[Head] = []
+        tombs = {record.id for record in await self._meta.deleted_volumes()}
+        volumes = await self._meta.volumes()
+        for record in volumes:
+            head, _ = await self._meta.head(record.id)
+            if head is not None:
+                oldest_open[record.id] = head.inode
+                heads.append(head)
+        for record in volumes:
+            for snapshot in await self._meta.snapshots(record.id):
+                if snapshot.head:
+                    heads.append(Head.decode(snapshot.head))
+        return oldest_open, tombs - {record.id for record in volumes}, heads
+
+    async def _reachable(self, heads: list[Head]) -> RefSet:
+        """Every block that a head leads to."""
+        live = RefSet()
+        seen: dict[BlockRef, None] = {}
+        todo: list[tuple[int, int, BlockRef, int]] = []
+        for head in heads:
+            root = unmarshal_blockset(head.extra).block_map.root
+            if root.ref != ZERO_BLOCK:
+                todo.append((depth_of(root.nblocks) - 1, 0, root.ref, root.crc))
+        while todo:
+            batch: list[tuple[int, int, BlockRef, int]] = []
+            while todo and len(batch) < PAGES_IN_AIR:
+                page = todo.pop()
+                if page[2] not in seen:
+                    seen[page[2]] = None
+                    batch.append(page)
+            fetched = await asyncio.gather(*[self._page(*page) for page in batch])
+            live.add_all(page[2] for page in batch)
+            for page_content in fetched:
+                todo += page_content.pages
+                live.add_packed(page_content.entries)
+        self._pages = {ref: page for ref, page in self._pages.items() if ref in seen}
+        return live
+
+    async def _page(self, level: int, number: int, ref: BlockRef, root: int) -> _Page:
+        known = self._pages.get(ref)
+        if known is not None:
+            return known
+        data = await self.system.actor("inode_store").get_page.remote(ref, root)
+        page = decode_page(level, number, root, data)
+        if level:
+            pages = tuple(
+                (level - 1, (number << FANOUT_BITS) + slot, entry.ref, entry.root)
+                for slot, entry in page.items()
+            )
+            known = _Page(pages, b"")
+        else:
+            known = _Page((), bytes(page.entries))
+        self._pages[ref] = known
+        return known
