@@ -33,6 +33,9 @@ BACKOFF_MAX_S = 1.0
 """Pause between attempts to reach a peer: a restarted one is back soon, and one attempt a second to
 each dead peer costs nothing."""
 
+POOL_IDLE_BYTES = 16 << 20
+"""Receive buffers kept for reuse: what a reader or a store usually has in use at a time."""
+
 WAITING_CALLS_MAX = 512
 """Calls that may wait for a connection being made."""
 
@@ -59,7 +62,7 @@ class Bridge(LoopActor):
         super().__init__()
         self._config = config
         self._identity = config.identity
-        self._pool = BufferPool()
+        self._pool = BufferPool(POOL_IDLE_BYTES)
         self._peers: dict[str, _Peer] = {}
         self._in_links: dict[InLink, None] = {}
         self._server: asyncio.Server | None = None
@@ -296,7 +299,7 @@ class _Peer:
             self._failed(reason)
 
     def _failed(self, error: TorusError) -> None:
-        if self.up:
+        if self.up and not self._closed:
             log.info("%s lost: %s", self._name(), error)
         self._connecting = False
         self.up = False

@@ -326,7 +326,7 @@ class InLink(Link):
         reply = WireReply(self, request_id, size, timeout_ms) if answered else None
         try:
             cell = self.system.cells.get(actor)
-            if cell is None:
+            if cell is None or cell.ended:
                 raise ActorNotFound(f"no actor {actor} on this node")
             handler = cell.handlers.get(method)
             if handler is None or not handler.remote:

@@ -87,6 +87,22 @@ class VolumeActor(LoopActor):
             await taken
 
     @expose(idempotent=True)
+    async def zero(self, offset: int, length: int) -> None:
+        """Make holes, for tools; the NBD server uses ``submit``."""
+        taken: asyncio.Future[None] = self.system.loop.create_future()
+
+        def done(error: TorusError | None, _: Any) -> None:
+            if taken.done():
+                return
+            if error is None:
+                taken.set_result(None)
+            else:
+                taken.set_exception(error)
+
+        if not self._session.file.zero_at(offset, length, False, done):
+            await taken
+
+    @expose(idempotent=True)
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """Which parts of a range hold data: lengths in bytes, each with whether it is data."""
         file = self._session.file

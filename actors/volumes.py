@@ -48,6 +48,7 @@ class Volumes(LoopActor):
         caches: bounds of memory: the read cache is shared by all volumes, each has its own write
             cache.
         only: serve this volume and no other, also as the default export.
+        default: the default export where every volume is served.
         read_only: open without a lock, and refuse writes.
     """
 
@@ -58,6 +59,7 @@ class Volumes(LoopActor):
         caches: CacheSizes,
         *,
         only: str | None = None,
+        default: str | None = None,
         read_only: bool = False,
     ) -> None:
         super().__init__()
@@ -65,6 +67,7 @@ class Volumes(LoopActor):
         self._view = view
         self._caches = caches
         self._only = only
+        self._default = only if only is not None else default
         self._read_only = read_only
         self._deaths: list[float] = []
         self._locks: dict[str, asyncio.Lock] = {}
@@ -132,9 +135,9 @@ class Volumes(LoopActor):
 
     def _resolve(self, name: str) -> str:
         if not name:
-            if self._only is None:
+            if self._default is None:
                 raise NotExist("there is no default export here: name a volume")
-            return self._only
+            return self._default
         if self._only is not None and name != self._only:
             raise NotExist(f"only volume {self._only} is served here, not {name}")
         return name

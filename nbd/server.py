@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import stat
+import weakref
 
 from torus_actors.errors import Exists, Invalid, TorusError
 from torus_actors.nbd.connection import NbdConnection, NbdState, TlsSettings
@@ -39,13 +40,16 @@ class NbdListener:
         self._path = path
         self._inode = os.stat(path).st_ino if path is not None else 0
         self._server: asyncio.AbstractServer | None = None
+        self._accepted: weakref.WeakSet[NbdConnection] = weakref.WeakSet()
         self._closed = False
 
     async def _start(self, sock: socket.socket, tls: TlsSettings | None) -> None:
         loop = asyncio.get_running_loop()
 
         def accept() -> NbdConnection:
-            return NbdConnection(self.state, tls)
+            connection = NbdConnection(self.state, tls)
+            self._accepted.add(connection)
+            return connection
 
         if sock.family == socket.AF_UNIX:
             self._server = await loop.create_unix_server(accept, sock=sock, backlog=BACKLOG)
@@ -53,7 +57,7 @@ class NbdListener:
             self._server = await loop.create_server(accept, sock=sock, backlog=BACKLOG)
 
     async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
-        """Stop accepting, let what is in flight finish, then end all connections of the state.
+        """Stop accepting, let what is in flight finish, then end the connections made here.
 
         Args:
             grace_s: after this, connections are cut off with requests in flight.
@@ -69,7 +73,7 @@ class NbdListener:
             with contextlib.suppress(OSError):
                 if os.stat(self._path).st_ino == self._inode:
                     os.unlink(self._path)
-        connections = list(self.state.connections)
+        connections = [c for c in self._accepted if c in self.state.connections]
         for connection in connections:
             connection.shut_down()
         gone = [connection.lost for connection in connections if connection.lost is not None]

@@ -59,6 +59,7 @@ from torus_actors.errors import (
     Invalid,
     NoGlobalMetadata,
     OutcomeUnknown,
+    TorusError,
 )
 from torus_actors.metadata import opening
 from torus_actors.metadata.kv import KeyValueStore
@@ -81,6 +82,15 @@ DEFAULT_BLOCK_SPEC = "crc,base"
 DEFAULT_ADDRESS = ("127.0.0.1", 40000)
 DEFAULT_METADATA = "torus://127.0.0.1:40000"
 
+LEASE_RETURN_S = 1.0
+"""A lease that cannot be given back by then ends by itself."""
+
+QUIET_WAIT_S = 3.0
+"""Nodes of a cluster are started together: one that waits no longer than this need not say so."""
+
+STOP_S_MAX = 120.0
+"""For all services together: a volume's last flush may take a minute when a peer is down."""
+
 Addr = tuple[str, int]
 
 
@@ -91,11 +101,13 @@ class NbdConfig:
     Attributes:
         listen: addresses.
         only: serve just this volume, also as the default export.
+        default: what the default export is where every volume is served.
         caches: bounds of memory.
     """
 
     listen: tuple[NbdAddress, ...]
     only: str | None = None
+    default: str | None = None
     read_only: bool = False
     caches: CacheSizes = field(default_factory=CacheSizes)
     tls: TlsSettings | None = None
@@ -115,6 +127,7 @@ class NodeConfig:
         auto_join: enter the ring by itself.
         zone: failure domain.
         secret: of the cluster, at least 16 bytes, or None.
+        http: where to serve metrics and health; None for nowhere.
     """
 
     data_dir: Path
@@ -126,6 +139,7 @@ class NodeConfig:
     zone: str = ""
     secret: bytes | None = None
     nbd: NbdConfig | None = None
+    http: Addr | None = None
     lease_ttl_s: int = LEASE_TTL_S
 
 
@@ -150,6 +164,7 @@ class ClientConfig:
 def is_embedded(metadata: str, listen: Addr) -> bool:
     """Whether a metadata URL names the node that listens there."""
     host, port = listen
+    host = f"[{host}]" if ":" in host else host
     return metadata in (f"torus://{host}:{port}", f"torus://{host}:{port}/")
 
 
@@ -197,7 +212,9 @@ class Process:
             children.append(
                 ChildSpec("metadata", lambda: MetadataActor(open_store), max_concurrency=1024)
             )
-        await self.system.start(SupervisorSpec("node", tuple(children)))
+        await self.system.start(
+            SupervisorSpec("node", tuple(children), shutdown_s=STOP_S_MAX + 10.0)
+        )
 
     async def load_view(self, patience_s: float | None) -> ClusterView:
         """Read global metadata and ring.
@@ -211,7 +228,8 @@ class Process:
             NoGlobalMetadata: not initialised in time.
         """
         loop = self.system.loop
-        end = None if patience_s is None else loop.time() + patience_s
+        began = loop.time()
+        end = None if patience_s is None else began + patience_s
         backoff = Backoff(self.system.rng, first_s=0.05, max_s=0.5)
         told = ""
         while True:
@@ -223,7 +241,7 @@ class Process:
                 if end is not None and not await backoff.wait(end):
                     raise
                 if end is None:
-                    if str(error) != told:
+                    if str(error) != told and loop.time() - began > QUIET_WAIT_S:
                         told = str(error)
                         log.warning("waiting: %s", error)
                     await backoff.wait()
@@ -233,7 +251,7 @@ class Process:
 
     async def start_services(self, children: list[ChildSpec | SupervisorSpec]) -> None:
         """Start what needs the cluster."""
-        spec = SupervisorSpec("services", tuple(children))
+        spec = SupervisorSpec("services", tuple(children), shutdown_s=STOP_S_MAX)
         await self.system.actor("node").start_child.remote(spec, timeout_s=120.0)
 
     def common_services(
@@ -264,7 +282,12 @@ class Process:
             ChildSpec(
                 "volumes",
                 lambda: Volumes(
-                    self.meta, view, nbd.caches, only=nbd.only, read_only=nbd.read_only
+                    self.meta,
+                    view,
+                    nbd.caches,
+                    only=nbd.only,
+                    default=nbd.default,
+                    read_only=nbd.read_only,
                 ),
                 max_concurrency=64,
                 shutdown_s=90.0,
@@ -274,6 +297,15 @@ class Process:
 
     async def stop(self) -> None:
         """Stop the tree and give the lease back."""
+        services = self.system.cells.get("services")
+        if services is not None:
+            await services.stop(final=True)
+        # In between: volumes are closed under the lease, and a bridge is needed to give it back.
+        lease = self.system.heirlooms.pop("lease", 0)
+        if lease:
+            with contextlib.suppress(TorusError, TimeoutError):
+                async with asyncio.timeout(LEASE_RETURN_S):
+                    await self.meta.revoke_lease(lease)
         await self.system.stop()
 
 
@@ -282,7 +314,8 @@ class StorageNode(Process):
 
     def __init__(self, config: NodeConfig, node_id: str, rng: random.Random) -> None:
         self.config = config
-        self.embedded = is_embedded(config.metadata, config.listen)
+        own = (config.listen, config.advertise or config.listen)
+        self.embedded = any(is_embedded(config.metadata, address) for address in own)
         self.stores: OpenStores | None = None
         super().__init__(node_id, Role.NODE, config.metadata, config.secret, rng)
 
@@ -311,6 +344,7 @@ class StorageNode(Process):
         if self.embedded:
             await self._init_if_fresh()
         view = await self.load_view(None)
+        claim_data_dir(config.data_dir, view.gmd.cluster_id)
         stores = OpenStores.open(
             self.system,
             StoreConfig(config.data_dir, config.size_bytes, view.block_size),
@@ -344,8 +378,18 @@ class StorageNode(Process):
                 ),
                 ChildSpec("control", lambda: Control(view, "node"), max_concurrency=16),
                 *self.nbd_services(config.nbd),
+                *self._http_services(),
             ]
         )
+
+    def _http_services(self) -> list[ChildSpec | SupervisorSpec]:
+        address = self.config.http
+        if address is None:
+            return []
+        # Only here: most nodes need no web server.
+        from torus_actors.actors.http import HttpServer
+
+        return [ChildSpec("http", lambda: HttpServer(address))]
 
     def _opener(self) -> Callable[[], Awaitable[KeyValueStore]] | None:
         if self.embedded:
@@ -374,11 +418,6 @@ class StorageNode(Process):
         if self.stores is not None and "block_store" in self.system.cells:
             with contextlib.suppress(Exception):
                 await self.system.actor("block_store").flush.remote(timeout_s=30.0)
-        lease = self.system.heirlooms.get("lease", 0)
-        if lease:
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(1.0):
-                    await self.meta.revoke_lease(lease)
         await super().stop()
         if self.stores is not None:
             self.stores.close()
@@ -413,10 +452,6 @@ class Client(Process):
                 *self.nbd_services(config.nbd),
             ]
         )
-
-    async def stop(self) -> None:
-        """Close volumes, then everything else; then let the lease go."""
-        await super().stop()
 
 
 def store_opener(url: str) -> Callable[[], Awaitable[KeyValueStore]] | None:
@@ -510,13 +545,39 @@ def load_node_id(data_dir: Path, rng: random.Random) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise Corruption(f"{path} is damaged: {error}") from error
     node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    _write_node_file(path, {"id": node_id})
+    return node_id
+
+
+def claim_data_dir(data_dir: Path, cluster_id: str) -> None:
+    """Bind a data directory to its cluster.
+
+    Block refs of two clusters look alike: blocks left from another one would stand in the way of
+    new ones, or be taken for them.
+
+    Raises:
+        Invalid: it belongs to another cluster.
+    """
+    path = data_dir / "node.json"
+    fields = json.loads(path.read_text())
+    owner = fields.get("cluster")
+    if owner is None:
+        _write_node_file(path, {**fields, "cluster": cluster_id})
+    elif owner != cluster_id:
+        raise Invalid(
+            f"data directory {data_dir} has blocks of cluster {owner[:8]}, and this is cluster "
+            f"{cluster_id[:8]}: give another --data-dir, or remove its blocks, inodes and "
+            "node.json to start empty"
+        )
+
+
+def _write_node_file(path: Path, fields: dict[str, str]) -> None:
     temporary = path.with_suffix(".new")
     with temporary.open("w") as file:
-        json.dump({"id": node_id}, file)
+        json.dump(fields, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    return node_id
 
 
 async def start_node(config: NodeConfig, rng: random.Random | None = None) -> StorageNode:
@@ -542,15 +603,22 @@ async def start_node(config: NodeConfig, rng: random.Random | None = None) -> St
     return node
 
 
-async def start_client(config: ClientConfig, rng: random.Random | None = None) -> Client:
+async def start_client(
+    config: ClientConfig, rng: random.Random | None = None, patience_s: float = 5.0
+) -> Client:
     """Start a client on the running loop.
+
+    Args:
+        config: what it shall do.
+        rng: all its randomness.
+        patience_s: how long to wait for metadata that does not answer.
 
     Raises:
         TorusError: it cannot start; nothing keeps running.
     """
     client = Client(config, rng or random.Random())
     try:
-        await client.start()
+        await client.start(patience_s)
     except BaseException:
         await client.stop()
         raise
@@ -567,16 +635,27 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def check_exposure(listen: Addr, secured: bool, insecure: bool) -> None:
+def check_exposure(
+    listen: Addr,
+    secured: bool,
+    insecure: bool,
+    lacking: str = "a cluster secret: give --secret-file",
+) -> None:
     """Refuse to listen to strangers without knowing who they are.
 
+    Args:
+        listen: where.
+        secured: whether what protects this address is there.
+        insecure: whether that was said not to matter.
+        lacking: what protects it, and how to give it.
+
     Raises:
-        Invalid: the address is not a loopback one, and there is no secret.
+        Invalid: the address is not a loopback one, and nothing protects it.
     """
     host = listen[0]
     loopback = host in ("localhost", "::1") or host.startswith("127.")
     if not loopback and not secured and not insecure:
         raise Invalid(
-            f"refusing to listen on {host} without a cluster secret: "
-            "give --secret-file, or --insecure if the network is trusted"
+            f"refusing to listen on {host} without {lacking}, "
+            "or --insecure if the network is trusted"
         )

@@ -91,9 +91,12 @@ def test_zero_runs_join() -> None:
     """Adjacent and overlapping zero runs are one extent, and take no memory."""
     extents = ExtentMap()
     extents.zero(0, 10)
+    extents.zero(10, 5)
+    assert list(extents.items()) == [(0, 15, None)]
     extents.zero(20, 10)
-    extents.zero(10, 10)
-    extents.zero(5, 10)
+    extents.zero(16, 4)
+    assert list(extents.items()) == [(0, 15, None), (16, 14, None)]
+    extents.zero(5, 15)
     extents.zero(28, 10)
     assert list(extents.items()) == [(0, 38, None)]
     assert extents.data_bytes == 0

@@ -285,6 +285,25 @@ def test_truncate_loads_only_the_boundary() -> None:
     assert store.get(small, 1 << 20) is HOLE
 
 
+def test_shrinking_by_a_level_alone() -> None:
+    """Where only a level goes, the unchanged child becomes the root, without being read."""
+    store, block_map = Store(), BlockMap(empty_root(TIB_BLOCKS))
+    block_map.set(3, ref(3), 1)
+    again = BlockMap(store.commit(block_map).root)
+    while True:
+        try:
+            again.resize(FANOUT)
+            break
+        except PageNeeded as need:
+            store.load(again, need)
+    assert store.reads == [(2, 0), (1, 0)]
+    plan = store.commit(again)
+    assert plan.blocks == []
+    assert plan.root.nblocks == FANOUT
+    assert store.get(BlockMap(plan.root), 3) == (ref(3), 1)
+    assert store.get(again, 3) == (ref(3), 1)
+
+
 def test_growing_is_cheap_and_lasts() -> None:
     """Growing through levels puts one page each on top, without loading the old root."""
     store, block_map = Store(), BlockMap(empty_root(10))
@@ -367,6 +386,10 @@ def test_runs() -> None:
     assert block_map.run_end(0, TIB_BLOCKS) == (1000, False)
     assert block_map.run_end(1000, TIB_BLOCKS) == (1100, True)
     assert block_map.run_end(1000, 1050) == (1050, True)
+    block_map.clear(1010)
+    assert block_map.run_end(1000, TIB_BLOCKS) == (1010, True)
+    assert block_map.run_end(1010, TIB_BLOCKS) == (1011, False)
+    block_map.set(1010, ref(1010), 1)
     assert block_map.run_end(1100, TIB_BLOCKS) == (5000, False)
     assert block_map.run_end(5001, TIB_BLOCKS) == (TIB_BLOCKS, False)
     again = BlockMap(store.commit(block_map).root)

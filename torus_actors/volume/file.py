@@ -207,7 +207,8 @@ class File:
         """Take no writes from now on; what waits for room fails."""
         if self.failure is None:
             self.failure = error
-            log.warning("volume %s takes no more writes: %s", self.name, error)
+            if not isinstance(error, Closed):
+                log.warning("volume %s takes no more writes: %s", self.name, error)
         waiting, self._waiting = self._waiting, deque()
         for _, _, _, done in waiting:
             done(self.failure, ())

@@ -1,0 +1,175 @@
+"""The HTTP actor: metrics and health of this node, for monitoring and for people with a browser.
+
+Serves ``/metrics`` (Prometheus), ``/healthz`` and ``/status`` (JSON), all from one question to the
+control actor. It changes nothing. Its death costs the requests under way; the successor listens
+anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from torus_actors.errors import Invalid, TorusError
+from torus_actors.runtime import LoopActor, expose
+
+log = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 5.0
+
+STOP_S_MAX = 2.0
+"""How long requests under way may keep a node from stopping."""
+
+
+class HttpServer(LoopActor):
+    """See the module.
+
+    Args:
+        listen: host and port.
+    """
+
+    def __init__(self, listen: tuple[str, int]) -> None:
+        super().__init__()
+        self._listen = listen
+        self._runner: web.AppRunner | None = None
+
+    async def setup(self) -> None:
+        """Listen."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/status", self._status)
+        self._runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, shutdown_timeout=STOP_S_MAX
+        )
+        await self._runner.setup()
+        host, port = self._listen
+        try:
+            await web.TCPSite(self._runner, host, port, reuse_address=True).start()
+        except OSError as error:
+            raise Invalid(
+                f"cannot serve HTTP on {host}:{port}: {error.strerror}; choose another --http"
+            ) from error
+
+    async def cleanup(self) -> None:
+        """Stop listening."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    @expose()
+    def address(self) -> str:
+        """Where it listens."""
+        host, port = self._listen
+        return f"{host}:{port}"
+
+    async def _ask(self) -> dict[str, Any]:
+        answer: dict[str, Any] = await self.system.actor("control").status.remote(
+            timeout_s=ASK_TIMEOUT_S
+        )
+        return answer
+
+    async def _status(self, request: web.Request) -> web.Response:
+        try:
+            return web.json_response(await self._ask())
+        except TorusError as error:
+            return web.json_response({"error": str(error)}, status=503)
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        """200 while the node does its work, be it degraded; 503 with a reason if it does not."""
+        try:
+            problems = problems_of(await self._ask())
+        except TorusError as error:
+            problems = [str(error)]
+        text = "\n".join(problems or ["ok"]) + "\n"
+        return web.Response(text=text, status=503 if problems else 200)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        try:
+            status = await self._ask()
+        except TorusError as error:
+            return web.Response(text=f"{error}\n", status=503)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Collector(status, self.system.tree()))
+        return web.Response(
+            body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+
+def problems_of(status: dict[str, Any]) -> list[str]:
+    """What keeps a node from doing its work; nothing if it does it."""
+    problems = []
+    for name, answer in status.items():
+        if isinstance(answer, dict) and "error" in answer:
+            problems.append(f"{name}: {answer['error']}")
+    stores = status.get("block_store")
+    if isinstance(stores, dict):
+        for name in ("blocks", "inodes"):
+            store = stores.get(name, {})
+            if store.get("failure"):
+                problems.append(f"{name}: {store['failure']}")
+    return problems
+
+
+class _Collector:
+    """One scrape's metrics."""
+
+    def __init__(self, status: dict[str, Any], tree: list[dict[str, Any]]) -> None:
+        self._status = status
+        self._tree = tree
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, from what the actors said."""
+        status = self._status
+        yield _gauge("ring_version", "Version of the ring in use", status["ring_version"])
+        yield _gauge("rss_max_bytes", "Most memory used so far", status["rss_max_bytes"])
+        yield from self._stores(status.get("block_store"))
+        yield from self._numbers("replicator", status.get("replicator"))
+        yield from self._numbers("rebalance", status.get("rebalancer"))
+        yield from self._actors()
+        peers = status.get("bridge")
+        if isinstance(peers, list):
+            up = GaugeMetricFamily("torus_peer_up", "Whether it is connected", labels=["peer"])
+            for peer in peers:
+                if not peer["node"].startswith("@"):
+                    up.add_metric([peer["node"]], float(peer["up"]))
+            yield up
+
+    def _stores(self, stores: Any) -> Iterator[Metric]:
+        if not isinstance(stores, dict) or "error" in stores:
+            return
+        for field in ("total", "used", "free", "quarantined"):
+            metric = GaugeMetricFamily(
+                f"torus_store_{field}_blocks", f"Blocks of the store: {field}", labels=["store"]
+            )
+            for name in ("blocks", "inodes"):
+                metric.add_metric([name], float(stores[name][field]))
+            yield metric
+
+    def _numbers(self, prefix: str, answer: Any) -> Iterator[Metric]:
+        if not isinstance(answer, dict) or "error" in answer:
+            return
+        for name, value in answer.items():
+            if isinstance(value, (bool, int, float)):
+                yield _gauge(f"{prefix}_{name}", f"{name} of the {prefix}", value)
+
+    def _actors(self) -> Iterator[Metric]:
+        restarts = CounterMetricFamily(
+            "torus_actor_restarts", "Restarts of an actor", labels=["actor"]
+        )
+        running = GaugeMetricFamily(
+            "torus_actor_running", "Whether an actor runs", labels=["actor"]
+        )
+        for row in self._tree:
+            restarts.add_metric([row["name"]], float(row["restarts"]))
+            running.add_metric([row["name"]], float(row["state"] == "running"))
+        yield restarts
+        yield running
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"torus_{name}", text, value=float(value))

@@ -1,0 +1,207 @@
+"""``torusblk``: volumes as block devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import click
+
+from torus_actors.cli.common import (
+    ADDRESS,
+    CONTEXT,
+    SIZE,
+    Group,
+    Settings,
+    run_main,
+    version_option,
+)
+from torus_actors.cli.units import Address, format_address
+from torus_actors.errors import Invalid, Locked
+
+if TYPE_CHECKING:
+    import ssl
+
+LOCK_POLL_S = 0.25
+"""How often a lock that is waited for is tried."""
+
+OPEN_TIMEOUT_S = 60.0
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@version_option()
+def cli() -> None:
+    """Volumes of a torus-actors cluster as block devices."""
+
+
+@cli.command()
+@click.argument("volume", required=False)
+@click.option(
+    "--unix",
+    "paths",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Serve on a unix socket.",
+)
+@click.option("--tcp", "tcp", multiple=True, type=ADDRESS, help="Serve on TCP.")
+@click.option("--read-only", is_flag=True, help="Take no lock and refuse writes.")
+@click.option(
+    "--read-cache", type=SIZE, default="256MiB", show_default=True, help="Memory for all volumes."
+)
+@click.option(
+    "--write-cache", type=SIZE, default="64MiB", show_default=True, help="Memory for each volume."
+)
+@click.option("--listen", type=ADDRESS, help="Where torusctl tree may ask this process.")
+@click.option(
+    "--read-level",
+    type=click.Choice(["block", "sequential", "spread"]),
+    default="block",
+    show_default=True,
+    help="Which replicas are read from.",
+)
+@click.option(
+    "--write-level",
+    type=click.Choice(["all", "one", "local"]),
+    default="all",
+    show_default=True,
+    help="How many replicas must have a block before it counts as stored.",
+)
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
+@click.option("--tls-required", is_flag=True, help="Refuse NBD clients that do not start TLS.")
+@click.option(
+    "--default-export", metavar="VOLUME", help="With no VOLUME: what the unnamed export is."
+)
+@click.option(
+    "--wait-lock",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait so long for a volume that is held elsewhere.",
+)
+@click.option(
+    "--insecure", is_flag=True, help="Allow addresses beyond loopback without protection."
+)
+@click.option("--with-parent", is_flag=True, hidden=True)
+@click.pass_obj
+def serve(
+    settings: Settings,
+    *,
+    volume: str | None,
+    paths: tuple[Path, ...],
+    tcp: tuple[Address, ...],
+    read_only: bool,
+    read_cache: int,
+    write_cache: int,
+    listen: Address | None,
+    read_level: str,
+    write_level: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_required: bool,
+    default_export: str | None,
+    wait_lock: float,
+    insecure: bool,
+    with_parent: bool,
+) -> None:
+    """Serve VOLUME over NBD until SIGINT or SIGTERM; without it, every volume by its name.
+
+    VOLUME is opened at once and kept; otherwise a volume is opened when a client asks for it.
+    """
+    if not paths and not tcp:
+        raise click.UsageError("where to serve? give --unix PATH or --tcp HOST:PORT")
+    if (tls_cert is None) != (tls_key is None) or (tls_required and tls_cert is None):
+        raise click.UsageError("TLS needs both --tls-cert and --tls-key")
+    if volume is not None and default_export is not None:
+        raise click.UsageError("--default-export goes with no VOLUME: VOLUME is the default")
+    import asyncio
+
+    from torus_actors.actors.nbd_server import NbdAddress
+    from torus_actors.actors.replicator import ReadLevel, WriteLevel
+    from torus_actors.cli.daemon import run_daemon, serve_until_stopped
+    from torus_actors.node import Client, ClientConfig, NbdConfig, check_exposure, start_client
+    from torus_actors.nbd.connection import TlsSettings
+    from torus_actors.volume.session import CacheSizes
+
+    secret = settings.secret()
+    for address in tcp:
+        check_exposure(
+            address, tls_required, insecure, "TLS: give --tls-cert, --tls-key and --tls-required"
+        )
+    if listen is not None:
+        check_exposure(listen, secret is not None, insecure)
+    tls: TlsSettings | None = None
+    if tls_cert is not None and tls_key is not None:
+        tls = TlsSettings(_tls_context(tls_cert, tls_key), tls_required)
+    sockets = [path.absolute() for path in paths]
+    addresses = [NbdAddress(path=str(path)) for path in sockets]
+    addresses += [NbdAddress(tcp=address) for address in tcp]
+    config = ClientConfig(
+        metadata=settings.metadata_url(),
+        secret=secret,
+        nbd=NbdConfig(
+            tuple(addresses),
+            only=volume,
+            default=default_export,
+            read_only=read_only,
+            caches=CacheSizes(read_cache, write_cache),
+            tls=tls,
+        ),
+        listen=listen,
+        read_level=ReadLevel(read_level),
+        write_level=WriteLevel(write_level),
+    )
+    shown = default_export if volume is None else volume
+    uris = [_unix_uri(path, shown) for path in sockets]
+    uris += [f"nbd://{format_address(address)}/{shown or ''}" for address in tcp]
+
+    async def open_volume(client: Client) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_lock
+        while volume is not None:
+            try:
+                await client.system.actor("volumes").open.remote(volume, timeout_s=OPEN_TIMEOUT_S)
+                break
+            except Locked:
+                if loop.time() >= until:
+                    raise
+                await asyncio.sleep(LOCK_POLL_S)
+        what = f"volume {volume}" if volume is not None else "every volume"
+        click.echo(f"serving {what} at {' and '.join(uris)}")
+
+    async def start() -> Client:
+        from torus_actors.cli.connect import unreachable
+        from torus_actors.errors import Again
+
+        try:
+            return await start_client(config)
+        except Again as error:
+            raise unreachable(config.metadata, error) from error
+
+    run_daemon(settings, serve_until_stopped(start, open_volume, with_parent))
+
+
+def _unix_uri(path: Path, export: str | None) -> str:
+    return f"nbd+unix:///{export or ''}?socket={quote(str(path))}"
+
+
+def _tls_context(cert: Path, key: Path) -> ssl.SSLContext:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+    except ssl.SSLError as error:
+        raise Invalid(f"cannot use {cert} with {key} for TLS: {error.reason or error}") from error
+    return context
+
+
+def main() -> None:
+    """Entry point of ``torusblk``."""
+    run_main(cli, "torusblk")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""What the three commands have in common: options, errors as one line, exit codes, logging.
+
+Every option here is accepted before and behind the subcommand, and the last one wins. Exit codes:
+0 done, 1 refused or failed, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from torus_actors import __version__
+from torus_actors.cli.profile import profile_value
+from torus_actors.cli.units import Address, parse_address, parse_size
+from torus_actors.errors import Invalid, TorusError
+
+T = TypeVar("T")
+
+DEFAULT_METADATA = "torus://127.0.0.1:40000"
+METADATA_ENV = "TORUS_METADATA"
+SECRET_ENV = "TORUS_SECRET_FILE"
+SECRET_BYTES_MIN = 16
+SECRET_BYTES_MAX = 4096
+SCHEMES = ("torus", "etcd", "memory")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+LIFECYCLE = logging.getLogger("torus_actors.lifecycle")
+"""The few lines that a daemon says at every level: up, stopping, stopped."""
+
+
+@dataclass(slots=True)
+class Settings:
+    """What the common options said; None where they said nothing."""
+
+    metadata: str | None = None
+    secret_file: str | None = None
+    log_level: str | None = None
+    verbose: int = 0
+
+    def metadata_url(self, default: str = DEFAULT_METADATA) -> str:
+        """Option, then environment, then profile, then the default.
+
+        Raises:
+            Invalid: what the environment or the profile says is no metadata URL.
+        """
+        if self.metadata is not None:
+            return self.metadata
+        for where, value in (
+            (f"${METADATA_ENV}", os.environ.get(METADATA_ENV)),
+            ("the profile", profile_value("metadata")),
+        ):
+            if value:
+                try:
+                    return parse_metadata_url(value)
+                except ValueError as error:
+                    raise Invalid(f"{where} says {error}") from error
+        return default
+
+    def chatter(self) -> list[str]:
+        """Options that make another command log as much as this one."""
+        level = [] if self.log_level is None else ["--log-level", self.log_level]
+        return level + ["-v"] * self.verbose
+
+    def secret(self) -> bytes | None:
+        """The cluster secret, if a file with one is named anywhere.
+
+        Raises:
+            Invalid: the file holds none.
+            OSError: it cannot be read.
+        """
+        path = self.secret_file or os.environ.get(SECRET_ENV) or profile_value("secret-file")
+        if not path:
+            return None
+        secret = Path(path).expanduser().read_bytes().strip()
+        if not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
+            raise Invalid(
+                f"secret file {path} holds {len(secret)} bytes: a secret has {SECRET_BYTES_MIN} "
+                f"to {SECRET_BYTES_MAX}; make one with: openssl rand -hex 32"
+            )
+        return secret
+
+
+def parse_metadata_url(text: str) -> str:
+    """A metadata URL in its one spelling.
+
+    Raises:
+        ValueError: it is none.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in SCHEMES:
+        raise ValueError(
+            f"{text!r} is no metadata URL: use torus://HOST:PORT or etcd://HOST:PORT[,HOST:PORT]"
+        )
+    rest = rest.removesuffix("/")
+    if scheme == "memory":
+        return "memory://"
+    hosts = []
+    for endpoint in rest.split(","):
+        host, port = parse_address(endpoint)
+        hosts.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    if scheme == "torus" and len(hosts) != 1:
+        raise ValueError(f"{text!r} must name one node")
+    return f"{scheme}://{','.join(hosts)}"
+
+
+class _Parsed(click.ParamType):
+    """An option or argument read by a function that raises ValueError."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Parse it, or say what is wrong."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _named_size(text: str) -> tuple[str, int]:
+    name, separator, size = text.partition(":")
+    if not separator or not name:
+        raise ValueError(f"{text!r} is no NAME:SIZE")
+    return name, parse_size(size)
+
+
+SIZE = _Parsed("size", lambda text: parse_size(text))
+ADDRESS = _Parsed("host:port", parse_address)
+METADATA_URL = _Parsed("url", parse_metadata_url)
+NAMED_SIZE = _Parsed("name:size", _named_size)
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    assert param.name is not None
+    if value is None or value == 0:
+        return
+    settings = ctx.ensure_object(Settings)
+    source = ctx.get_parameter_source(param.name)
+    # A configuration file does not overrule what was said before the subcommand.
+    if source is click.core.ParameterSource.DEFAULT_MAP and getattr(settings, param.name):
+        return
+    setattr(settings, param.name, value)
+
+
+def _common_options() -> list[click.Parameter]:
+    shared: dict[str, Any] = {"expose_value": False, "callback": _remember}
+    return [
+        click.Option(
+            ["-C", "--metadata"],
+            type=METADATA_URL,
+            metavar="URL",
+            help=f"Metadata of the cluster. Default: ${METADATA_ENV}, the profile, "
+            f"{DEFAULT_METADATA}.",
+            **shared,
+        ),
+        click.Option(
+            ["--secret-file"],
+            metavar="FILE",
+            help=f"File with the cluster secret. Default: ${SECRET_ENV}.",
+            **shared,
+        ),
+        click.Option(
+            ["-v", "--verbose"], count=True, help="Say more; twice for everything.", **shared
+        ),
+        click.Option(
+            ["--log-level"], type=click.Choice(LOG_LEVELS), help="What to log.", **shared
+        ),
+    ]
+
+
+class Command(click.Command):
+    """A command that takes the common options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += _common_options()
+
+
+class Group(click.Group):
+    """A group of commands; takes the common options too."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += _common_options()
+
+
+Group.group_class = Group
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
+"""Click settings of the three root groups."""
+
+
+def version_option() -> Callable[[T], T]:
+    """``--version`` of a root group."""
+    return click.version_option(__version__, message="%(prog)s (torus-actors) %(version)s")
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Failed(TorusError):
+    """The command did what it could, and the result is a failure; the text says which."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one plain line."""
+    if isinstance(error, OSError) and not isinstance(error, TorusError):
+        what = error.strerror or str(error) or type(error).__name__
+        text = f"{error.filename}: {what}" if error.filename else what
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def run_main(command: click.Command, program: str, args: Sequence[str] | None = None) -> None:
+    """Run a command line and exit as the contract says; never returns.
+
+    Args:
+        command: the root group.
+        program: its name, for messages.
+        args: instead of ``sys.argv[1:]``.
+    """
+    try:
+        status = command.main(
+            list(args) if args is not None else None,
+            prog_name=program,
+            obj=Settings(),
+            standalone_mode=False,
+        )
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        status = 2 if isinstance(error, click.UsageError) else 1
+    except (KeyboardInterrupt, click.Abort, asyncio.CancelledError):
+        click.echo(f"{program}: interrupted", err=True)
+        status = 1
+    except BrokenPipeError:
+        # Whoever read our output has gone; flushing at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (TorusError, OSError) as error:
+        click.echo(f"{program}: {one_line(error)}", err=True)
+        status = 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+class _PlainFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text.replace(record.levelname, record.levelname.lower(), 1)
+
+
+def set_up_logging(settings: Settings, *, daemon: bool) -> None:
+    """Plain lines on stderr.
+
+    Args:
+        settings: may say how much.
+        daemon: warnings are logged and so are lifecycle lines; the other commands say what went
+            wrong in one line of their own, and log nothing unless asked to.
+    """
+    if settings.log_level is not None:
+        level = settings.log_level.upper()
+    elif settings.verbose:
+        level = "DEBUG" if settings.verbose > 1 else "INFO"
+    else:
+        level = "WARNING" if daemon else "CRITICAL"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # These have much to say about their own insides.
+    for name in ("pykka", "asyncio", "grpc", "aiohttp.access"):
+        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLevelName(level)))
+    if daemon:
+        LIFECYCLE.setLevel(logging.INFO)
+
+
+def run(settings: Settings, work: Coroutine[Any, Any, T]) -> T:
+    """Run a one-shot command's work on a plain loop, which starts faster than uvloop."""
+    set_up_logging(settings, daemon=False)
+    return asyncio.run(work)

@@ -1,0 +1,124 @@
+"""Running until told to stop: signals, an orderly end, exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
+
+import uvloop
+
+from torus_actors.cli.common import LIFECYCLE, Failed, Settings, one_line, set_up_logging
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Running(Protocol):
+    """A node or a client."""
+
+    system: Any
+
+    async def stop(self) -> None:
+        """Stop in order."""
+
+
+class Stop:
+    """Set by the first signal. The second one ends the process at once.
+
+    Args:
+        with_parent: also stop when standard input is closed: the process that started this one
+            is gone.
+    """
+
+    def __init__(self, with_parent: bool = False) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._asked = asyncio.Event()
+        for number in SIGNALS:
+            self._loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
+        if with_parent:
+            self._loop.add_reader(0, self._parent_spoke)
+
+    @property
+    def asked(self) -> bool:
+        """Whether it is time to stop."""
+        return self._asked.is_set()
+
+    async def wait(self) -> None:
+        """Wait until it is time to stop."""
+        await self._asked.wait()
+
+    def _signalled(self, name: str) -> None:
+        if self.asked:
+            print("stopped at once: asked twice", file=sys.stderr, flush=True)
+            os._exit(1)
+        LIFECYCLE.info("%s: stopping", name)
+        self._asked.set()
+
+    def _parent_spoke(self) -> None:
+        if not os.read(0, 4096):
+            self._loop.remove_reader(0)
+            if not self.asked:
+                LIFECYCLE.info("the process that started this one is gone: stopping")
+                self._asked.set()
+
+    async def unless(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Do some work, unless it is time to stop before it is done: then the result is None.
+
+        Raises:
+            Exception: what the work raised.
+        """
+        task = asyncio.ensure_future(work)
+        waiting = asyncio.ensure_future(self.wait())
+        try:
+            await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+        return None if task.cancelled() else task.result()
+
+
+async def serve_until_stopped(
+    start: Callable[[], Coroutine[Any, Any, Running]],
+    ready: Callable[[Any], Awaitable[None]],
+    with_parent: bool,
+) -> None:
+    """Start something, keep it until told to stop, stop it.
+
+    Args:
+        start: makes it.
+        ready: called with it once it runs.
+        with_parent: see ``Stop``.
+
+    Raises:
+        Failed: it gave up by itself.
+        TorusError: it could not start.
+    """
+    stop = Stop(with_parent)
+    running = await stop.unless(start())
+    if running is None:
+        return
+    try:
+        await stop.unless(ready(running))
+        if not stop.asked:
+            try:
+                await stop.unless(_fatal(running))
+            except Exception as error:
+                raise Failed(f"gave up: {one_line(error)}") from error
+    finally:
+        await running.stop()
+    LIFECYCLE.info("stopped")
+
+
+async def _fatal(running: Running) -> None:
+    await asyncio.shield(running.system.fatal)
+
+
+def run_daemon(settings: Settings, work: Coroutine[Any, Any, None]) -> None:
+    """Run a daemon's main coroutine on uvloop."""
+    set_up_logging(settings, daemon=True)
+    uvloop.run(work)

@@ -1,0 +1,95 @@
+"""The user's configuration file: what to use when neither options nor the environment say.
+
+``$XDG_CONFIG_HOME/torus-actors/config.toml``, a table for each profile::
+
+    [default]
+    metadata = "etcd://10.0.0.1:2379"
+    secret-file = "/etc/torus-actors/secret"
+
+``$TORUS_PROFILE`` chooses the profile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from torus_actors.errors import Invalid
+
+KEYS = ("metadata", "secret-file")
+"""What a profile may hold."""
+
+_PROFILE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+Profiles = dict[str, dict[str, str]]
+
+
+def config_path() -> Path:
+    """Where the file is, if it is there."""
+    home = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(home) / "torus-actors" / "config.toml"
+
+
+def data_home() -> Path:
+    """Where data goes unless told otherwise."""
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(home) / "torus-actors"
+
+
+def profile_name() -> str:
+    """The profile in use."""
+    return os.environ.get("TORUS_PROFILE") or "default"
+
+
+def load_profiles(path: Path) -> Profiles:
+    """All profiles; none if there is no file.
+
+    Raises:
+        Invalid: the file cannot be understood.
+    """
+    try:
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    import tomllib
+
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Invalid(f"{path} is not TOML: {error}") from error
+    profiles: Profiles = {}
+    for name, values in found.items():
+        if not isinstance(values, dict) or not all(
+            key in KEYS and isinstance(value, str) for key, value in values.items()
+        ):
+            raise Invalid(f"{path}: profile {name} may hold {' and '.join(KEYS)}, as text")
+        profiles[name] = dict(values)
+    return profiles
+
+
+def save_profiles(path: Path, profiles: Profiles) -> None:
+    """Write all profiles.
+
+    Raises:
+        Invalid: a profile's name cannot be written.
+    """
+    lines: list[str] = []
+    for name, values in sorted(profiles.items()):
+        if not _PROFILE.fullmatch(name):
+            raise Invalid(f"{name!r} is no profile name: use letters, digits, '-' and '_'")
+        if values:
+            lines.append(f"[{name}]")
+            # A JSON string is a TOML string too, control characters and all.
+            lines += [f"{key} = {json.dumps(value)}" for key, value in sorted(values.items())]
+            lines.append("")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_text("\n".join(lines))
+    temporary.replace(path)
+
+
+def profile_value(key: str) -> str | None:
+    """What the profile in use says, if anything."""
+    return load_profiles(config_path()).get(profile_name(), {}).get(key)

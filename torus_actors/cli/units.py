@@ -1,0 +1,82 @@
+"""Sizes, times and addresses, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgtp]?)(?:i?b)?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+PORT_MAX = 65535
+
+Address = tuple[str, int]
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``1GiB``, ``512K``, ``1.5G`` or ``4096``; every unit is a power of 1024.
+
+    Raises:
+        ValueError: it is no size, or not a whole number of bytes.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write it as 10GiB, 512KiB, 4G or in bytes")
+    scale = 1024 ** _POWERS[match["unit"].lower()]
+    whole, _, fraction = match["number"].partition(".")
+    size = int(whole) * scale
+    if fraction:
+        more, rest = divmod(int(fraction) * scale, 10 ** len(fraction))
+        if rest:
+            raise ValueError(f"{text!r} is not a whole number of bytes")
+        size += more
+    if size <= 0:
+        raise ValueError(f"{text!r} is no size: it must be above 0")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A size for a person, at most 10 characters: ``512 KiB``, ``1.5 GiB``."""
+    for unit in _UNITS:
+        if size < 1024 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    if size == int(size) or size >= 100:
+        return f"{size:.0f} {unit}"
+    return f"{size:.1f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for a person: ``3s``, ``2m10s``, ``5h02m``, ``4d3h``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole // 60 % 60:02}m"
+    return f"{whole // 86400}d{whole // 3600 % 24}h"
+
+
+def parse_address(text: str) -> Address:
+    """Host and port from ``HOST:PORT`` or ``[IPV6]:PORT``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    host, _, port = text.strip().rpartition(":")
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
+    bare = host.removeprefix("[").removesuffix("]")
+    bracketed = host != bare
+    if not bare or not 0 < number <= PORT_MAX or set(bare) & set("/@?# ") or (
+        ":" in bare and not bracketed
+    ):
+        raise ValueError(f"{text!r} is no HOST:PORT")
+    # One spelling, so that a node knows its own address in a metadata URL.
+    return ("127.0.0.1" if bare == "localhost" else bare), number
+
+
+def format_address(address: Address) -> str:
+    """``HOST:PORT``, with brackets around an IPv6 address."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
