@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,22 @@ from torus_actors.actors.block_messages import (
     split_refs,
 )
 from torus_actors.errors import (
+    ActorCrashed,
     BlockNotExist,
     BlockUnavailable,
+    DeadlineExceeded,
     Exists,
     Invalid,
     TorusError,
 )
 from torus_actors.model.buffers import BufferPool
 from torus_actors.model.checksums import Buffer
-from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorSystem, LoopActor, Reply, expose
 from torus_actors.storage.disk import Disk, RealDisk
 from torus_actors.storage.mfile import MFileStore
-from torus_actors.storage.store import BlockStore, Level, Location
+from torus_actors.storage.store import BlockStore, FlushBatch, Level, Location
+from torus_actors.wire.limits import PAYLOAD_MAX
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,16 @@ IDLE_FLUSH_S = 2.0
 PRESSED_FLUSH_S = 0.1
 """And after this long when the store is nearly full: what was deleted is free only then."""
 
+DISK_PATIENCE_S = 3600.0
+"""How long a disk may take. What it was asked cannot be taken back, so nobody may think it over
+before it is: callers have deadlines of their own."""
+
+CHECK_REFS_MAX = 4096
+"""Blocks of one check."""
+
+VOUCH_S = 60.0
+"""How long a copy that was vouched for is kept; who asked has to drop its own copy well before."""
+
 DATA, INODES = 0, 1
 
 
@@ -70,11 +83,13 @@ class StoreConfig:
         directory: of the data; made if it is not there.
         size_bytes: how much disk to take in all; None keeps what is there.
         block_size: bytes of a data block.
+        open_disk: gives the disk with a directory.
     """
 
     directory: Path
     size_bytes: int | None
     block_size: int
+    open_disk: Callable[[Path], Disk] = RealDisk
 
 
 class OpenStores:
@@ -91,6 +106,7 @@ class OpenStores:
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self._idle_flush: asyncio.TimerHandle | None = None
+        self._vouched: dict[BlockRef, float] = {}
 
     @classmethod
     def open(cls, system: ActorSystem, config: StoreConfig, rng: random.Random) -> OpenStores:
@@ -114,7 +130,7 @@ class OpenStores:
             for name, block_size, size in zip(
                 ("blocks", "inodes"), (config.block_size, INODE_BLOCK_SIZE), sizes, strict=True
             ):
-                disk: Disk = RealDisk(config.directory / name)
+                disk = config.open_disk(config.directory / name)
                 stores.append(
                     MFileStore.open(
                         disk, block_size=block_size, size_bytes=size, rng=rng, allocate=allocate
@@ -153,13 +169,21 @@ class OpenStores:
     ) -> None:
         kind = self.kind_of(ref)
         store = self.stores[kind]
-        if replace and store.has(ref) and not await self.verify(kind, store.locate(ref)):
-            store.mark_corrupt(ref)
+        if replace and store.has(ref):
+            location = store.locate(ref)
+            if not await self.verify(kind, location):
+                store.mark_corrupt(ref, location)
         ticket = store.reserve(ref, root)
         if ticket is None:
             return
         try:
-            await self.system.actor("disk_writer").write.remote(kind, ticket, sums, payload=payload)
+            await self.system.actor("disk_writer").write.remote(
+                kind, ticket, sums, payload=payload, timeout_s=DISK_PATIENCE_S
+            )
+        except (ActorCrashed, DeadlineExceeded, asyncio.CancelledError):
+            ticket.failed = True  # may still be written to: no other block may get this slot
+            store.abandon(ticket)
+            raise
         except BaseException:
             store.abandon(ticket)
             raise
@@ -182,7 +206,9 @@ class OpenStores:
         store = self.stores[kind]
         store.pin(location)
         try:
-            right: bool = await self.system.actor("disk_reader").check.remote(kind, location)
+            right: bool = await self.system.actor("disk_reader").check.remote(
+                kind, location, timeout_s=DISK_PATIENCE_S
+            )
         finally:
             store.unpin(location)
         return right
@@ -237,17 +263,33 @@ class OpenStores:
                     waiter.cancel()
 
     async def _flush_once(self) -> None:
-        begun = [(store, store.begin_flush()) for store in self.stores]
-        batches = [batch for _, batch in begun if not batch.empty]
+        begun: list[tuple[BlockStore, FlushBatch]] = []
         try:
+            for store in self.stores:
+                begun.append((store, store.begin_flush()))
+            batches = [batch for _, batch in begun if not batch.empty]
             if batches:
-                await self.system.actor("disk_flusher").sync.remote(batches, timeout_s=120.0)
+                await self.system.actor("disk_flusher").sync.remote(
+                    batches, timeout_s=DISK_PATIENCE_S
+                )
         except BaseException:
             for store, batch in begun:
                 store.fail_flush(batch)
             raise
         for store, batch in begun:
             store.end_flush(batch)
+
+    def vouch(self, ref: BlockRef) -> None:
+        """Promise to keep a copy for ``VOUCH_S``: somebody may drop another one because of it."""
+        now = self.system.loop.time()
+        self._vouched.pop(ref, None)
+        self._vouched[ref] = now + VOUCH_S
+        while (oldest := next(iter(self._vouched))) and self._vouched[oldest] <= now:
+            del self._vouched[oldest]
+
+    def is_vouched(self, ref: BlockRef) -> bool:
+        """Whether somebody may rely on the copy here."""
+        return self._vouched.get(ref, 0.0) > self.system.loop.time()
 
     def close(self) -> None:
         """Close the files; what was not flushed is gone."""
@@ -301,10 +343,12 @@ class BlockStoreActor(LoopActor):
                 checksum list and the data.
             items: packed RANGE records.
         """
+        if sum(length for _, _, length in RANGE.iter_unpack(_whole(items))) > PAYLOAD_MAX:
+            raise Invalid(f"more than {PAYLOAD_MAX >> 20} MiB asked for at once")
         answers: list[tuple[bytes, memoryview] | TorusError | None] = []
         cold: list[tuple[int, Location, int, int]] = []
         cold_at: list[int] = []
-        for packed, offset, length in RANGE.iter_unpack(_whole(items)):
+        for packed, offset, length in RANGE.iter_unpack(items):
             kind = INODES if packed[5] else DATA
             store = self._stores[kind]
             answer: tuple[bytes, memoryview] | TorusError | None
@@ -343,16 +387,22 @@ class BlockStoreActor(LoopActor):
         Args:
             refs: packed block refs.
             deep: read each and verify every byte.
-            durable: flush before answering, so that what is reported survives a crash.
+            durable: flush before answering, so that what is reported survives a crash; and keep
+                the blocks for ``VOUCH_S``, so that two nodes that see different rings do not both
+                drop their copies because of each other's.
 
         Returns:
             A packed CHECK_STATUS for each ref.
         """
+        if len(refs) > CHECK_REFS_MAX * BLOCK_REF_SIZE:
+            raise Invalid(f"more than {CHECK_REFS_MAX} blocks in one check")
         answers: list[tuple[int, int]] = []
         for ref in split_refs(refs):
             kind = self._opened.kind_of(ref)
             try:
                 location = self._stores[kind].locate(ref)
+                if durable:
+                    self._opened.vouch(ref)
                 right = not deep or await self._opened.verify(kind, location)
                 answers.append((Status.OK if right else Status.CORRUPT, location.root))
             except BlockNotExist:
@@ -407,6 +457,23 @@ class BlockStoreActor(LoopActor):
                 r for r in split_refs(refs) if self._opened.kind_of(r) == kind
             )
             for kind in range(len(self._stores))
+        )
+
+    @expose()
+    def drop_blocks(self, refs: bytes, not_after: float) -> int:
+        """Delete copies that others vouched for.
+
+        Args:
+            refs: packed block refs.
+            not_after: loop time from which on their word does not hold any more.
+
+        Returns:
+            How many were deleted; those that this node itself was asked to vouch for stay.
+        """
+        if self.system.loop.time() > not_after:
+            return 0
+        return self.delete_blocks(
+            b"".join(ref for ref in split_refs(refs) if not self._opened.is_vouched(ref))
         )
 
     @expose(remote=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -68,6 +69,8 @@ class Bridge(LoopActor):
         self._server: asyncio.Server | None = None
         self._listening: tuple[str, int] | None = None
         self._closed = False
+        self.changes = 0
+        """Counts connections made and lost: what is derived from who is up is good until it moves."""
 
     async def setup(self) -> None:
         """Listen, and connect again to the peers the predecessor knew."""
@@ -76,7 +79,9 @@ class Bridge(LoopActor):
             try:
                 self._server = await self.system.loop.create_server(self._accept, host, port)
             except OSError as error:
-                raise Invalid(f"cannot listen on {host}:{port}: {error.strerror}") from error
+                # asyncio's own text repeats the address.
+                reason = os.strerror(error.errno).lower() if error.errno else str(error)
+                raise Invalid(f"cannot listen on {host}:{port}: {reason}") from error
             self._listening = self._server.sockets[0].getsockname()[:2]
         cluster = self.system.heirlooms.get("cluster_id")
         if cluster is not None:
@@ -189,7 +194,7 @@ class Bridge(LoopActor):
     # -- connections -------------------------------------------------------------------------------
 
     def _accept(self) -> InLink:
-        return InLink(
+        link = InLink(
             self.system,
             "accept",
             self._identity,
@@ -198,9 +203,11 @@ class Bridge(LoopActor):
             self._in_ready,
             self._in_lost,
         )
+        self._in_links[link] = None
+        return link
 
     def _in_ready(self, link: Link) -> None:
-        self._in_links[cast(InLink, link)] = None
+        """Nothing to do: it is known since it was accepted."""
 
     def _in_lost(self, link: Link, reason: TorusError) -> None:
         self._in_links.pop(cast(InLink, link), None)
@@ -254,7 +261,7 @@ class _Peer:
 
     def connect(self) -> None:
         """Start an attempt unless one is under way."""
-        if self._connecting or self.up or self._closed:
+        if self._connecting or self.up or self._closed or self.bridge.actor_stopped.is_set():
             return
         if self._timer is not None:
             self._timer.cancel()
@@ -269,9 +276,12 @@ class _Peer:
                 await self.bridge.system.loop.create_connection(
                     lambda: self._new_link(), host.strip("[]"), int(port)
                 )
-        except (OSError, TimeoutError, ValueError) as error:
+        except (OSError, TimeoutError, ValueError, OverflowError) as error:
             text = "no answer" if isinstance(error, TimeoutError) else _plain(error)
-            self._failed(PeerLost(text))
+            if self.link is not None:
+                self.link.abort(PeerLost(text))  # connected, but too late
+            else:
+                self._failed(PeerLost(text))
 
     def _new_link(self) -> OutLink:
         self.link = self.bridge.make_link(self)
@@ -280,10 +290,14 @@ class _Peer:
     def link_ready(self, link: Link) -> None:
         """The handshake is done."""
         expected = self.node
+        if self._closed:
+            link.abort(Closed("no longer wanted"))
+            return
         if not expected.startswith("@") and link.peer.node != expected:
             link.abort(PeerLost(f"{self.address} is now node {link.peer.node}"))
             return
         self._connecting = False
+        self.bridge.changes += 1
         self.up = True
         self.failures = 0
         self.reason = ""
@@ -302,6 +316,7 @@ class _Peer:
         if self.up and not self._closed:
             log.info("%s lost: %s", self._name(), error)
         self._connecting = False
+        self.bridge.changes += 1
         self.up = False
         self.failures += 1
         self.reason = str(error)

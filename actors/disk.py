@@ -7,6 +7,7 @@ and must not hold up reads. Their death costs nothing: every message may be done
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torus_actors.errors import Corruption, TorusError
@@ -20,19 +21,23 @@ class DiskWorker(BlockingActor):
 
     Args:
         stores: the node's open stores; the same list as the block store uses.
+        writing: held while something is written. A worker that was killed finishes its call unseen;
+            its successor waits here, or a late write could land on what was written since.
     """
 
-    def __init__(self, stores: list[BlockStore]) -> None:
+    def __init__(self, stores: list[BlockStore], writing: threading.Lock) -> None:
         super().__init__()
         self._stores = stores
+        self._writing = writing
 
     @expose(idempotent=True)
     def write(self, kind: int, ticket: Ticket, sums: bytes, payload: Buffer) -> None:
         """Write one block of store number ``kind``."""
-        try:
-            self._stores[kind].write(ticket, sums, payload)
-        except OSError as error:
-            raise Corruption(f"disk error: {error}") from error
+        with self._writing:
+            try:
+                self._stores[kind].write(ticket, sums, payload)
+            except OSError as error:
+                raise Corruption(f"disk error: {error}") from error
 
     @expose(idempotent=True)
     def read_many(
@@ -59,13 +64,15 @@ class DiskWorker(BlockingActor):
     @expose(idempotent=True)
     def sync(self, batches: list[FlushBatch]) -> None:
         """Make batches durable."""
-        for batch in batches:
-            try:
-                batch.write()
-            except OSError as error:
-                raise Corruption(f"disk error: {error}") from error
+        with self._writing:
+            for batch in batches:
+                try:
+                    batch.write()
+                except OSError as error:
+                    raise Corruption(f"disk error: {error}") from error
 
 
 def worker_factory(stores: list[BlockStore]) -> Any:
-    """Makes workers over these stores."""
-    return lambda: DiskWorker(stores)
+    """Makes one worker over these stores, and its successors."""
+    writing = threading.Lock()
+    return lambda: DiskWorker(stores, writing)

@@ -19,6 +19,7 @@ from torus_actors.errors import (
     Fenced,
     LeaseNotFound,
     OutcomeUnknown,
+    Overloaded,
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
@@ -69,10 +70,13 @@ class Heartbeat(LoopActor):
                 else:
                     await self._begin_lease()
             except LeaseNotFound:
-                log.warning("the lease ran out: making another")
-                self._lease = self.system.heirlooms["lease"] = 0
+                if self._lease:
+                    log.warning("the lease ran out: making another")
+                    self._lease = self.system.heirlooms["lease"] = 0
+                else:
+                    await backoff.wait()  # not even the new one held until all hung on it
                 continue
-            except (Again, OutcomeUnknown) as error:
+            except (Again, OutcomeUnknown, Overloaded) as error:
                 log.debug("heartbeat: %s", error)
                 await backoff.wait()
                 continue
@@ -103,7 +107,7 @@ class Heartbeat(LoopActor):
                 log.warning("lock of volume %s: %s", session.name, error)
         self._lease = self.system.heirlooms["lease"] = lease
 
-    @expose()
+    @expose(idempotent=True)
     async def lease(self) -> int:
         """The lease, as soon as there is one that was just renewed."""
         if self._lease:

@@ -8,6 +8,7 @@ anew.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +53,9 @@ class HttpServer(LoopActor):
         try:
             await web.TCPSite(self._runner, host, port, reuse_address=True).start()
         except OSError as error:
+            reason = os.strerror(error.errno).lower() if error.errno else str(error)
             raise Invalid(
-                f"cannot serve HTTP on {host}:{port}: {error.strerror}; choose another --http"
+                f"cannot serve HTTP on {host}:{port}: {reason}; choose another --http"
             ) from error
 
     async def cleanup(self) -> None:

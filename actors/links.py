@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -47,6 +48,10 @@ SILENCE_MAX_S = 1.5
 """A peer that sent nothing for this long, though pinged, is lost: with hand-off and hedging behind
 it, a client then waits well under three seconds for a machine that was switched off."""
 
+DIALER_SILENCE_MAX_S = 20.0
+"""The side that dialed pings a link that is silent, so one that says nothing for this long is gone,
+and what it left half-open is closed. Longer than above: nobody waits for it."""
+
 HELLO_TIMEOUT_S = 3.0
 """A connection that has not introduced itself by then is closed."""
 
@@ -59,7 +64,11 @@ SERVED_BYTES_MAX = 64 << 20
 other side wait. 64 MiB are 128 blocks of the default size."""
 
 WRITE_HIGH_WATER = 32 << 20
-"""Bytes waiting to be sent from which on a link takes no more calls."""
+"""Bytes waiting to be sent from which on a link takes no more calls, or no more to answer."""
+
+HELD_CALLS_MAX = 512
+"""Calls that wait for the socket to keep up, before more are refused. A refused call would send a
+block to another peer than it belongs on, though nothing is wrong with this one."""
 
 
 class Link(asyncio.BufferedProtocol):
@@ -94,7 +103,7 @@ class Link(asyncio.BufferedProtocol):
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._reason: TorusError | None = None
-        self._heard_at = self.loop.time()
+        self._heard_at = self._ticked_at = self.loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self.get_buffer = self._decoder.get_buffer  # type: ignore[method-assign]
@@ -117,7 +126,7 @@ class Link(asyncio.BufferedProtocol):
         """Start the handshake."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
-        self._heard_at = self.loop.time()
+        self._heard_at = self._ticked_at = self.loop.time()
         self._timer = self.loop.call_later(PING_INTERVAL_S, self._tick)
         hello = self._hello.start()
         if hello:
@@ -188,23 +197,23 @@ class Link(asyncio.BufferedProtocol):
         """Let go of what hung on the link."""
 
     def _tick(self) -> None:
-        silence = self.loop.time() - self._heard_at
+        now = self.loop.time()
+        if now - self._ticked_at > 3 * PING_INTERVAL_S:
+            # It was this side that slept; what the other said meanwhile is not read yet.
+            self._heard_at = max(self._heard_at, now - PING_INTERVAL_S)
+        self._ticked_at = now
+        silence = now - self._heard_at
         if not self.ready:
             if silence > HELLO_TIMEOUT_S:
                 self.abort(PeerLost(f"no handshake within {HELLO_TIMEOUT_S:g} s"))
                 return
-        elif self._side == "dial":
-            if silence > SILENCE_MAX_S:
-                self.abort(PeerLost(f"silent for {silence:.1f} s"))
-                return
-            if silence > PING_INTERVAL_S / 2:
-                assert self._transport is not None
-                self._transport.writelines(encode(Kind.PING, 0))
-            self._sweep()
-        self._timer = self.loop.call_later(PING_INTERVAL_S, self._tick)
+        else:
+            self._look_after(silence)
+        if not self.lost:
+            self._timer = self.loop.call_later(PING_INTERVAL_S, self._tick)
 
-    def _sweep(self) -> None:
-        """Forget calls that were given up."""
+    def _look_after(self, silence: float) -> None:
+        """Every ``PING_INTERVAL_S`` on a link in use; ``silence`` in seconds."""
 
     def _on_frames(self, frames: list[Frame]) -> None:
         raise NotImplementedError
@@ -216,6 +225,7 @@ class OutLink(Link):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_flight: dict[int, ObjectRef[Any]] = {}
+        self._held: deque[tuple[ObjectRef[Any], str, str, Sequence[Any], Any]] = deque()
         self._next_id = 1
         self._congested = False
 
@@ -226,6 +236,10 @@ class OutLink(Link):
     def resume_writing(self) -> None:
         """It does again."""
         self._congested = False
+        while self._held and not self._congested and not self.lost:
+            ref, *call = self._held.popleft()
+            if not ref.done():
+                self.call(ref, *call)
 
     def call(
         self,
@@ -244,6 +258,9 @@ class OutLink(Link):
             args: what the codec can carry.
             payload: None, a buffer or a list of buffers; not to be changed before the answer.
         """
+        if self._congested and len(self._held) < HELD_CALLS_MAX:
+            self._held.append((ref, actor, method, args, payload))
+            return
         if self._congested or len(self._in_flight) >= IN_FLIGHT_CALLS_MAX:
             ref.fail(Overloaded(f"the link to {self.where} is full"))
             return
@@ -284,14 +301,23 @@ class OutLink(Link):
             elif kind is not Kind.PONG:
                 raise ProtocolError(f"{kind.name} frame from the side that answers")
 
-    def _sweep(self) -> None:
-        if self._in_flight:
-            for request_id in [i for i, ref in self._in_flight.items() if ref.done()]:
-                del self._in_flight[request_id]
+    def _look_after(self, silence: float) -> None:
+        if silence > SILENCE_MAX_S:
+            self.abort(PeerLost(f"silent for {silence:.1f} s"))
+            return
+        if silence > PING_INTERVAL_S / 2:
+            assert self._transport is not None
+            self._transport.writelines(encode(Kind.PING, 0))
+        # Forget calls that were given up.
+        for request_id in [i for i, ref in self._in_flight.items() if ref.done()]:
+            del self._in_flight[request_id]
+        while self._held and self._held[0][0].done():
+            self._held.popleft()
 
     def _finish(self, reason: TorusError) -> None:
         lost, self._in_flight = self._in_flight, {}
-        for ref in lost.values():
+        held, self._held = self._held, deque()
+        for ref in [*lost.values(), *(call[0] for call in held)]:
             ref.fail(PeerLost(f"connection lost: {reason}"))
 
 
@@ -303,6 +329,50 @@ class InLink(Link):
         self._calls = 0
         self._bytes = 0
         self._paused = False
+        self._congested_at: float | None = None
+
+    def pause_writing(self) -> None:
+        """The other side does not read its answers: take no more calls from it."""
+        self._congested_at = self.loop.time()
+        self._pause()
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._congested_at = None
+        self._resume()
+
+    def _pause(self) -> None:
+        transport = self._transport
+        if not self._paused and transport is not None and not transport.is_closing():
+            self._paused = True
+            transport.pause_reading()
+
+    def _resume(self) -> None:
+        transport = self._transport
+        if (
+            self._paused
+            and self._congested_at is None
+            and self._calls <= SERVED_CALLS_MAX // 2
+            and self._bytes <= SERVED_BYTES_MAX // 2
+            and transport is not None
+            and not transport.is_closing()
+        ):
+            self._paused = False
+            self._heard_at = self.loop.time()
+            transport.resume_reading()
+
+    def _look_after(self, silence: float) -> None:
+        if self._congested_at is not None:
+            stuck = self.loop.time() - self._congested_at
+            if stuck > DIALER_SILENCE_MAX_S:
+                self.abort(PeerLost(f"answers not read for {stuck:.0f} s"))
+        elif self._paused or silence <= PING_INTERVAL_S:
+            # A ping may be stuck behind a large payload, or not be read at all for now: say
+            # unasked that this side lives.
+            assert self._transport is not None
+            self._transport.writelines(encode(Kind.PONG, 0))
+        elif silence > DIALER_SILENCE_MAX_S:
+            self.abort(PeerLost(f"silent for {silence:.0f} s"))
 
     def _on_frames(self, frames: list[Frame]) -> None:
         transport = self._transport
@@ -314,9 +384,8 @@ class InLink(Link):
                 transport.writelines(encode(Kind.PONG, request_id))
             else:
                 raise ProtocolError(f"{kind.name} frame from the side that calls")
-        if (self._calls > SERVED_CALLS_MAX or self._bytes > SERVED_BYTES_MAX) and not self._paused:
-            self._paused = True
-            transport.pause_reading()
+        if self._calls > SERVED_CALLS_MAX or self._bytes > SERVED_BYTES_MAX:
+            self._pause()
 
     def _serve(
         self, answered: bool, request_id: int, meta: bytes | memoryview, payload: memoryview | None
@@ -354,16 +423,10 @@ class InLink(Link):
         self._bytes -= size
         if self.lost:
             return
-        transport = self._transport
-        assert transport is not None
-        transport.writelines(out)
-        if (
-            self._paused
-            and self._calls <= SERVED_CALLS_MAX // 2
-            and self._bytes <= SERVED_BYTES_MAX // 2
-        ):
-            self._paused = False
-            transport.resume_reading()
+        assert self._transport is not None
+        if out:
+            self._transport.writelines(out)
+        self._resume()
 
 
 class WireReply:

@@ -2,7 +2,7 @@
 
 Walks the blocks stored here. What one of a block's owners misses is sent to it; a copy that this
 node holds without being an owner is dropped once every owner has confirmed, by reading it, a durable
-copy with the same checksum. Messages in: ``start_pass``, ``status``; out: to the block stores of the
+copy with the same checksum, and has promised to keep it. Messages in: ``start_pass``, ``status``; out: to the block stores of the
 owners. Its death costs the pass under way, which begins anew.
 """
 
@@ -47,6 +47,12 @@ SETTLE_S = 1.0
 
 PASS_EVERY_S = 60.0
 """A pass runs this often even without a change: a client may have placed blocks by an older view."""
+
+RETRY_FIRST_S = 2.0
+"""What could not be moved is tried again after this long; the pause doubles up to a pass's own."""
+
+CONFIRMED_S = 20.0
+"""How old an owner's word may be when a copy is dropped because of it; well below VOUCH_S."""
 
 CALL_TIMEOUT_S = 30.0
 
@@ -134,6 +140,7 @@ class Rebalancer(LoopActor):
         loop = self.system.loop
         handled: tuple[Any, ...] | None = None
         last_pass = loop.time()
+        retry_s = RETRY_FIRST_S
         while True:
             try:
                 async with asyncio.timeout(TICK_S):
@@ -141,8 +148,8 @@ class Rebalancer(LoopActor):
             except TimeoutError:
                 pass
             situation = self._situation()
-            retry = self._progress.failed and loop.time() - last_pass > 2.0
-            due = loop.time() - last_pass > PASS_EVERY_S or retry
+            pause_s = retry_s if self._progress.failed else PASS_EVERY_S
+            due = loop.time() - last_pass > pause_s
             if situation == handled and not self._asked.is_set() and not due:
                 continue
             if situation != handled and not self._asked.is_set():
@@ -150,6 +157,7 @@ class Rebalancer(LoopActor):
                 if self._situation() != situation:
                     continue
             self._asked.clear()
+            retry_s = min(retry_s * 2, PASS_EVERY_S) if situation == handled else RETRY_FIRST_S
             handled = situation
             await self._pass()
             last_pass = loop.time()
@@ -244,9 +252,14 @@ class Rebalancer(LoopActor):
             p.failed += len(refs)
             log.debug("asking peer %s: %s", peer[:8], error)
             return
-        missing = [ref for ref in refs if ref in roots and there.get(ref) != roots[ref]]
+        await self._send_all(
+            peer, [ref for ref in refs if ref in roots and there.get(ref) != roots[ref]], roots
+        )
+
+    async def _send_all(self, peer: str, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
+        p = self._progress
         results = await asyncio.gather(
-            *[self._send(peer, ref, roots[ref]) for ref in missing], return_exceptions=True
+            *[self._send(peer, ref, roots[ref]) for ref in refs], return_exceptions=True
         )
         for result in results:
             if isinstance(result, TorusError):
@@ -296,17 +309,23 @@ class Rebalancer(LoopActor):
             for peer in owners:
                 by_peer.setdefault(peer, []).append(ref)
         confirmed = dict.fromkeys(safe, True)
+        not_after = self.system.loop.time() + CONFIRMED_S
         for peer, candidates in by_peer.items():
             try:
                 there = await self._roots(peer, candidates, deep=True, durable=True)
             except TorusError as error:
+                self._progress.failed += len(candidates)
                 log.debug("asking peer %s: %s", peer[:8], error)
-                there = {}
-            for ref in candidates:
-                if there.get(ref) != roots[ref]:
-                    confirmed[ref] = False
-        dead = [ref for ref, sure in confirmed.items() if sure]
+                confirmed.update(dict.fromkeys(candidates, False))
+                continue
+            unsure = [ref for ref in candidates if there.get(ref) != roots[ref]]
+            confirmed.update(dict.fromkeys(unsure, False))
+            if unsure:
+                # Missing, or damaged: until it is mended this copy may be the last good one.
+                await self._send_all(peer, unsure, roots)
+        me = self.system.node_id
+        dead = [ref for ref, sure in confirmed.items() if sure and me not in self._owners(ref)]
         if dead:
-            self._progress.dropped += await self.system.actor("block_store").delete_blocks.remote(
-                b"".join(dead)
+            self._progress.dropped += await self.system.actor("block_store").drop_blocks.remote(
+                b"".join(dead), not_after
             )

@@ -23,9 +23,11 @@ from torus_actors.errors import (
     Corruption,
     NoPeer,
     OutOfSpace,
+    PeerLost,
+    ProtocolError,
     TorusError,
 )
-from torus_actors.model.checksums import Buffer, verify_range
+from torus_actors.model.checksums import Buffer, sums_size, verify_range
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import LoopActor, ObjectRef, Reply, expose
 
@@ -53,8 +55,20 @@ HEDGE_FACTOR = 8
 """A read that takes this many times the usual latency is sent to another replica as well."""
 
 BATCH_ITEMS_MAX = 256
-BATCH_BYTES_MAX = 4 << 20
+BATCH_BYTES_MAX = 1 << 20
 """Bounds of one vectored read: a larger one would delay its first range for its last."""
+
+ALONE_BYTES_MIN = 128 << 10
+"""A range of this size is read in a call of its own: the reader keeps what it gets, and part of a
+larger answer would keep the whole of it in memory."""
+
+MISSING_ROUNDS = 3
+"""How often all replicas are asked for a block that none has: it may be moving from one to another
+just then, and be missed on both."""
+
+FOLLOWING_MAX = 32
+"""Blocks whose further copies are written in the background at write level one; beyond it the
+writer waits for all its copies."""
 
 REPAIRS_MAX = 4
 """Repairs under way at once: each holds a whole block."""
@@ -89,6 +103,7 @@ class _Read:
         "ref",
         "reply",
         "root",
+        "rounds",
         "started",
         "tried",
     )
@@ -105,6 +120,7 @@ class _Read:
         self.order: Sequence[str] = ()
         self.tried = 0
         self.in_air = 0
+        self.rounds = 0
         self.failures: list[TorusError] = []
         self.bad: list[str] = []  # peers whose copy is missing or wrong
 
@@ -141,18 +157,25 @@ class Replicator(LoopActor):
         self._has_store = has_store
         self._read_level = read_level
         self._write_level = write_level
+        self._stores: dict[str, Any] = {}
+        self._orders: dict[tuple[Any, int, int], list[str]] = {}
+        self._orders_of: tuple[Any, ...] = ()
         self._queue: list[_Read] = []
         self._dispatching = False
         self._batches: dict[_Batch, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._latency_s = HEDGE_MIN_S / HEDGE_FACTOR
         self._repairing: set[tuple[BlockRef, str]] = set()
+        self._following = 0
         self._counts = {"degraded_puts": 0, "hedged": 0, "repaired": 0, "corrupt": 0, "missing": 0}
 
     # -- where blocks live -----------------------------------------------------------------------
 
     def _store(self, peer: str) -> Any:
-        return self.system.actor("block_store", node=peer)
+        handle = self._stores.get(peer)
+        if handle is None:
+            handle = self._stores[peer] = self.system.actor("block_store", node=peer)
+        return handle
 
     def _down(self, peer: str) -> bool:
         transport: Any = self.system.transport
@@ -200,14 +223,21 @@ class Replicator(LoopActor):
         placed = await self._put_copies(ref, root, sums, payload, candidates, 1)
         rest = [p for p in candidates if p != placed[0][0]]
         if copies > 1 and rest:
-            self.spawn(self._put_quietly(ref, root, sums, payload, rest, copies - 1))
+            following = self._put_quietly(ref, root, sums, payload, rest, copies - 1)
+            if self._following < FOLLOWING_MAX:
+                self.spawn(following)
+            else:
+                await following
         return placed
 
     async def _put_quietly(self, ref: BlockRef, *args: Any) -> None:
+        self._following += 1
         try:
             await self._put_copies(ref, *args)
         except TorusError as error:
             log.warning("further copies of %s: %s", ref, error)
+        finally:
+            self._following -= 1
 
     async def _put_copies(
         self,
@@ -234,7 +264,8 @@ class Replicator(LoopActor):
             if not in_air:
                 break
             done, _ = await asyncio.wait(in_air, return_when=asyncio.FIRST_COMPLETED)
-            for future in done:
+            # In the order they were sent: that of a set differs from run to run.
+            for future in [future for future in in_air if future in done]:
                 peer = in_air.pop(future)
                 error = future.exception()
                 if error is None:
@@ -300,16 +331,29 @@ class Replicator(LoopActor):
             self._loop.call_soon(self._dispatch)
 
     def _read_order(self, ref: BlockRef) -> list[str]:
-        order = list(self._view.ring.permutation(ref))
+        """Peers in the order to ask them; the list is shared, not to be changed."""
+        view = self._view
+        permutation = view.ring.permutation(ref)
+        transport: Any = self.system.transport
+        valid_for = (view.ring, transport, None if transport is None else transport.changes)
+        if valid_for != self._orders_of:
+            self._orders.clear()
+            self._orders_of = valid_for
+        copies = min(self._copies(ref), len(permutation))
+        first = ref[16] % copies if copies else 0
+        key = (permutation, copies, first)
+        order = self._orders.get(key)
+        if order is None:
+            order = self._orders[key] = self._make_order(list(permutation), copies, first)
+        return order
+
+    def _make_order(self, order: list[str], copies: int, first: int) -> list[str]:
         if self._read_level is not ReadLevel.SEQUENTIAL and len(order) > 1:
-            copies = min(self._copies(ref), len(order))
-            first = ref[16] % copies
             order[:copies] = order[first:copies] + order[:first]
             if self._has_store and self.system.node_id in order[1:copies]:
                 order.remove(self.system.node_id)
                 order.insert(0, self.system.node_id)
-        if any(self._down(p) for p in order):
-            order.sort(key=self._down)
+        order.sort(key=self._down)
         return order
 
     def _dispatch(self) -> None:
@@ -335,15 +379,19 @@ class Replicator(LoopActor):
 
     def _send_all(self, by_peer: dict[str, list[_Read]]) -> None:
         for peer, reads in by_peer.items():
-            start = size = 0
-            for i, read in enumerate(reads):
-                if i > start and (
-                    size + read.length > BATCH_BYTES_MAX or i - start >= BATCH_ITEMS_MAX
-                ):
-                    self._send(peer, reads[start:i])
-                    start, size = i, 0
+            batch: list[_Read] = []
+            size = 0
+            for read in reads:
+                if read.length >= ALONE_BYTES_MIN:
+                    self._send(peer, [read])
+                    continue
+                if size + read.length > BATCH_BYTES_MAX or len(batch) >= BATCH_ITEMS_MAX:
+                    self._send(peer, batch)
+                    batch, size = [], 0
+                batch.append(read)
                 size += read.length
-            self._send(peer, reads[start:])
+            if batch:
+                self._send(peer, batch)
 
     def _send(self, peer: str, reads: list[_Read]) -> None:
         pack = RANGE.pack
@@ -358,60 +406,49 @@ class Replicator(LoopActor):
     def _answered(self, peer: str, batch: _Batch, future: asyncio.Future[Any]) -> None:
         self._batches.pop(batch, None)
         by_peer: dict[str, list[_Read]] = {}
-        if future.cancelled():
-            return
-        error = future.exception()
+        error = PeerLost("given up") if future.cancelled() else future.exception()
+        answers: list[_Answer] = []
         if error is None:
             latency = self._loop.time() - batch.sent
             self._latency_s += (latency - self._latency_s) / 16
             try:
-                self._deliver(peer, batch.reads, future.result(), by_peer)
+                answers = _parse_ranges(future.result(), len(batch.reads))
             except TorusError as broken:
                 error = broken
         if error is not None:
             told = error if isinstance(error, TorusError) else TorusError(repr(error))
             for read in batch.reads:
-                if not read.reply.done():
-                    self._missed(read, told, by_peer)
+                self._missed(read, told, by_peer)
+        else:
+            for read, answer in zip(batch.reads, answers, strict=True):
+                self._deliver(peer, read, answer, by_peer)
         self._send_all(by_peer)
 
     def _deliver(
-        self, peer: str, reads: list[_Read], answer: Any, by_peer: dict[str, list[_Read]]
+        self, peer: str, read: _Read, answer: _Answer, by_peer: dict[str, list[_Read]]
     ) -> None:
-        packed = answer.result if type(answer) is Reply else answer
-        payload = memoryview(answer.joined() if type(answer) is Reply else b"")
-        statuses = split_records(RANGE_STATUS, packed)
-        if len(statuses) != len(reads):
-            raise Corruption(f"{len(statuses)} answers to {len(reads)} ranges")
-        at = 0
-        for read, (status, sums_size, size) in zip(reads, statuses, strict=True):
-            if status == Status.OK:
-                sums = payload[at : at + sums_size]
-                at += sums_size
-                data = payload[at : at + size]
-                at += size
-                if read.reply.done():
-                    read.in_air -= 1
-                    continue
-                try:
-                    end, pages = read.offset + size, len(sums) // 4
-                    if size != read.length and not (pages - 1) << 12 < end <= pages << 12:
-                        raise Corruption("a range of another length")
-                    verify_range(sums, read.root, read.offset, data)
-                except Corruption as error:
-                    status = Status.CORRUPT
-                    self._wrong(peer, read, error, by_peer)
-                    continue
-                read.in_air -= 1
-                if read.bad:
-                    self._repair_soon(read)
-                read.reply.set(data)
-            elif not read.reply.done():
-                if status == Status.FAILED:
-                    self._missed(read, TorusError(f"peer {peer[:8]} could not read it"), by_peer)
-                else:
-                    kind = "is missing" if status == Status.MISSING else "is damaged"
-                    self._wrong(peer, read, Corruption(f"{kind} on {peer[:8]}"), by_peer, status)
+        status, sums, data = answer
+        if read.reply.done():
+            self._missed(read, TorusError("answered"), by_peer)
+        elif status == Status.OK:
+            try:
+                size, pages = len(data), len(sums) // 4
+                end = read.offset + size
+                if size != read.length and not (pages - 1) << 12 < end <= pages << 12:
+                    raise Corruption("a range of another length")
+                verify_range(sums, read.root, read.offset, data)
+            except Corruption as error:
+                self._wrong(peer, read, error, by_peer)
+                return
+            read.in_air -= 1
+            read.reply.set(data)
+            if read.bad:
+                self._repair_soon(read)
+        elif status == Status.FAILED:
+            self._missed(read, TorusError(f"peer {peer[:8]} could not read it"), by_peer)
+        else:
+            kind = "is missing" if status == Status.MISSING else "is damaged"
+            self._wrong(peer, read, Corruption(f"{kind} on {peer[:8]}"), by_peer, status)
 
     def _wrong(
         self,
@@ -426,14 +463,14 @@ class Replicator(LoopActor):
         self._counts["missing" if missing else "corrupt"] += 1
         if not missing:
             log.warning("block %s on peer %s: %s", read.ref, peer[:8], error)
-        if not missing or peer in self._view.ring.owners(read.ref):
+        if peer not in read.bad and (not missing or peer in self._view.ring.owners(read.ref)):
             read.bad.append(peer)
         self._missed(read, error, by_peer)
 
     def _missed(self, read: _Read, error: TorusError, by_peer: dict[str, list[_Read]]) -> None:
         read.in_air -= 1
         read.failures.append(error)
-        if not read.in_air:
+        if not read.in_air and not read.reply.done():
             self._next_replica(read, by_peer)
 
     def _exhausted(self, read: _Read) -> None:
@@ -441,7 +478,10 @@ class Replicator(LoopActor):
         if read.reply.done():
             return
         waited = self._loop.time() - read.started
-        if waited < READ_PATIENCE_S and any(isinstance(e, TRANSIENT) for e in read.failures):
+        read.rounds += 1
+        transient = any(isinstance(e, TRANSIENT) for e in read.failures)
+        moving = bool(read.failures) and read.rounds < MISSING_ROUNDS
+        if (waited < READ_PATIENCE_S and transient) or moving:
             pause = min(max(RETRY_PAUSE_S, waited), 0.5)
             self._loop.call_later(pause, self._begin, read)
             return
@@ -469,6 +509,8 @@ class Replicator(LoopActor):
     # -- repair ------------------------------------------------------------------------------------
 
     def _repair_soon(self, read: _Read) -> None:
+        if self.actor_stopped.is_set():
+            return  # a read that outlived its actor; the next one finds the bad copy again
         for peer in read.bad:
             key = (read.ref, peer)
             if key not in self._repairing and len(self._repairing) < REPAIRS_MAX:
@@ -499,27 +541,22 @@ class Replicator(LoopActor):
                 answer = await self._store(peer).read_ranges.remote(
                     RANGE.pack(ref, 0, self._view.block_size), timeout_s=READ_TIMEOUT_S
                 )
-                ((status, sums_size, _),) = split_records(RANGE_STATUS, answer.result)
-                if status != Status.OK:
+                ((status, sums, block),) = _parse_ranges(answer, 1)
+                if status != Status.OK or len(sums) != sums_size(len(block)):
                     raise Corruption(f"peer {peer[:8]} has no good copy")
-                payload = memoryview(answer.joined())
-                sums, block = bytes(payload[:sums_size]), payload[sums_size:]
                 verify_range(sums, root, 0, block)
-                return sums, block
+                return bytes(sums), block
             except TorusError as error:
                 failure = error
         raise BlockUnavailable(f"block {ref}: {failure}")
 
     @expose(idempotent=True)
-    async def place_again(
-        self, ref: BlockRef, root: int, lost: list[str], copies: int
-    ) -> list[list[Any]]:
+    async def place_again(self, ref: BlockRef, root: int, copies: int) -> list[list[Any]]:
         """Store a block anew that some peers lost before it was durable.
 
         Args:
             ref: the block.
             root: its checksum.
-            lost: peers whose copy is gone.
             copies: how many copies to have, 0 for as many as the ring says.
 
         Returns:
@@ -561,3 +598,30 @@ class Replicator(LoopActor):
             "degraded": up < self._view.ring.replication,
             "read_latency_ms": round(self._latency_s * 1000, 3),
         }
+
+
+_Answer = tuple[int, memoryview, memoryview]
+"""Of one range: Status, checksum list, data."""
+
+
+def _parse_ranges(answer: Any, count: int) -> list[_Answer]:
+    """What a block store answered to ``read_ranges``.
+
+    Raises:
+        ProtocolError: it is not an answer to so many ranges.
+    """
+    packed = answer.result if type(answer) is Reply else answer
+    payload = memoryview(answer.joined() if type(answer) is Reply else b"")
+    if not isinstance(packed, (bytes, memoryview)):
+        raise ProtocolError("not an answer to a read")
+    statuses = split_records(RANGE_STATUS, bytes(packed))
+    if len(statuses) != count:
+        raise ProtocolError(f"{len(statuses)} answers to {count} ranges")
+    if sum(sums + size for _, sums, size in statuses) != len(payload):
+        raise ProtocolError(f"{len(payload)} bytes are not those that the answer announces")
+    answers: list[_Answer] = []
+    at = 0
+    for status, sums, size in statuses:
+        answers.append((status, payload[at : at + sums], payload[at + sums : at + sums + size]))
+        at += sums + size
+    return answers

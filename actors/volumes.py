@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +48,7 @@ class Volumes(LoopActor):
         only: serve this volume and no other, also as the default export.
         default: the default export where every volume is served.
         read_only: open without a lock, and refuse writes.
+        holder: who has the volumes open, for people: host and process.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Volumes(LoopActor):
         only: str | None = None,
         default: str | None = None,
         read_only: bool = False,
+        holder: str = "",
     ) -> None:
         super().__init__()
         self._meta = meta
@@ -69,6 +69,7 @@ class Volumes(LoopActor):
         self._only = only
         self._default = only if only is not None else default
         self._read_only = read_only
+        self._holder = holder
         self._deaths: list[float] = []
         self._locks: dict[str, asyncio.Lock] = {}
 
@@ -150,7 +151,7 @@ class Volumes(LoopActor):
             self.system,
             self._meta,
             name,
-            holder=f"{socket.gethostname()} pid {os.getpid()}",
+            holder=self._holder,
             block_size=self._view.block_size,
             block_spec=self._view.gmd.block_spec,
             read_cache=self._cache,

@@ -213,6 +213,7 @@ ERRNO_OF: dict[type[errors.TorusError], Errno] = {
     errors.NotSupported: Errno.EINVAL,
     errors.OutOfSpace: Errno.ENOSPC,
     errors.Closed: Errno.ESHUTDOWN,
+    errors.Fenced: Errno.ESHUTDOWN,
 }
 """What a failed request answers; whatever is not listed is EIO. (ENOTSUP is not for NotSupported:
 it "SHOULD NOT be returned except" for FAST_ZERO.)"""

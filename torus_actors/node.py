@@ -27,7 +27,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import random
 import time
 import uuid
@@ -61,6 +60,7 @@ from torus_actors.errors import (
     OutcomeUnknown,
     TorusError,
 )
+from torus_actors.machine import REAL_MACHINE, Machine
 from torus_actors.metadata import opening
 from torus_actors.metadata.kv import KeyValueStore
 from torus_actors.metadata.memory import MemoryStore
@@ -71,7 +71,7 @@ from torus_actors.model import rings
 from torus_actors.model.peers import Peer
 from torus_actors.nbd.connection import TlsSettings
 from torus_actors.runtime import ActorSystem, ChildSpec, Strategy, SupervisorSpec
-from torus_actors.storage.disk import RealDisk
+from torus_actors.storage.disk import Disk
 from torus_actors.volume.session import CacheSizes
 from torus_actors.wire.hello import Identity, Role
 
@@ -84,6 +84,12 @@ DEFAULT_METADATA = "torus://127.0.0.1:40000"
 
 LEASE_RETURN_S = 1.0
 """A lease that cannot be given back by then ends by itself."""
+
+METADATA_STOP_S = 0.5
+"""Transactions are done long before; what takes longer is watchers waiting for news."""
+
+NODE_FILE = "node.json"
+"""In the data directory: the node's id, and the cluster whose blocks are there."""
 
 QUIET_WAIT_S = 3.0
 """Nodes of a cluster are started together: one that waits no longer than this need not say so."""
@@ -128,6 +134,7 @@ class NodeConfig:
         zone: failure domain.
         secret: of the cluster, at least 16 bytes, or None.
         http: where to serve metrics and health; None for nowhere.
+        machine: what it runs on.
     """
 
     data_dir: Path
@@ -141,6 +148,7 @@ class NodeConfig:
     nbd: NbdConfig | None = None
     http: Addr | None = None
     lease_ttl_s: int = LEASE_TTL_S
+    machine: Machine = REAL_MACHINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +158,7 @@ class ClientConfig:
     Attributes:
         metadata: URL.
         listen: where ``torusctl`` may ask it; None for nowhere.
+        machine: what it runs on.
     """
 
     metadata: str = DEFAULT_METADATA
@@ -159,6 +168,7 @@ class ClientConfig:
     read_level: ReadLevel = ReadLevel.BLOCK
     write_level: WriteLevel = WriteLevel.ALL
     lease_ttl_s: int = LEASE_TTL_S
+    machine: Machine = REAL_MACHINE
 
 
 def is_embedded(metadata: str, listen: Addr) -> bool:
@@ -175,18 +185,31 @@ class Process:
         node_id: of this process; a fresh one for a client.
         metadata: URL.
         rng: all randomness.
+        machine: what it runs on.
     """
 
     def __init__(
-        self, node_id: str, role: Role, metadata: str, secret: bytes | None, rng: random.Random
+        self,
+        node_id: str,
+        role: Role,
+        metadata: str,
+        secret: bytes | None,
+        rng: random.Random,
+        machine: Machine = REAL_MACHINE,
     ) -> None:
-        self.system = ActorSystem(asyncio.get_running_loop(), node_id=node_id, rng=rng)
+        self.system = ActorSystem(
+            asyncio.get_running_loop(),
+            node_id=node_id,
+            rng=rng,
+            blocking_delay_s=machine.blocking_delay_s,
+        )
+        self.machine = machine
         self.role = role
         self.metadata_url = metadata
         self.secret = secret
         self.incarnation = rng.getrandbits(63)
         self.view: ClusterView | None = None
-        self.meta = MetadataService(self._store(), rng=rng, wall_clock=_wall_clock)
+        self.meta = MetadataService(self._store(), rng=rng, wall_clock=machine.wall_clock)
 
     def _store(self) -> KeyValueStore:
         """The metadata actor of this process, or of the node that the URL names."""
@@ -210,7 +233,12 @@ class Process:
         children = [ChildSpec("bridge", lambda: Bridge(bridge))]
         if open_store is not None:
             children.append(
-                ChildSpec("metadata", lambda: MetadataActor(open_store), max_concurrency=1024)
+                ChildSpec(
+                    "metadata",
+                    lambda: MetadataActor(open_store),
+                    max_concurrency=1024,
+                    shutdown_s=METADATA_STOP_S,
+                )
             )
         await self.system.start(
             SupervisorSpec("node", tuple(children), shutdown_s=STOP_S_MAX + 10.0)
@@ -288,6 +316,7 @@ class Process:
                     only=nbd.only,
                     default=nbd.default,
                     read_only=nbd.read_only,
+                    holder=self.machine.process_name(),
                 ),
                 max_concurrency=64,
                 shutdown_s=90.0,
@@ -317,7 +346,9 @@ class StorageNode(Process):
         own = (config.listen, config.advertise or config.listen)
         self.embedded = any(is_embedded(config.metadata, address) for address in own)
         self.stores: OpenStores | None = None
-        super().__init__(node_id, Role.NODE, config.metadata, config.secret, rng)
+        super().__init__(
+            node_id, Role.NODE, config.metadata, config.secret, rng, config.machine
+        )
 
     def peer_info(self) -> PeerInfo:
         """This node as the others see it."""
@@ -344,10 +375,12 @@ class StorageNode(Process):
         if self.embedded:
             await self._init_if_fresh()
         view = await self.load_view(None)
-        claim_data_dir(config.data_dir, view.gmd.cluster_id)
+        claim_data_dir(config.machine.open_disk(config.data_dir), view.gmd.cluster_id)
         stores = OpenStores.open(
             self.system,
-            StoreConfig(config.data_dir, config.size_bytes, view.block_size),
+            StoreConfig(
+                config.data_dir, config.size_bytes, view.block_size, config.machine.open_disk
+            ),
             self.system.rng,
         )
         self.stores = stores
@@ -411,7 +444,7 @@ class StorageNode(Process):
         assert self.view is not None
         info = self.peer_info()
         peer = Peer(info.peer_id, max(info.capacity_bytes, 1), info.zone, info.address)
-        self.view.ring = await join_ring(self.meta, peer)
+        self.view.ring = await join_ring(self.meta, peer, self.system.rng)
 
     async def stop(self) -> None:
         """Flush the block store and close everything."""
@@ -429,7 +462,9 @@ class Client(Process):
     def __init__(self, config: ClientConfig, rng: random.Random) -> None:
         self.config = config
         node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
-        super().__init__(node_id, Role.CLIENT, config.metadata, config.secret, rng)
+        super().__init__(
+            node_id, Role.CLIENT, config.metadata, config.secret, rng, config.machine
+        )
 
     async def start(self, patience_s: float = 5.0) -> None:
         """Start what a client needs.
@@ -494,23 +529,26 @@ def new_global_metadata(
         block_spec=block_spec,
         inode_replication=inode_replication,
         cluster_id=str(uuid.uuid4()),
-        created=_wall_clock(),
+        created=time.time(),
     )
 
 
 async def change_ring(
-    meta: MetadataService, change: Callable[[rings.Ring], rings.Ring | None]
+    meta: MetadataService,
+    change: Callable[[rings.Ring], rings.Ring | None],
+    rng: random.Random | None = None,
 ) -> rings.Ring:
     """Change the ring by compare-and-set, however many others change it too.
 
     Args:
         meta: the metadata service.
         change: makes the next ring of the present one, or None if nothing is to be done.
+        rng: the jitter of the waits between attempts.
 
     Returns:
         The ring that holds now.
     """
-    backoff = Backoff(random.Random(), first_s=0.01)
+    backoff = Backoff(rng or random.Random(), first_s=0.01)
     while True:
         data, _ = await meta.ring()
         present = rings.unmarshal(data)
@@ -524,32 +562,29 @@ async def change_ring(
             await backoff.wait()
 
 
-async def join_ring(meta: MetadataService, peer: Peer) -> rings.Ring:
+async def join_ring(
+    meta: MetadataService, peer: Peer, rng: random.Random | None = None
+) -> rings.Ring:
     """Add a peer to the ring, or bring its weight, zone and address up to date."""
     return await change_ring(
-        meta, lambda ring: None if peer in ring.peers else ring.with_peer(peer)
+        meta, lambda ring: None if peer in ring.peers else ring.with_peer(peer), rng
     )
 
 
-def load_node_id(data_dir: Path, rng: random.Random) -> str:
+def load_node_id(disk: Disk, rng: random.Random) -> str:
     """The id in a data directory, made on first use.
 
     Raises:
         Corruption: the file is damaged.
     """
-    path = data_dir / "node.json"
-    try:
-        return str(uuid.UUID(json.loads(path.read_text())["id"]))
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError) as error:
-        raise Corruption(f"{path} is damaged: {error}") from error
+    if disk.exists(NODE_FILE):
+        return _read_node_file(disk)["id"]
     node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    _write_node_file(path, {"id": node_id})
+    _write_node_file(disk, {"id": node_id})
     return node_id
 
 
-def claim_data_dir(data_dir: Path, cluster_id: str) -> None:
+def claim_data_dir(disk: Disk, cluster_id: str) -> None:
     """Bind a data directory to its cluster.
 
     Block refs of two clusters look alike: blocks left from another one would stand in the way of
@@ -557,27 +592,42 @@ def claim_data_dir(data_dir: Path, cluster_id: str) -> None:
 
     Raises:
         Invalid: it belongs to another cluster.
+        Corruption: the file is damaged.
     """
-    path = data_dir / "node.json"
-    fields = json.loads(path.read_text())
+    fields = _read_node_file(disk)
     owner = fields.get("cluster")
     if owner is None:
-        _write_node_file(path, {**fields, "cluster": cluster_id})
+        _write_node_file(disk, {**fields, "cluster": cluster_id})
     elif owner != cluster_id:
         raise Invalid(
-            f"data directory {data_dir} has blocks of cluster {owner[:8]}, and this is cluster "
+            f"the data directory has blocks of cluster {owner[:8]}, and this is cluster "
             f"{cluster_id[:8]}: give another --data-dir, or remove its blocks, inodes and "
-            "node.json to start empty"
+            f"{NODE_FILE} to start empty"
         )
 
 
-def _write_node_file(path: Path, fields: dict[str, str]) -> None:
-    temporary = path.with_suffix(".new")
-    with temporary.open("w") as file:
-        json.dump(fields, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+def _read_node_file(disk: Disk) -> dict[str, str]:
+    file = disk.open(NODE_FILE)
+    try:
+        fields: dict[str, str] = json.loads(file.pread(file.size(), 0))
+        return {**fields, "id": str(uuid.UUID(fields["id"]))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise Corruption(f"{NODE_FILE} in the data directory is damaged: {error}") from error
+    finally:
+        file.close()
+
+
+def _write_node_file(disk: Disk, fields: dict[str, str]) -> None:
+    temporary = f"{NODE_FILE}.new"
+    file = disk.open(temporary, create=True)
+    try:
+        file.truncate(0)
+        file.pwrite(json.dumps(fields).encode(), 0)
+        file.fdatasync()
+    finally:
+        file.close()
+    disk.rename(temporary, NODE_FILE)
+    disk.fsync_dir()
 
 
 async def start_node(config: NodeConfig, rng: random.Random | None = None) -> StorageNode:
@@ -587,10 +637,10 @@ async def start_node(config: NodeConfig, rng: random.Random | None = None) -> St
         TorusError: it cannot start; nothing keeps running.
     """
     rng = rng or random.Random()
-    config.data_dir.mkdir(parents=True, exist_ok=True)
-    lock = RealDisk(config.data_dir).lock()
+    disk = config.machine.open_disk(config.data_dir)
+    lock = disk.lock()
     try:
-        node = StorageNode(config, load_node_id(config.data_dir, rng), rng)
+        node = StorageNode(config, load_node_id(disk, rng), rng)
         node.system.heirlooms["disk_lock"] = lock
         try:
             await node.start()
@@ -623,10 +673,6 @@ async def start_client(
         await client.stop()
         raise
     return client
-
-
-def _wall_clock() -> float:
-    return time.time()
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

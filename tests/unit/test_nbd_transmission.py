@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from torus_actors.errors import Closed, Fenced, Invalid, OutOfSpace
+from torus_actors.errors import BlockUnavailable, Closed, Fenced, Invalid, OutOfSpace
 from torus_actors.model.buffers import BufferPool
 from torus_actors.nbd import protocol as p
 from torus_actors.nbd import transmission as tr
@@ -86,8 +86,6 @@ def read(length: int, tx: Transmission, flags: int = 0, offset: int = 4096) -> R
 @pytest.mark.parametrize("length", [1, 4096, tr.BULK_BYTES - 1, tr.BULK_BYTES, 200_000])
 def test_write_payload_arrives_whole(piece: int, length: int) -> None:
     """However the stream is cut, each WRITE carries exactly its payload, and order is kept."""
-    if piece == 1 and length > 70_000:
-        pytest.skip("the same paths as with 64 KiB, only slower")
     tx = machine()
     payload = bytes(i * 7 & 255 for i in range(length))
     stream = command(Cmd.WRITE, 512, length, data=payload) + command(Cmd.READ, 1, 2, cookie=8)
@@ -436,4 +434,5 @@ def test_errors_have_one_errno_each() -> None:
     assert p.errno_of(OutOfSpace("full")) is Errno.ENOSPC
     assert p.errno_of(Invalid("bad")) is Errno.EINVAL
     assert p.errno_of(Closed("closed")) is Errno.ESHUTDOWN
-    assert p.errno_of(Fenced("old")) is Errno.EIO
+    assert p.errno_of(Fenced("old")) is Errno.ESHUTDOWN
+    assert p.errno_of(BlockUnavailable("all peers are gone")) is Errno.EIO

@@ -31,9 +31,13 @@ class Stop:
     Args:
         with_parent: also stop when standard input is closed: the process that started this one
             is gone.
+        on_second: called before that end.
     """
 
-    def __init__(self, with_parent: bool = False) -> None:
+    def __init__(
+        self, with_parent: bool = False, on_second: Callable[[], None] | None = None
+    ) -> None:
+        self._on_second = on_second
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
         for number in SIGNALS:
@@ -52,6 +56,8 @@ class Stop:
 
     def _signalled(self, name: str) -> None:
         if self.asked:
+            if self._on_second is not None:
+                self._on_second()
             print("stopped at once: asked twice", file=sys.stderr, flush=True)
             os._exit(1)
         LIFECYCLE.info("%s: stopping", name)

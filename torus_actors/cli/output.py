@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 WIDTH = 80
 """Of tables where the terminal does not say: in a pipe, a file, a log."""
@@ -30,14 +31,14 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, sort_keys=False))
 
 
-def print_table(
+def make_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
-) -> None:
+) -> Table:
     """A plain table without borders.
 
     Args:
         columns: headings.
-        rows: cells; long ones are folded to the width.
+        rows: cells. Those of the last column are cut where they are too long, others folded.
         right: columns aligned to the right.
     """
     from rich.table import Table
@@ -45,7 +46,24 @@ def print_table(
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        last = name == columns[-1]
+        table.add_column(
+            name,
+            justify="right" if name in right else "left",
+            overflow="ellipsis" if last else "fold",
+            no_wrap=last,
+        )
     for row in rows:
         table.add_row(*[Text(cell) for cell in row])
-    console().print(table)
+    return table
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
+) -> None:
+    """Print what ``make_table`` makes, without blanks at the ends of lines."""
+    out = console()
+    with out.capture() as captured:
+        out.print(make_table(columns, rows, right))
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())

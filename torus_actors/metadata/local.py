@@ -103,7 +103,8 @@ class ChangeSignal:
     """
 
     def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
+        # A dict, not a set: they wake in the order in which they came, whatever their hashes are.
+        self._waiters: dict[asyncio.Future[None], None] = {}
         self._closed = False
         self.count = 0
 
@@ -140,13 +141,13 @@ class ChangeSignal:
         if self.count != seen:
             return True
         waiter: asyncio.Future[None] = loop.create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         timer = loop.call_at(deadline, _wake, waiter)
         try:
             await waiter
         finally:
             timer.cancel()
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
         self.check()
         return self.count != seen
 

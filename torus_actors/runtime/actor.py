@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pykka
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from torus_actors.runtime.system import ActorSystem
 
 log = logging.getLogger(__name__)
+
+BlockingDelay = Callable[[str, str], float]
+"""How long a call of a blocking actor takes, seconds: by name of the actor and of the method."""
 
 TURN_MESSAGES_MAX = 256
 """Messages one actor handles before the loop gets its turn: a flooded actor must not starve the
@@ -281,6 +285,9 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
 
     ``setup``, ``cleanup`` and the handlers run on that thread. A thread cannot be killed: a killed
     actor finishes the call it is in, unseen, while its successor already works.
+
+    In a system made with ``blocking_delay_s`` there is no thread: all of it runs on the loop, each
+    message after the delay that the function says, which stands for the time it would block.
     """
 
     use_daemon_thread: ClassVar[bool] = True
@@ -298,6 +305,7 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         self._accepting = False
         self._leaving = False
         self._current: Call | None = None
+        self._bell: asyncio.Event | None = None  # rung instead of the condition, without a thread
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -305,7 +313,14 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
 
     def _start_actor_loop(self) -> None:
         self._ended: asyncio.Future[None] = self.system.loop.create_future()
-        super()._start_actor_loop()
+        delay_s = self.system.blocking_delay_s
+        if delay_s is None:
+            super()._start_actor_loop()
+            return
+        self._bell = asyncio.Event()
+        self._task = self.system.loop.create_task(
+            self._live_on_loop(delay_s), context=self.system.context.copy()
+        )
 
     def setup(self) -> None:
         """Prepare; no message is handled before it returns."""
@@ -348,12 +363,51 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
                 self._turn.wait()
             if self._leaving:
                 return None
-            envelope = items.popleft()
-            if type(envelope) is Call:
-                self._current = envelope
+            return self._take()
+
+    def _take(self) -> Any:
+        envelope = cast(Inbox, self.actor_inbox).items.popleft()
+        if type(envelope) is Call:
+            self._current = envelope
         if self.cell.room_waiters:
             self.system.on_loop(self.cell.room_made)
         return envelope
+
+    async def _live_on_loop(self, delay_s: BlockingDelay) -> None:
+        """What the thread does, as a task. A killed actor finishes its call here too, unseen."""
+        name = self.cell.name
+        await asyncio.sleep(delay_s(name, "setup"))
+        crash: BaseException | None = None
+        try:
+            self.setup()
+        except BaseException as error:
+            self.cell.set_up(self, error)
+        else:
+            self.cell.set_up(self, None)
+            crash = await self._work_on_loop(delay_s)
+        try:
+            self.cleanup()
+        except BaseException:
+            log.exception("%s: cleanup failed", name)
+        self._thread_ended(crash)
+
+    async def _work_on_loop(self, delay_s: BlockingDelay) -> BaseException | None:
+        items = cast(Inbox, self.actor_inbox).items
+        assert self._bell is not None
+        while True:
+            while not self._leaving and not (self._accepting and items):
+                self._bell.clear()
+                await self._bell.wait()
+            if self._leaving:
+                return None
+            envelope = self._take()
+            if type(envelope) is not Call:
+                self._handle_foreign(envelope)
+                continue
+            await asyncio.sleep(delay_s(self.cell.name, envelope.method))
+            crash = self._handle(envelope)
+            if crash is not None:
+                return crash
 
     def _handle(self, call: Call) -> BaseException | None:
         reply_to = call.reply_to
@@ -386,6 +440,9 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         return None
 
     def _wake(self) -> None:
+        if self._bell is not None:
+            self._bell.set()
+            return
         with self._turn:
             self._turn.notify()
 
@@ -409,15 +466,15 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         """Take no new message; return what is done when the thread has ended."""
         with self._turn:
             self._leaving = True
-            self._turn.notify()
+        self._wake()
         return [self._ended]
 
     def halt(self) -> list[Call]:
         """Tell the thread to end; return the call it is in, whose answer is given up on."""
         with self._turn:
             self._leaving = True
-            self._turn.notify()
             current, self._current = self._current, None
+        self._wake()
         inbox = cast(Inbox, self.actor_inbox)
         if inbox.wake == self._wake:
             inbox.wake = None

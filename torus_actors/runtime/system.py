@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torus_actors.errors import ActorNotFound, Invalid, NoPeer, Overloaded
+from torus_actors.runtime.actor import BlockingDelay
 from torus_actors.runtime.cell import Cell, ChildSpec, State, no_parent
 from torus_actors.runtime.messages import Call
 from torus_actors.runtime.refs import Deadlines, ObjectRef, RoundtripRef
@@ -44,6 +45,18 @@ class Transport(Protocol):
         """Send a message without an answer; dropped if the peer is not connected."""
 
 
+class Background(dict[asyncio.Task[Any], None]):
+    """Tasks that belong to no actor, oldest first: the order in which they are ended is fixed."""
+
+    def add(self, task: asyncio.Task[Any]) -> None:
+        """Keep a task."""
+        self[task] = None
+
+    def discard(self, task: asyncio.Task[Any]) -> None:
+        """Forget a task; nothing if it is not there."""
+        self.pop(task, None)
+
+
 class ActorSystem:
     """All actors of one node.
 
@@ -54,6 +67,8 @@ class ActorSystem:
         roundtrip: test mode: a function that packs and unpacks a value, applied to the arguments
             and the answer of each local call, so that what cannot travel is found on one node.
             Payloads are left alone: buffers travel as they are.
+        blocking_delay_s: run blocking actors on the loop as well, without threads, each call after
+            the delay that this says: for a loop with virtual time, on which nothing blocks.
 
     Attributes:
         heirlooms: objects that must survive the actors that use them (client sockets, unflushed
@@ -69,16 +84,18 @@ class ActorSystem:
         node_id: str = "local",
         rng: random.Random | None = None,
         roundtrip: Callable[[Any], Any] | None = None,
+        blocking_delay_s: BlockingDelay | None = None,
     ) -> None:
         self.loop = loop
         self.thread_id = threading.get_ident()
         self.node_id = node_id
         self.rng = rng if rng is not None else random.Random()
         self.roundtrip = roundtrip
+        self.blocking_delay_s = blocking_delay_s
         self.cells: dict[str, Cell] = {}
         self.heirlooms: dict[str, Any] = {}
         self.deadlines = Deadlines(loop, self.thread_id)
-        self.background: set[asyncio.Task[Any]] = set()
+        self.background = Background()
         self.transport: Transport | None = None
         self.fatal: asyncio.Future[None] = loop.create_future()
         self._root: Cell | None = None

@@ -60,6 +60,9 @@ from torus_actors.storage.store import (
 
 _ZEROS = bytes(PAGE_SIZE)
 
+SUMS_KEPT_MAX = 4096
+"""Checksum lists kept in memory for random reads: 2 MiB for blocks of 512 KiB."""
+
 
 class MFileBatch(FlushBatch):
     """One flush of an `MFileStore`.
@@ -153,6 +156,8 @@ class MFileStore(BlockStore):
         """A failed flush may have written entries that no sync has covered since."""
         self._pins: dict[int, int] = {}
         self._failure: str | None = None
+        self._sums: dict[int, tuple[int, bytes]] = {}
+        """Generation and checksum list of slots read in part, the oldest first."""
         self._gap = bytearray(self._layout.sums_room)
         """Where reads put the padding that nobody looks at; several threads may scribble on it."""
 
@@ -312,7 +317,18 @@ class MFileStore(BlockStore):
         self, location: Location, offset: int, length: int, want_sums: bool
     ) -> tuple[bytes, memoryview] | None:
         self._check_current(location)
-        return self._read(self._data.preadv_nowait, location, offset, length, want_sums)
+        if want_sums and offset:
+            # Random reads come back to the same blocks: their lists are small, and kept.
+            known = self._sums.get(location.slot)
+            if known is not None and known[0] == location.generation:
+                found = self._read(self._data.preadv_nowait, location, offset, length, False)
+                return None if found is None else (known[1], found[1])
+        found = self._read(self._data.preadv_nowait, location, offset, length, want_sums)
+        if found is not None and want_sums and length < location.length:
+            if len(self._sums) >= SUMS_KEPT_MAX:
+                del self._sums[next(iter(self._sums))]
+            self._sums[location.slot] = (location.generation, found[0])
+        return found
 
     def read(
         self, location: Location, offset: int, length: int, want_sums: bool

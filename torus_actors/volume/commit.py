@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,10 +26,11 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
+from torus_actors.model.checksums import Buffer, sums_of
 from torus_actors.model.inode_tree import CommitPlan
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.file import File
+from torus_actors.volume.file import File, Stored
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,16 @@ cache, and a later flush may succeed."""
 
 PLACE_AGAIN_MAX = 8
 """Rounds of flushing and placing anew before a flush fails: every round needs a node to crash."""
+
+PLACED_AT_ONCE_MAX = 8
+"""Blocks placed anew at the same time: each is held in memory whole."""
+
+SUPERSEDED_MAX = 5
+"""Plans made anew because a block of the last one was both lost and overwritten meanwhile."""
+
+
+class _Superseded(Exception):
+    """A lost block that the map does not name any more: the next plan does without it."""
 
 
 class Committer:
@@ -89,19 +101,38 @@ class Committer:
 
     async def _checkpoint(self) -> None:
         """Commit the map as it is: steps 2 to 5."""
+        for _ in range(SUPERSEDED_MAX):
+            try:
+                await self._commit_map()
+                return
+            except _Superseded:
+                log.info("a lost block was overwritten meanwhile: committing without it")
+        raise BlockUnavailable("nodes lose blocks faster than they can be made durable")
+
+    async def _commit_map(self) -> None:
         file = self._file
-        plan = file.map.plan_commit(self._next_inode_ref)
-        inode = self._next_inode()
-        file.fresh.clear()  # from here on a head may name them
-        # The same synchronous step as the plan: exactly what the plan may name.
-        covered = dict(file.unsynced)
+        # A block put under the number that ends here, but entered in the map later, would be older
+        # than the head that names it, and a collector might take it for dead: so none may be on
+        # its way.
+        async with file.no_puts():
+            plan = file.map.plan_commit(self._next_inode_ref)
+            try:
+                inode = self._next_inode()
+                file.fresh.clear()  # from here on a head may name them
+                # The same synchronous step as the plan: exactly what the plan may name.
+                covered = dict(file.unsynced)
+            except BaseException:
+                file.map.commit_failed(plan)
+                raise
         try:
             pages = await self._system.actor("inode_store").put_pages.remote(
                 [list(page) for page in plan.blocks], timeout_s=60.0
             )
-            for (ref, _), (root, placed) in zip(plan.blocks, pages, strict=True):
-                covered[ref] = (root, placed)
+            for (ref, data), (root, placed) in zip(plan.blocks, pages, strict=True):
+                covered[ref] = Stored(root, placed, data=data)
             await self._make_durable(covered)
+            if file.failure is not None:
+                raise file.failure
             await self._record(plan, inode)
         except BaseException:
             file.map.commit_failed(plan)
@@ -124,66 +155,119 @@ class Committer:
         file.retry_now()
         file.pump()
         end = self._system.loop.time() + WRITE_OUT_PATIENCE_S
-        while targets:
-            for index in list(targets):
-                present = {id(layers.dirty.get(index)), id(layers.frozen.get(index))}
-                present.discard(id(None))
-                if not present & targets[index]:
-                    del targets[index]
-                elif index in layers.dirty and id(layers.dirty[index]) in targets[index]:
-                    file.want(index)
-            if not targets:
-                break
+        # All have to end, so it is enough to look at one of them at a time.
+        left = deque(targets)
+        while left:
+            index = left[0]
+            present = {id(layers.dirty.get(index)), id(layers.frozen.get(index))}
+            if not (present - {id(None)}) & targets[index]:
+                left.popleft()
+                continue
             if file.failure is not None:
                 raise file.failure
             if isinstance(file.put_error, OutOfSpace):
                 raise file.put_error
-            left = end - self._system.loop.time()
-            if left <= 0:
+            remaining = end - self._system.loop.time()
+            if remaining <= 0 and not file.reclaiming:
                 raise BlockUnavailable(
-                    f"{len(targets)} blocks could not be stored in time: {file.put_error}"
+                    f"{len(left)} blocks could not be stored in time: {file.last_error}"
                 )
             if file.reclaiming and (file.unsynced or file.map.is_dirty):
                 # The cluster is full, and what these blocks replace becomes garbage only once a
                 # head names them: that may be the very room that is missing.
                 await self._checkpoint()
+            file.want(index)
             file.pump()
             try:
-                async with asyncio.timeout(min(left, 1.0)):
+                async with asyncio.timeout(min(max(remaining, 0.1), 1.0)):
                     await file.progress()
             except TimeoutError:
                 pass
         del keep
 
-    async def _make_durable(self, covered: dict[BlockRef, tuple[int, list[list[Any]]]]) -> None:
+    async def _make_durable(self, pending: dict[BlockRef, Stored]) -> None:
         """Flush the peers that hold these blocks until all of them have confirmed."""
+        file = self._file
         replicator = self._system.actor("replicator")
-        pending = covered
         backoff = Backoff(self._system.rng, first_s=0.02, max_s=0.5)
+        failure: TorusError | None = None
         for _ in range(PLACE_AGAIN_MAX):
-            peers = sorted({peer for _, placed in pending.values() for peer, _ in placed})
+            peers = sorted({peer for stored in pending.values() for peer, _ in stored.placed})
             if not peers:
-                break
+                return
             confirmed = await replicator.flush.remote(peers, timeout_s=120.0)
-            lost: dict[BlockRef, tuple[int, list[list[Any]]]] = {}
-            for ref, (root, placed) in pending.items():
-                gone = [peer for peer, inc in placed if confirmed.get(peer) != inc]
-                if not gone:
-                    self._file.unsynced.pop(ref, None)
-                    continue
-                try:
-                    again = await replicator.place_again.remote(ref, root, gone, 0)
-                except TorusError as error:
-                    raise BlockUnavailable(
-                        f"block {ref} was lost by a node before it was durable: {error}"
-                    ) from error
-                lost[ref] = (root, again)
-                if ref in self._file.unsynced:
-                    self._file.unsynced[ref] = (root, again)
+            lost: dict[BlockRef, Stored] = {}
+            for ref, stored in pending.items():
+                if all(confirmed.get(peer) == incarnation for peer, incarnation in stored.placed):
+                    file.unsynced.pop(ref, None)
+                else:
+                    lost[ref] = stored
             if not lost:
                 return
-            log.info("%d blocks placed anew after a node was lost", len(lost))
             pending = lost
+            failure = await self._place_all_again(lost)
+            log.info("%d blocks placed anew after a node was lost", len(lost))
             await backoff.wait()
-        if pending:
-            raise BlockUnavailable("peers restart faster than blocks can be made durable")
+            if file.failure is not None:
+                raise file.failure
+        if isinstance(failure, OutOfSpace):
+            raise failure
+        told = failure or "peers restart faster than they flush"
+        raise BlockUnavailable(
+            f"{len(pending)} blocks, lost by a node, cannot be made durable: {told}"
+        )
+
+    async def _place_all_again(self, lost: dict[BlockRef, Stored]) -> TorusError | None:
+        """Store blocks anew; returns why some of them could not be, if so."""
+        room = asyncio.Semaphore(PLACED_AT_ONCE_MAX)
+
+        async def place(ref: BlockRef, stored: Stored) -> None:
+            async with room:
+                again = Stored(
+                    stored.root, await self._place_again(ref, stored), stored.index, stored.data
+                )
+            lost[ref] = again
+            if ref in self._file.unsynced:
+                self._file.unsynced[ref] = again
+
+        refs = list(lost)
+        results = await asyncio.gather(
+            *[place(ref, lost[ref]) for ref in refs], return_exceptions=True
+        )
+        failure: TorusError | None = None
+        for ref, result in zip(refs, results, strict=True):
+            if isinstance(result, (BlockUnavailable, OutOfSpace)):
+                if await self._is_superseded(ref, lost[ref].index):
+                    self._file.unsynced.pop(ref, None)
+                    raise _Superseded
+                failure = result
+            elif isinstance(result, TorusError):
+                failure = failure or result
+            elif isinstance(result, BaseException):
+                raise result
+        return failure
+
+    async def _place_again(self, ref: BlockRef, stored: Stored) -> list[list[Any]]:
+        file = self._file
+        replicator = self._system.actor("replicator")
+        copies = file.blockset.replication or 0 if stored.data is None else 0
+        data: Buffer | None = stored.data
+        if data is None:
+            # If all its peers were lost, a copy here may be the last one.
+            data = file.cache.whole(ref)
+        placed: list[list[Any]]
+        if data is not None:
+            placed = await replicator.put_block.remote(
+                ref, stored.root, sums_of(data), copies, payload=data
+            )
+        else:
+            placed = await replicator.place_again.remote(ref, stored.root, copies)
+        return placed
+
+    async def _is_superseded(self, ref: BlockRef, index: int) -> bool:
+        """Whether a block is named by nothing but plans that did not come to an end."""
+        if index < 0:
+            return False
+        file = self._file
+        entry = await file.with_pages(lambda: file.blockset.get(index))
+        return entry is None or entry.ref != ref

@@ -11,15 +11,19 @@ returned the result.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import logging
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
 from torus_actors.errors import (
     BlockUnavailable,
     Closed,
+    Corruption,
     Fenced,
     Invalid,
     OutOfSpace,
@@ -34,7 +38,7 @@ from torus_actors.model.refs import BlockRef
 from torus_actors.nbd.requests import Hole, Piece
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.read_cache import ReadCache
-from torus_actors.volume.write_back import WriteBack
+from torus_actors.volume.write_back import EXTENT_OVERHEAD_BYTES, WriteBack
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +118,27 @@ class _ReadOp:
             self.done(self.error, self.pieces if self.error is None else ())
 
 
+class Stored:
+    """A block on the ring that no flush has made durable yet.
+
+    Attributes:
+        root: its checksum.
+        placed: ``[peer, incarnation]`` of each copy.
+        index: where it is in the file; -1 for a page of the map.
+        data: its content, where that is small enough to be kept.
+    """
+
+    __slots__ = ("data", "index", "placed", "root")
+
+    def __init__(
+        self, root: int, placed: list[list[Any]], index: int = -1, data: Buffer | None = None
+    ) -> None:
+        self.root = root
+        self.placed = placed
+        self.index = index
+        self.data = data
+
+
 class File:
     """See the module.
 
@@ -152,10 +177,10 @@ class File:
         self.read_only = read_only
         self.failure: TorusError | None = None
         """Why the file takes no writes any more; None while it does."""
-        self.unsynced: dict[BlockRef, tuple[int, list[list[Any]]]] = {}
-        """Blocks on the ring that no flush has made durable yet: root, and who took them."""
+        self.unsynced: dict[BlockRef, Stored] = {}
+        """Blocks in the map that no flush has made durable yet."""
         self.fresh: dict[BlockRef, None] = {}
-        """Blocks in the map that no plan of a commit has named yet: overwritten, they are nobody's."""
+        """Blocks in the map that no plan of a commit has named yet: once overwritten, nobody's."""
         self.discarded: dict[BlockRef, None] = {}
         self._discards: dict[str, list[BlockRef]] = {}
         self._discard_timer: asyncio.TimerHandle | None = None
@@ -172,6 +197,9 @@ class File:
         self._wanted: set[int] = set()
         self._waiting: deque[tuple[int, Buffer | None, int, Done]] = deque()
         self._putting = 0
+        self._holding = False
+        self._failed_puts: dict[int, tuple[BlockRef, bytes]] = {}
+        """By block number, under which ref what was tried and failed: some peers may have it."""
         self._retry_s = RETRY_FIRST_S
         self._retry_timer: asyncio.TimerHandle | None = None
         self._progress: asyncio.Future[None] | None = None
@@ -179,6 +207,8 @@ class File:
         """Blocks put on the ring so far."""
         self.put_error: TorusError | None = None
         """What the last write-back failed with; None after one succeeded."""
+        self.last_error: TorusError | None = None
+        """The same, but kept: for telling why it takes so long."""
 
     @property
     def map(self) -> BlockMap:
@@ -191,12 +221,15 @@ class File:
         """Go on under a new owner: what the old one was putting on the ring is put again."""
         self.spawn = spawn
         self._putting = 0
+        self._holding = False
         self.reclaiming = False
         self._ready.clear()
+        self._wanted.clear()
         for index in list(self.layers.frozen):
             self.layers.thaw(index)
         for index, layer in self.layers.dirty.items():
             if layer.is_full(self._block_length(index)):
+                self._wanted.add(index)
                 self._ready.append(index)
         if self._retry_timer is not None:
             self._retry_timer.cancel()
@@ -260,7 +293,7 @@ class File:
                 self._plan(index, start, size, pieces, missing)
                 position += size
         except PageNeeded as need:
-            self._load(need, partial(self._read_again, offset, length, done))
+            self.load_page(need, partial(self._read_again, offset, length, done))
             return None
         sequential = self._note_stream(offset, end, length)
         if not missing:
@@ -352,6 +385,9 @@ class File:
                 op.arrived(at, None, error)
                 return
             data = future.result()
+            if len(data) != last - first:
+                op.arrived(at, None, Corruption(f"block {ref} is shorter than a block"))
+                return
             self.cache.put_pages(ref, first, data)
             op.arrived(at, data[start - first : start - first + size], None)
 
@@ -372,6 +408,8 @@ class File:
         def arrived(future: asyncio.Future[Any]) -> None:
             error = _error_of(future)
             data = None if error is not None else future.result()
+            if data is not None and len(data) != self.block_size:
+                data, error = None, Corruption(f"block {ref} is shorter than a block")
             if data is not None:
                 self.cache.put_whole(ref, data)
             for waiter in self._fetching.pop(ref, ()):
@@ -386,7 +424,7 @@ class File:
         streams[end] = count
         if len(streams) > STREAMS_MAX:
             del streams[next(iter(streams))]
-        if count < SEQUENTIAL_AFTER:
+        if count < SEQUENTIAL_AFTER or self.cache.size_max < READAHEAD_MAX * self.block_size:
             return False
         index = -(-end // self.block_size)
         ahead = min(1 << (count - SEQUENTIAL_AFTER), READAHEAD_MAX)
@@ -394,7 +432,7 @@ class File:
             try:
                 entry = self.blockset.get(following)
             except PageNeeded as need:
-                self._load(need, _ignore)
+                self.load_page(need, _ignore)
                 break
             if (
                 entry is not None
@@ -408,7 +446,7 @@ class File:
 
     # -- pages of the map --------------------------------------------------------------------------
 
-    def _load(self, need: PageNeeded, then: Callable[[TorusError | None], None]) -> None:
+    def load_page(self, need: PageNeeded, then: Callable[[TorusError | None], None]) -> None:
         """Fetch a page of the block map; several callers share one fetch."""
         key = (need.level, need.page_number)
         waiters = self._loading.get(key)
@@ -433,7 +471,7 @@ class File:
         )
 
     async def load(self, need: PageNeeded) -> None:
-        """As ``_load``, for coroutines."""
+        """As ``load_page``, for coroutines."""
         future: asyncio.Future[None] = self.loop.create_future()
 
         def then(error: TorusError | None) -> None:
@@ -444,7 +482,7 @@ class File:
             else:
                 future.set_exception(error)
 
-        self._load(need, then)
+        self.load_page(need, then)
         await future
 
     async def with_pages(self, call: Callable[[], Any]) -> Any:
@@ -475,6 +513,7 @@ class File:
         """
         self._check_range(offset, len(data))
         self._check_writable()
+        self._check_room()
         if self._waiting or self.layers.size + len(data) > self.layers.size_max:
             return self._wait_for_room(offset, data, len(data), done)
         self._write(offset, data)
@@ -485,25 +524,21 @@ class File:
             raise self.failure
         if self.read_only:
             raise Invalid(f"volume {self.name} is open read-only")
+
+    def _check_room(self) -> None:
         if isinstance(self.put_error, OutOfSpace):
             # Whatever is taken now could not be stored: say so while the writer can still react.
             raise self.put_error
 
     def _wait_for_room(self, offset: int, data: Buffer | None, length: int, done: Done) -> bool:
-        if length > self.layers.size_max and not self.layers.size and not self._waiting:
-            self._take(offset, data, length)  # larger than the cache: let through alone
+        if data is not None and not self.layers.size and not self._waiting:
+            self._write(offset, data)  # larger than the cache: let through alone
             return True
         if len(self._waiting) >= WAITING_WRITES_MAX:
             raise BlockUnavailable("too many writes wait for room in the write cache")
         self._waiting.append((offset, data, length, done))
         self.pump()
         return False
-
-    def _take(self, offset: int, data: Buffer | None, length: int) -> None:
-        if data is None:
-            self._zero(offset, length)
-        else:
-            self._write(offset, data)
 
     def _write(self, offset: int, data: Buffer) -> None:
         block_size = self.block_size
@@ -553,31 +588,52 @@ class File:
         self._check_range(offset, length)
         self._check_writable()
         if keep:
-            return self._write_zeros(offset, length, done)
-        if self._waiting:
+            return self._write_zeros(offset, offset + length, done)
+        if isinstance(self.put_error, OutOfSpace):
+            # Not refused where the cluster is full, since this is how room is made; but the zero
+            # runs themselves must not fill the memory.
+            if self.layers.size >= 2 * self.layers.size_max:
+                raise self.put_error
+        elif self._waiting or self.layers.size >= self.layers.size_max:
             return self._wait_for_room(offset, None, length, done)
+        return self._make_zero(offset, length, done)
+
+    def _make_zero(self, offset: int, length: int, done: Done) -> bool:
         block_size = self.block_size
         first = -(-offset // block_size)
         end = offset + length
         last = -(-end // block_size) if end == self.size else end // block_size
-        if last - first >= CLEAR_RANGE_MIN:
-            self._zero(offset, min(first * block_size, end) - offset)
-            if end > last * block_size:
-                self._zero(last * block_size, end - last * block_size)
-            self._clear_range(first, last, done)
-            return False
-        self._zero(offset, length)
-        return True
+        if last - first < CLEAR_RANGE_MIN:
+            self._zero(offset, length)
+            return True
+        self._zero(offset, first * block_size - offset)
+        if end > last * block_size:
+            self._zero(last * block_size, end - last * block_size)
+        self._clear_range(first, last, done)
+        return False
 
-    def _write_zeros(self, offset: int, length: int, done: Done) -> bool:
-        at = 0
-        while at < length:
-            size = min(len(_ZEROS), length - at)
-            if at + size == length:
-                return self.write_at(offset + at, _ZEROS[:size], done)
-            self.write_at(offset + at, _ZEROS[:size], _ignore)
+    def _write_zeros(self, at: int, end: int, done: Done) -> bool:
+        """Write zeros like data, as much at a time as there is room for."""
+        while at < end:
+            size = min(len(_ZEROS), end - at)
+            then = partial(self._zeros_written, at + size, end, done)
+            if not self.write_at(at, _ZEROS[:size], then):
+                return False
             at += size
         return True
+
+    def _zeros_written(
+        self, at: int, end: int, done: Done, error: TorusError | None, _: Sequence[Piece]
+    ) -> None:
+        try:
+            if error is not None:
+                raise error
+            if not self._write_zeros(at, end, done):
+                return
+        except TorusError as failed:
+            done(failed, ())
+        else:
+            done(None, ())
 
     def _zero(self, offset: int, length: int) -> None:
         block_size = self.block_size
@@ -592,21 +648,26 @@ class File:
         self.pump()
 
     def _clear_range(self, first: int, last: int, done: Done) -> None:
-        self.layers.drop(first, last)
         try:
             self.blockset.trim(first, last)
         except PageNeeded as need:
 
             def then(error: TorusError | None) -> None:
                 if error is None:
+                    error = self.failure
+                if error is None:
                     self._clear_range(first, last, done)
                 else:
                     done(error, ())
 
-            self._load(need, then)
+            self.load_page(need, then)
             return
+        # In one step with the map: a layer must not be gone before what lies below it is.
+        self.layers.drop(first, last)
+        for index in [index for index in self._failed_puts if first <= index < last]:
+            del self._failed_puts[index]
         self.loop.call_soon(done, None, ())
-        self._room_made()
+        self.loop.call_soon(self._room_made)
 
     # -- writing back ------------------------------------------------------------------------------
 
@@ -619,10 +680,12 @@ class File:
     def pump(self) -> None:
         """Start as many puts as are due and allowed."""
         layers = self.layers
-        if self._retry_timer is not None or self.spawn is None or self.failure is not None:
+        if self._holding or self._retry_timer is not None:
+            return
+        if self.spawn is None or self.failure is not None:
             return
         blocked: list[int] = []
-        while self._ready and self._putting < PUTS_MAX:
+        while self._ready and self._putting < PUTS_MAX and self.spawn is not None:
             index = self._ready.popleft()
             if index in layers.frozen:
                 blocked.append(index)  # its older layer is still on its way
@@ -648,13 +711,34 @@ class File:
             self._start_put(index)
 
     def _start_put(self, index: int) -> None:
-        assert self.spawn is not None
+        if self.spawn is None:
+            return
         layer = self.layers.freeze(index)
+        try:
+            self.spawn(self._put(index, layer))
+        except Closed:
+            # The owner has just died: its successor begins with what is in the layers.
+            self.spawn = None
+            self.layers.thaw(index)
+            return
         self._putting += 1
-        self.spawn(self._put(index, layer))
+
+    @contextlib.asynccontextmanager
+    async def no_puts(self) -> AsyncIterator[None]:
+        """Start no put, and wait for those on their way; when entered, there is none."""
+        self._holding = True
+        try:
+            while self._putting:
+                await self.progress()
+            yield
+        finally:
+            self._holding = False
+            self.pump()
 
     async def _put(self, index: int, layer: ExtentMap) -> None:
         """Make a block of a frozen layer and enter it in the map."""
+        ref: BlockRef | None = None
+        block: Buffer | None = None
         try:
             if layer.is_all_zero and layer.is_full(self._block_length(index)):
                 await self.with_pages(lambda: self._settle(index, layer, None))
@@ -662,49 +746,70 @@ class File:
                 block = await self._assemble(index, layer)
                 sums = sums_of(block)
                 root = root_of(sums)
-                ref = self.next_ref()
+                new = ref = self._name_for(index, block)
                 placed = await self._replicator.put_block.remote(
                     ref, root, sums, self.blockset.replication or 0, payload=block
                 )
-                # Noted before it is in the map: whatever the map names, a flush must cover.
-                self.unsynced[ref] = (root, placed)
                 self.cache.put_whole(ref, block)
-                await self.with_pages(lambda: self._settle(index, layer, (ref, root)))
+                # In the same step as the map: whatever the map names, a flush must cover.
+                stored = Stored(root, placed, index)
+                await self.with_pages(lambda: self._settle(index, layer, (new, stored)))
+                self.stored += 1
         except TorusError as error:
+            if ref is not None and block is not None:
+                self._failed_puts[index] = (ref, _digest(block))
             self._put_failed(index, layer, error)
         else:
             self._retry_s = RETRY_FIRST_S
-            self.put_error = None
-            self.stored += 1
+            self._failed_puts.pop(index, None)
+            if ref is not None or not self.layers.size:
+                self.put_error = None
         self._putting -= 1
         self._room_made()
         self._announce_progress()
         self.pump()
 
-    def _settle(self, index: int, layer: ExtentMap, block: tuple[BlockRef, int] | None) -> None:
+    def _name_for(self, index: int, block: Buffer) -> BlockRef:
+        """A ref for a block: that of a failed attempt to store the very same, or a fresh one.
+
+        An attempt may fail although some peers took the block. Repeated under ever new names, it
+        would fill them with copies that are nobody's.
+        """
+        ref = self.next_ref()
+        failed = self._failed_puts.pop(index, None)
+        # One of an older INode would look collectable.
+        if failed is not None and failed[0].inode == ref.inode and failed[1] == _digest(block):
+            return failed[0]
+        return ref
+
+    def _settle(self, index: int, layer: ExtentMap, block: tuple[BlockRef, Stored] | None) -> None:
         """Enter a block in the map and drop its layer, in one step; may raise PageNeeded."""
         if self.layers.frozen.get(index) is not layer:
             if block is not None:
-                self._discard(block[0])  # trimmed meanwhile: the block is nobody's
+                self._discard(*block)  # trimmed meanwhile: the block is nobody's
             return
         before = self.blockset.get(index)
         if block is None:
             self.blockset.trim(index, index + 1)
         else:
-            self.blockset.put(index, *block)
-            self.fresh[block[0]] = None
+            ref, stored = block
+            self.blockset.put(index, ref, stored.root)
+            self.unsynced[ref] = stored
+            self.fresh[ref] = None
         self.layers.settle(index, layer)
-        if before is not None and before.ref in self.fresh:
-            self._discard(before.ref)
+        if before is not None:
+            # If a plan names it, that plan has its own note of it; if not, it need not last.
+            stored_before = self.unsynced.pop(before.ref, None)
+            if before.ref in self.fresh:
+                del self.fresh[before.ref]
+                self._discard(before.ref, stored_before)
 
-    def _discard(self, ref: BlockRef) -> None:
+    def _discard(self, ref: BlockRef, stored: Stored | None) -> None:
         """Have the peers drop a block that was overwritten before any head named it."""
-        self.fresh.pop(ref, None)
-        _, placed = self.unsynced.pop(ref, (0, []))
         self.discarded[ref] = None
         if len(self.discarded) > DISCARDED_MAX:
             del self.discarded[next(iter(self.discarded))]
-        for peer, _ in placed:
+        for peer, _ in stored.placed if stored is not None else ():
             self._discards.setdefault(peer, []).append(ref)
         if self._discard_timer is None:
             self._discard_timer = self.loop.call_later(DISCARD_S, self._send_discards)
@@ -740,6 +845,7 @@ class File:
             self.want(index)
         if self.put_error is None or type(self.put_error) is not type(error):
             log.warning("volume %s: block %d cannot be stored now: %s", self.name, index, error)
+        self.last_error = error
         if isinstance(error, Fenced):
             self.fail(error)
         if isinstance(error, OutOfSpace) and self.put_error is None:
@@ -761,7 +867,11 @@ class File:
             while self.loop.time() < end and empty < 2:
                 self._send_discards()
                 stored = self.stored
-                found = await self._replicator.reclaim.remote()
+                try:
+                    found = await self._replicator.reclaim.remote()
+                except TorusError as failed:
+                    log.debug("volume %s: looking for garbage: %s", self.name, failed)
+                    found = 0
                 empty = 0 if found else empty + 1
                 await asyncio.sleep(1.0)
                 if self.stored != stored:
@@ -776,6 +886,8 @@ class File:
 
     def _retry(self) -> None:
         self._retry_timer = None
+        if not self.layers.size:
+            self.put_error = None  # what could not be stored is gone: nothing will try for it
         self.pump()
 
     def retry_now(self) -> None:
@@ -788,11 +900,15 @@ class File:
         waiting, layers = self._waiting, self.layers
         while waiting:
             offset, data, length, done = waiting[0]
-            if layers.size + length > layers.size_max and layers.size:
+            needed = EXTENT_OVERHEAD_BYTES if data is None else length
+            if layers.size + needed > layers.size_max and layers.size:
                 break
             waiting.popleft()
-            self._take(offset, data, length)
-            done(None, ())
+            if data is not None:
+                self._write(offset, data)
+                done(None, ())
+            elif self._make_zero(offset, length, done):
+                done(None, ())
 
     def _announce_progress(self) -> None:
         if self._progress is not None and not self._progress.done():
@@ -827,6 +943,8 @@ class File:
                 found.append([size, data])
 
         position, end = offset, offset + length
+        layered = sorted(self.layers.indexes())
+        blocks = -(-end // self.block_size)
         while position < end:
             index, start = divmod(position, self.block_size)
             size = min(self.block_size - start, end - position)
@@ -835,17 +953,13 @@ class File:
                     below = buffer is MISSING and self.blockset.get(index) is not None
                     add(part, below or (buffer is not None and buffer is not MISSING))
             else:
-                stop = min(-(-end // self.block_size), self._next_layer(index))
+                behind = bisect_right(layered, index)
+                stop = min(blocks, layered[behind]) if behind < len(layered) else blocks
                 run, stored = self.map.run_end(index, stop)
                 size = min(run * self.block_size, end) - position
                 add(size, stored)
             position += size
         return [(size, data) for size, data in found]
-
-    def _next_layer(self, index: int) -> int:
-        """The first block behind ``index`` that has a layer."""
-        behind = [i for i in self.layers.indexes() if i > index]
-        return min(behind, default=-(-self.size // self.block_size))
 
 
 def _slice_whole(
@@ -865,3 +979,7 @@ def _error_of(future: asyncio.Future[Any]) -> TorusError | None:
     if error is None or isinstance(error, TorusError):
         return error
     return TorusError(repr(error))
+
+
+def _digest(block: Buffer) -> bytes:
+    return hashlib.blake2b(block, digest_size=16).digest()

@@ -16,6 +16,9 @@ bound."""
 
 PAGE_OVERHEAD_BYTES = 130
 
+COPY_RATIO = 4
+"""A block in a buffer more than so many times its size is copied out of it."""
+
 
 class _Entry:
     __slots__ = ("pages", "size", "whole")
@@ -80,10 +83,24 @@ class ReadCache:
         entry = self._entries.get(ref)
         return entry is not None and entry.whole is not None
 
+    def whole(self, ref: bytes) -> Buffer | None:
+        """The whole block, if it is here; not counted as use."""
+        entry = self._entries.get(ref)
+        return None if entry is None else entry.whole
+
     def put_whole(self, ref: bytes, block: Buffer) -> None:
-        """Keep a whole verified block; the buffer must never change again."""
+        """Keep a whole verified block; the buffer must never change again.
+
+        It is kept as it is, but copied if it is a small part of a larger one, which it would keep
+        alive unseen by the bound.
+        """
         if len(block) > self.size_max:
             return
+        if isinstance(block, memoryview):
+            behind = block.obj
+            kept_alive = len(behind) if isinstance(behind, (bytes, bytearray)) else len(block)
+            if kept_alive > COPY_RATIO * len(block):
+                block = bytes(block)
         entry = self._entries.get(ref)
         if entry is None:
             entry = self._entries[ref] = _Entry()
@@ -115,6 +132,14 @@ class ReadCache:
         pages = entry.pages
         if pages is None:
             pages = entry.pages = {}
+        if len(data) <= PAGE_SIZE:
+            number = offset // PAGE_SIZE
+            if number not in pages:
+                pages[number] = bytes(data)
+                entry.size += PAGE_SIZE + PAGE_OVERHEAD_BYTES
+                self._entries.move_to_end(ref)
+                self._added(PAGE_SIZE + PAGE_OVERHEAD_BYTES)
+            return
         view = memoryview(data)
         grown = 0
         for at in range(0, len(view), PAGE_SIZE):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +19,12 @@ from torus_actors.errors import (
     Again,
     BlockUnavailable,
     Closed,
+    CompareFailed,
     Fenced,
+    LeaseNotFound,
     NotSupported,
     OutcomeUnknown,
+    Overloaded,
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
@@ -48,6 +51,18 @@ IDLE_FLUSH_S = 5.0
 
 
 IDLE_CHECK_S = 1.0
+
+OUTBOX_RETRY_S = 0.05
+"""Answers that the NBD server has no room for are offered again after this long."""
+
+ATTACH_PATIENCE_S = 10.0
+"""How long opening a volume waits for a lease that holds."""
+
+DETACH_PATIENCE_S = 5.0
+"""How long closing a volume waits for the metadata; then the lock is given up in the background."""
+
+CLOSE_FLUSH_S = 60.0
+"""How long the last flush of a volume may take."""
 
 UNSYNCED_MAX = 1024
 """Blocks that may be stored and not committed before a commit is due without being asked for: what
@@ -114,6 +129,7 @@ class Session:
             system, self.file, self._inode_ref, self._next_inode, self._record_head
         )
         self._spawn: Spawn | None = None
+        self._replies = system.actor("nbd_server").replies
         self._outbox: dict[int, list[Reply]] = {}
         self._emptying = False
         self._flush_waiting: list[Callable[[TorusError | None], None]] = []
@@ -184,8 +200,19 @@ class Session:
 
     def flush_soon(self, done: Callable[[TorusError | None], None]) -> None:
         """Make everything acknowledged so far durable, then call ``done``."""
+        if isinstance(self.file.failure, Closed):
+            done(self.file.failure)
+            return
         self._flush_waiting.append(done)
         self._flush_wake.set()
+
+    def close(self) -> None:
+        """Take no more requests; flush before. A flush that has not ended by now fails."""
+        self.file.close()
+        waiting = self._flushing + self._flush_waiting
+        self._flushing, self._flush_waiting = [], []
+        for done in waiting:
+            done(self.file.failure)
 
     async def _flusher(self) -> None:
         """One flush after the other; those that come while one runs share the next."""
@@ -234,11 +261,29 @@ class Session:
                 return
             except (Again, OutcomeUnknown) as error:
                 log.info("volume %s: waiting for the metadata: %s", self.name, error)
-                await backoff.wait()
+            except CompareFailed:
+                if not await self._adopt_head():
+                    raise
+                continue
+            await backoff.wait()
+
+    async def _adopt_head(self) -> bool:
+        """Learn of a head that a predecessor of the volume actor recorded as it died.
+
+        Only this session writes heads of its epoch, and all they lead to is durable.
+        """
+        try:
+            head, revision = await self._meta.head(self.volume_id)
+        except (Again, OutcomeUnknown):
+            return True
+        if head is None or head.epoch != self.epoch or revision == self._head_revision:
+            return False
+        self._head_revision = revision
+        return True
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def submit(self, conn: int, requests: Sequence[Request]) -> None:
+    def submit(self, conn: int, requests: list[Request]) -> None:
         """Take a batch of requests of one NBD connection."""
         replies: list[Reply] = []
         handlers = self._handlers
@@ -247,8 +292,23 @@ class Session:
                 handlers[request.op](conn, request, replies)
             except TorusError as error:
                 replies.append(_failed(request, error))
+            except BaseException:
+                # A bug, of which the actor dies. Each request is answered once all the same: the
+                # message is handed to the successor, so nothing may be left in it.
+                rest = requests[requests.index(request) :]
+                requests.clear()
+                bug = BlockUnavailable("the volume failed on this or on an earlier request")
+                self._send(conn, replies + [_failed(each, bug) for each in rest])
+                raise
         if replies:
-            self.system.actor("nbd_server").replies.tell(conn, replies)
+            self._send(conn, replies)
+
+    def _send(self, conn: int, replies: list[Reply]) -> None:
+        try:
+            self._replies.tell(conn, replies)
+        except Overloaded:
+            self._outbox.setdefault(conn, []).extend(replies)
+            self.system.loop.call_later(OUTBOX_RETRY_S, self._empty_outbox)
 
     def _answer(self, conn: int, reply: Reply) -> None:
         """Answer later than within ``submit``; gathers what one turn of the loop brings."""
@@ -260,9 +320,8 @@ class Session:
     def _empty_outbox(self) -> None:
         self._emptying = False
         outbox, self._outbox = self._outbox, {}
-        server = self.system.actor("nbd_server")
         for conn, replies in outbox.items():
-            server.replies.tell(conn, replies)
+            self._send(conn, replies)
 
     def _on_read(self, conn: int, request: Request, replies: list[Reply]) -> None:
         pieces = self.file.read_at(
@@ -333,21 +392,25 @@ class Session:
 
     def _on_block_status(self, conn: int, request: Request, replies: list[Reply]) -> None:
         try:
-            found = self.file.extents(request.offset, request.length)
-        except PageNeeded:
-            assert self._spawn is not None
-            self._spawn(self._block_status_later(conn, request))
-            return
-        replies.append(_extents(request, found))
+            replies.append(self._extents(request))
+        except PageNeeded as need:
+            self.file.load_page(need, partial(self._block_status_again, conn, request))
 
-    async def _block_status_later(self, conn: int, request: Request) -> None:
+    def _block_status_again(self, conn: int, request: Request, error: TorusError | None) -> None:
+        # By callback: a task would end with the volume actor, and the request without an answer.
         try:
-            found = await self.file.with_pages(
-                lambda: self.file.extents(request.offset, request.length)
-            )
-            self._answer(conn, _extents(request, found))
-        except TorusError as error:
-            self._answer(conn, _failed(request, error))
+            if error is not None:
+                raise error
+            self._answer(conn, self._extents(request))
+        except PageNeeded as need:
+            self.file.load_page(need, partial(self._block_status_again, conn, request))
+        except TorusError as failed:
+            self._answer(conn, _failed(request, failed))
+
+    def _extents(self, request: Request) -> Reply:
+        hole = STATE_HOLE | STATE_ZERO
+        found = self.file.extents(request.offset, request.length)
+        return Reply(request, extents=[(size, 0 if data else hole) for size, data in found])
 
     def status(self) -> dict[str, Any]:
         """What ``torusctl status`` shows of an open volume."""
@@ -364,11 +427,6 @@ class Session:
             "read_cache_misses": file.cache.misses,
             "failure": str(file.failure or file.put_error or ""),
         }
-
-
-def _extents(request: Request, found: list[tuple[int, bool]]) -> Reply:
-    hole = STATE_HOLE | STATE_ZERO
-    return Reply(request, extents=[(size, 0 if data else hole) for size, data in found])
 
 
 def _failed(request: Request, error: TorusError) -> Reply:
@@ -395,11 +453,10 @@ async def open_session(
         Again: the metadata cannot be reached.
     """
     record = await meta.volume(name)
-    epoch = 0
+    epoch = lease = 0
     inodes: list[int] = []
     if not read_only:
-        lease = await system.actor("heartbeat").lease.remote(timeout_s=10.0)
-        epoch = await meta.attach(record.id, holder, lease)
+        epoch, lease = await _attach(system, meta, record.id, holder)
     try:
         if not read_only:
             first = await meta.mint_inode(record.id, MINTED)
@@ -425,11 +482,73 @@ async def open_session(
         )
         if blockset.length != nblocks:
             await session.file.with_pages(lambda: blockset.truncate(nblocks))
+        if epoch:
+            # If another lease was made meanwhile, it does not know of this lock.
+            now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
+            if now != lease:
+                await meta.renew_lock(record.id, epoch, holder, now)
     except BaseException:
         if epoch:
-            await meta.detach(record.id, epoch)
+            _detach_later(system, meta, record.id, epoch)
         raise
     return session
+
+
+async def _attach(
+    system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
+) -> tuple[int, int]:
+    """Take the lock; returns epoch and lease."""
+    backoff = Backoff(system.rng, max_s=0.5)
+    end = system.loop.time() + ATTACH_PATIENCE_S
+    while True:
+        lease = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
+        attaching = asyncio.ensure_future(meta.attach(volume_id, holder, lease))
+        try:
+            return await asyncio.shield(attaching), lease
+        except LeaseNotFound:
+            # It ran out, and the heartbeat has not noticed yet.
+            if not await backoff.wait(end):
+                raise
+        except asyncio.CancelledError:
+            # Whoever wanted the volume has died. A lock that is taken now would be nobody's.
+            _in_background(system, _undo_attach(meta, volume_id, attaching, system))
+            raise
+
+
+async def _undo_attach(
+    meta: MetadataService, volume_id: int, attaching: asyncio.Future[int], system: ActorSystem
+) -> None:
+    with contextlib.suppress(TorusError):
+        await _detach(system, meta, volume_id, await attaching)
+
+
+async def _detach(system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int) -> None:
+    """Give the lock up, however long the metadata is away: the lease would keep it for ever.
+
+    Another session cannot be harmed: it has another epoch.
+    """
+    backoff = Backoff(system.rng)
+    while True:
+        try:
+            await meta.detach(volume_id, epoch)
+            return
+        except (Fenced, Closed):
+            return
+        except (Again, OutcomeUnknown):
+            await backoff.wait()
+
+
+def _detach_later(
+    system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int
+) -> asyncio.Task[None]:
+    return _in_background(system, _detach(system, meta, volume_id, epoch))
+
+
+def _in_background(system: ActorSystem, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = system.loop.create_task(coroutine)
+    system.background.add(task)
+    task.add_done_callback(system.background.discard)
+    return task
 
 
 async def close_session(session: Session, meta: MetadataService) -> None:
@@ -440,8 +559,9 @@ async def close_session(session: Session, meta: MetadataService) -> None:
             lost, as when a disk is unplugged.
     """
     error: TorusError | None = None
+    system = session.system
     if session.epoch and session.file.failure is None:
-        flushed: asyncio.Future[TorusError | None] = session.system.loop.create_future()
+        flushed: asyncio.Future[TorusError | None] = system.loop.create_future()
 
         def done(failed: TorusError | None) -> None:
             if not flushed.done():
@@ -449,13 +569,13 @@ async def close_session(session: Session, meta: MetadataService) -> None:
 
         session.flush_soon(done)
         try:
-            async with asyncio.timeout(60.0):
+            async with asyncio.timeout(CLOSE_FLUSH_S):
                 error = await flushed
         except TimeoutError:
             error = BlockUnavailable("the last flush did not end in time")
-    session.file.close()
+    session.close()
     if session.epoch:
-        with contextlib.suppress(Fenced, Closed):
-            await meta.detach(session.volume_id, session.epoch)
+        detaching = _detach_later(system, meta, session.volume_id, session.epoch)
+        await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
     if error is not None:
         raise error

@@ -1,0 +1,247 @@
+"""``torus-node start`` and ``torusctl`` against one real node."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import (
+    Cluster,
+    Process,
+    command,
+    environment,
+    free_ports,
+    until,
+)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("one")) as cluster:
+        http = free_ports(1)
+        cluster.start_node(0, "--http", f"127.0.0.1:{http}", "--zone", "rack1")
+        cluster.http = f"http://127.0.0.1:{http}"  # type: ignore[attr-defined]
+        yield cluster
+
+
+def one_line(text: str) -> bool:
+    return text.count("\n") == 1 and text.endswith("\n")
+
+
+def test_a_fresh_node_is_a_cluster_of_its_own(tmp_path: Path) -> None:
+    """No metadata, no ring, no data directory are needed: the node makes them, and is healthy."""
+    port = free_ports(1)
+    arguments = command(
+        "torus-node", "start", "--size", "64MiB", "--listen", f"127.0.0.1:{port}"
+    )
+    node = Process("fresh", arguments, tmp_path, " ready on ").start()
+    try:
+        assert (tmp_path / "data" / "torus-actors" / "node" / "node.json").exists()
+        done = subprocess.run(
+            command("torusctl", "status", "--json", "-C", f"torus://127.0.0.1:{port}"),
+            capture_output=True,
+            env=environment(tmp_path),
+            check=True,
+        )
+        report = json.loads(done.stdout)
+        assert report["replication"] == 1 and report["ring_members"] == 1
+        assert report["problems"] == []
+        assert [peer["up"] for peer in report["peers"]] == [True]
+    finally:
+        assert node.stop(signal.SIGINT) == 0
+    assert node.output.count("\n") == 3, node.output
+
+
+def test_status_shows_the_node_within_80_columns(cluster: Cluster) -> None:
+    """The table fits a terminal, and has no colour where it is not on one."""
+    text = cluster.ctl("status")
+    assert cluster.address(0) in text and "healthy" in text and "rack1" in text
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_metadata_url_is_taken_before_and_behind_the_subcommand(cluster: Cluster) -> None:
+    """Also from the environment, and the option wins."""
+    for arguments, variables in (
+        (["-C", cluster.metadata, "volume", "list"], {}),
+        (["volume", "-C", cluster.metadata, "list"], {}),
+        (["volume", "list", "--metadata", cluster.metadata], {"TORUS_METADATA": "torus://1.2:3"}),
+        (["volume", "list"], {"TORUS_METADATA": cluster.metadata}),
+    ):
+        env = {**environment(cluster.directory), **variables}
+        subprocess.run(command("torusctl", *arguments), env=env, check=True, capture_output=True)
+
+
+def test_everything_that_lists_speaks_json(cluster: Cluster) -> None:
+    """The output of --json parses, and names what there is."""
+    cluster.ctl("volume", "create", "listed", "16MiB")
+    assert [v["name"] for v in cluster.ctl_json("volume", "list")] == ["listed"]
+    assert [p["zone"] for p in cluster.ctl_json("peer", "list")] == ["rack1"]
+    assert cluster.ctl_json("ring", "get")["type"] == "ketama"
+    assert cluster.ctl_json("debug", "dump")["torus-actors/volume-counter"] == {"last": 1}
+    (tree,) = cluster.ctl_json("tree")
+    assert {"node", "bridge", "block_store", "control"} <= {a["name"] for a in tree["actors"]}
+    assert cluster.ctl_json("volume", "check", "listed")["good"] is True
+    assert cluster.ctl_json("config")["metadata"] == cluster.metadata
+    cluster.ctl("volume", "delete", "listed")
+    assert cluster.ctl_json("volume", "list") == []
+
+
+def test_volumes_are_resized_and_not_cut_off_by_accident(cluster: Cluster) -> None:
+    """Shrinking needs a word more; create-block is create."""
+    cluster.ctl("volume", "create-block", "sized", "16MiB")
+    cluster.ctl("volume", "resize", "sized", "32MiB")
+    assert one_line(cluster.ctl("volume", "resize", "sized", "8MiB", status=1))
+    cluster.ctl("volume", "resize", "sized", "8MiB", "--shrink")
+    assert cluster.ctl_json("volume", "list")[0]["size"] == 8 << 20
+    cluster.ctl("volume", "delete", "sized")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["volume", "delete", "nothing"],
+        ["volume", "check", "nothing"],
+        ["block", "dump", "nothing", "-"],
+        ["tree", "00000000"],
+        ["peer", "add", "00000000"],
+        ["wipe"],
+        ["init"],
+        ["debug", "kill", "@127.0.0.1:1", "bridge"],
+    ],
+)
+def test_what_is_refused_is_told_in_one_line(cluster: Cluster, arguments: list[str]) -> None:
+    """Status 1, and one plain line on standard error that begins with the program's name."""
+    told = cluster.ctl(*arguments, status=1)
+    assert one_line(told) and told.startswith("torusctl: "), told
+
+
+def test_a_killed_actor_is_restarted_and_the_tree_says_so(cluster: Cluster) -> None:
+    """The tree shows the restart and the cause of death."""
+    cluster.ctl("debug", "kill", f"@{cluster.address(0)}", "replicator")
+
+    def restarted() -> bool:
+        (tree,) = cluster.ctl_json("tree", f"@{cluster.address(0)}")
+        (row,) = [each for each in tree["actors"] if each["name"] == "replicator"]
+        return row["restarts"] == 1 and row["state"] == "running" and "killed" in row["last_death"]
+
+    until(restarted, "the replicator is back")
+    assert "killed" in cluster.ctl("tree")
+
+
+def test_http_serves_health_metrics_and_status(cluster: Cluster) -> None:
+    """Monitoring finds what it looks for; anything else is 404; the actor survives a kill."""
+    base = cluster.http  # type: ignore[attr-defined]
+
+    def get(path: str) -> str:
+        with urllib.request.urlopen(base + path, timeout=10) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    assert get("/healthz") == "ok\n"
+    assert json.loads(get("/status"))["role"] == "node"
+    metrics = get("/metrics")
+    assert 'torus_store_total_blocks{store="blocks"}' in metrics
+    assert 'torus_actor_restarts_total{actor="bridge"} 0.0' in metrics
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get("/other")
+    refused.value.close()
+    cluster.ctl("debug", "kill", f"@{cluster.address(0)}", "http")
+
+    def back() -> bool:
+        try:
+            return get("/healthz") == "ok\n"
+        except urllib.error.URLError:
+            return False
+
+    until(back, "HTTP is served again")
+
+
+def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    """A port or a directory in use, a directory that cannot be, a missing secret."""
+    own = ["--data-dir", str(tmp_path / "d"), "--size", "64MiB"]
+    port = free_ports(1)
+    for options, word in (
+        ([*own, "--listen", cluster.address(0)], "in use"),
+        (["--data-dir", str(cluster.data_dir(0)), "--listen", f"127.0.0.1:{port}"], "in use"),
+        ([*own, "--listen", f"0.0.0.0:{port}"], "--secret-file"),
+        ([*own, "--listen", f"0.0.0.0:{port}", "--insecure"], "--advertise"),
+        ([*own, "--listen", f"127.0.0.1:{port}", "--nbd", f"0.0.0.0:{port + 1}"], "--insecure"),
+        (["--data-dir", str(tmp_path / "d"), "--size", "1MiB"], "at least"),
+    ):
+        done = subprocess.run(
+            command("torus-node", "start", *options),
+            capture_output=True,
+            env=environment(tmp_path),
+            check=False,
+            text=True,
+        )
+        assert done.returncode == 1, done
+        assert one_line(done.stderr) and word in done.stderr, done.stderr
+
+
+def test_metadata_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    """Every program says what it could not reach, and what to do."""
+    url = f"torus://127.0.0.1:{free_ports(1)}"
+    for program, arguments in (
+        ("torusctl", ["status"]),
+        ("torusctl", ["volume", "check", "demo"]),
+        ("torusblk", ["serve", "--unix", str(tmp_path / "s")]),
+    ):
+        done = subprocess.run(
+            command(program, "-C", url, *arguments),
+            capture_output=True,
+            env=environment(tmp_path),
+            check=False,
+            text=True,
+        )
+        assert done.returncode == 1, done
+        assert one_line(done.stderr), done.stderr
+        assert f"cannot reach the metadata at {url}: connection refused" in done.stderr
+
+
+def test_wipe_may_be_repeated_and_init_follows(tmp_path: Path) -> None:
+    """Wiping what was never initialised is fine (torus#267); a new cluster can be made; a node
+    with blocks of the old one does not join it."""
+    with Cluster(tmp_path) as cluster:
+        node = cluster.start_node(0, size="64MiB")
+        cluster.ctl("volume", "create", "demo", "16MiB")
+        assert "wiped" in cluster.ctl("wipe", "--yes-i-am-sure")
+        assert "no cluster" in cluster.ctl("wipe", "--yes-i-am-sure")
+        assert "torusctl init" in cluster.ctl("status", status=1)
+        cluster.ctl("init", "--block-size", "256KiB", "--replication", "2", "--ring-type", "zone")
+        report = cluster.ctl_json("status")
+        assert (report["block_size"], report["replication"]) == (256 << 10, 2)
+        assert report["ring_type"] == "zone"
+        assert node.stop() == 0
+        node.launch()
+        assert node.wait() == 1
+        assert one_line(node.output) and "belongs" not in node.output
+        assert "blocks of cluster" in node.output
+
+
+def test_options_may_come_from_a_file(tmp_path: Path) -> None:
+    """The command line wins over the file; an unknown name is bad usage."""
+    port = free_ports(2)
+    file = tmp_path / "node.toml"
+    file.write_text(
+        f'data-dir = "{tmp_path / "d"}"\nsize = "64MiB"\nlisten = "127.0.0.1:{port}"\n'
+        'zone = "here"\nauto-join = true\n'
+    )
+    arguments = command(
+        "torus-node", "start", "--config", str(file), "--listen", f"127.0.0.1:{port + 1}"
+    )
+    node = Process("configured", arguments, tmp_path, " ready on ").start()
+    assert f"127.0.0.1:{port + 1}" in node.output and str(tmp_path / "d") in node.output
+    assert node.stop() == 0
+    file.write_text('colour = "red"\n')
+    node.launch()
+    assert node.wait() == 2
+    assert "there is no option colour" in node.output

@@ -1,0 +1,550 @@
+"""The NBD server on real sockets, with a client that speaks raw bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import socket
+import ssl
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from torus_actors.errors import Exists, Invalid, Locked, OutOfSpace
+from torus_actors.nbd import connection as conn
+from torus_actors.nbd import protocol as p
+from torus_actors.nbd import transmission as tr
+from torus_actors.nbd.connection import NbdConnection, NbdState, TlsSettings
+from torus_actors.nbd.memory import MemoryExports
+from torus_actors.nbd.protocol import Cmd, Errno, Opt, Rep
+from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
+from torus_actors.nbd.server import NbdListener, serve
+
+MIB = 1 << 20
+DEADLINE_S = 20.0
+
+Test = Callable[[Path], Awaitable[None]]
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Test], None]:
+    """Run a test's coroutine on either loop, within a deadline."""
+
+    def runner(test: Test) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(DEADLINE_S):
+                await test(tmp_path)
+
+        factory = uvloop.new_event_loop if request.param == "uvloop" else None
+        with asyncio.Runner(loop_factory=factory) as loop:
+            loop.run(main())
+        gc.collect()
+
+    return runner
+
+
+class Held:
+    """A device that answers only when the test says so."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Replies, list[Request]]] = []
+        self.arrived = asyncio.Event()
+
+    def submit(self, conn: Replies, requests: list[Request]) -> None:
+        """Keep the batch."""
+        self.batches.append((conn, requests))
+        self.arrived.set()
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests so far."""
+        return [request for _, batch in self.batches for request in batch]
+
+    async def until(self, count: int) -> None:
+        """Wait until that many requests arrived."""
+        while len(self.requests) < count:
+            self.arrived.clear()
+            await self.arrived.wait()
+
+    def answer(self, *cookies: int, data: bytes = b"") -> None:
+        """Answer requests by cookie, in that order, one call each."""
+        for cookie in cookies:
+            for sink, batch in self.batches:
+                for request in batch:
+                    if request.cookie == cookie:
+                        sink.reply([Reply(request, buffers=[data] if data else [])])
+
+
+class One:
+    """Exports that are one given device, and count what is open."""
+
+    def __init__(self, device: BlockDevice) -> None:
+        self.device = device
+        self.opened = 0
+        self.released = 0
+        self.gate: asyncio.Event | None = None
+        self.opening = asyncio.Event()
+
+    async def list(self) -> list[str]:
+        """Refuse."""
+        raise Locked("not today")
+
+    async def open(self, name: str) -> tuple[ExportInfo, BlockDevice]:
+        """Open, once the gate is open."""
+        self.opening.set()
+        if self.gate is not None:
+            await self.gate.wait()
+        if name == "locked":
+            raise Locked("volume locked is held by node-7")
+        self.opened += 1
+        return ExportInfo(name, 1 << 30), self.device
+
+    async def release(self, name: str) -> None:
+        """Count."""
+        self.released += 1
+
+
+class Client:
+    """A raw client, past its handshake."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def raw(cls, path: Path | str) -> Client:
+        """Connect and send the client flags."""
+        client = cls(*await asyncio.open_unix_connection(str(path)))
+        assert await client.reader.readexactly(18) == b"NBDMAGICIHAVEOPT\0\3"
+        client.writer.write(b"\0\0\0\3")
+        return client
+
+    @classmethod
+    async def connect(cls, path: Path | str, behind: bytes = b"") -> Client:
+        """Connect and enter transmission with simple replies."""
+        client = await cls.raw(path)
+        client.writer.write(p.OPTION.pack(p.OPTION_MAGIC, Opt.EXPORT_NAME, 1) + b"x" + behind)
+        await client.reader.readexactly(10)
+        return client
+
+    async def option(self, code: int, data: bytes = b"") -> tuple[int, bytes]:
+        """Send an option; the type and data of its first reply."""
+        self.writer.write(p.OPTION.pack(p.OPTION_MAGIC, code, len(data)) + data)
+        _, _, rep, length = p.OPTION_REPLY.unpack(await self.reader.readexactly(20))
+        return rep, await self.reader.readexactly(length)
+
+    def send(self, cmd: int, offset: int = 0, length: int = 0, cookie: int = 0) -> None:
+        """Send a request; a WRITE with zeroes."""
+        raw = p.REQUEST.pack(p.REQUEST_MAGIC, 0, cmd, cookie, offset, length)
+        self.writer.write(raw + bytes(length if cmd == Cmd.WRITE else 0))
+
+    async def reply(self) -> tuple[int, int]:
+        """Cookie and errno of the next simple reply; its data is left to the caller."""
+        magic, error, cookie = p.SIMPLE_REPLY.unpack(await self.reader.readexactly(16))
+        assert magic == p.SIMPLE_REPLY_MAGIC
+        return cookie, error
+
+    async def ended(self) -> None:
+        """Wait for the server to end the connection, and take leave."""
+        while await self.reader.read(MIB):
+            pass
+        await self.leave()
+
+    async def leave(self) -> None:
+        """Drop the connection."""
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that nothing announces; the test's deadline bounds it."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+async def gone(state: NbdState) -> None:
+    """Wait until the state has no connection and no work left."""
+    while state.connections:
+        await asyncio.wait([c.lost for c in state.connections if c.lost is not None])
+    await state.settled()
+
+
+async def start(folder: Path, exports: One) -> NbdListener:
+    """Listen on ``s`` in that folder."""
+    return await serve(exports, path=str(folder / "s"))
+
+
+def test_what_arrives_together_is_one_batch_and_answers_come_in_any_order(
+    run: Callable[[Test], None],
+) -> None:
+    """Sixteen requests in one segment are one submit; the answers go back as the device gives."""
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        exports = One(device)
+        listener = await start(folder, exports)
+        stream = b"".join(
+            p.REQUEST.pack(p.REQUEST_MAGIC, 0, Cmd.READ, i, 4096 * i, 4) for i in range(16)
+        )
+        client = await Client.connect(folder / "s", stream)
+        await device.until(16)
+        assert len(device.batches) == 1
+        device.answer(9, 2, data=b"abcd")
+        for cookie in (9, 2):
+            assert await client.reply() == (cookie, 0)
+            assert await client.reader.readexactly(4) == b"abcd"
+        device.answer(*(i for i in range(16) if i not in (2, 9)), data=b"....")
+        await client.leave()
+        await gone(listener.state)
+        assert (exports.opened, exports.released) == (1, 1)
+        await listener.close()
+
+    run(body)
+
+
+def test_losing_a_client_with_requests_in_flight(run: Callable[[Test], None]) -> None:
+    """Late answers go nowhere, other clients notice nothing, the export is released last."""
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        exports = One(device)
+        listener = await start(folder, exports)
+        first, second = await Client.connect(folder / "s"), await Client.connect(folder / "s")
+        first.send(Cmd.WRITE, 0, 100_000, cookie=1)
+        second.send(Cmd.FLUSH, cookie=2)
+        await device.until(2)
+        await first.leave()
+        await until(lambda: len(listener.state.connections) == 1)
+        await listener.state.settled()
+        assert exports.released == 0
+        device.answer(1, 2)
+        assert await second.reply() == (2, 0)
+        await listener.state.settled()
+        assert exports.released == 1
+        await second.leave()
+        await gone(listener.state)
+        assert exports.released == 2
+        await listener.close()
+
+    run(body)
+
+
+def test_disconnect_waits_for_what_is_in_flight(run: Callable[[Test], None]) -> None:
+    """DISC is honoured after the outstanding requests were handled and answered."""
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        listener = await start(folder, One(device))
+        client = await Client.connect(folder / "s")
+        client.send(Cmd.WRITE, 0, 10, cookie=1)
+        client.send(Cmd.DISC)
+        await device.until(1)
+        assert listener.state.connections
+        device.answer(1)
+        assert await client.reply() == (1, 0)
+        await client.ended()
+        await listener.close()
+
+    run(body)
+
+
+def test_too_many_requests_wait_in_the_socket(run: Callable[[Test], None]) -> None:
+    """A client far ahead of its device is stopped at the limit, and goes on when answered."""
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        listener = await start(folder, One(device))
+        count = 3 * tr.INFLIGHT_REQUESTS_MAX
+        client = await Client.connect(folder / "s")
+        for i in range(count):
+            client.send(Cmd.FLUSH, cookie=i)
+        done = 0
+        while done < count:
+            await device.until(done + 1)
+            (connection,) = listener.state.connections
+            assert connection.inflight <= tr.INFLIGHT_REQUESTS_MAX
+            ready = [request.cookie for request in device.requests[done:]]
+            device.answer(*ready)
+            done += len(ready)
+        assert [await client.reply() for _ in range(count)] == [(i, 0) for i in range(count)]
+        await client.leave()
+        await listener.close()
+
+    run(body)
+
+
+def test_a_client_that_does_not_read_stops_its_own_requests(run: Callable[[Test], None]) -> None:
+    """Replies that pile up stop the intake of requests; when the client reads, all comes."""
+
+    async def body(folder: Path) -> None:
+        exports = MemoryExports.single(64 * MIB)
+        listener = await serve(exports, path=str(folder / "s"))
+        state = listener.state
+        exports.exports["x"] = exports.exports["memory"]
+        client = await Client.connect(folder / "s")
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.send(Cmd.WRITE, 0, 1, cookie=999)
+        for i in range(400):
+            client.send(Cmd.READ, 0, MIB, cookie=i)
+        (connection,) = state.connections
+        await until(lambda: connection._reading_paused)
+        transport = connection._transport
+        assert transport is not None
+        assert transport.get_write_buffer_size() < 80 * MIB
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert await client.reply() == (999, 0)
+        for i in range(400):
+            assert await client.reply() == (i, 0)
+            assert await client.reader.readexactly(MIB) == bytes(MIB)
+        await client.leave()
+        await listener.close()
+
+    run(body)
+
+
+def test_a_device_that_refuses_a_batch(run: Callable[[Test], None]) -> None:
+    """A TorusError from submit answers the batch; any other ends that one connection."""
+
+    class Refusing(Held):
+        def submit(self, conn: Replies, requests: list[Request]) -> None:
+            if requests[0].cookie == 666:
+                raise RuntimeError("a bug")
+            raise OutOfSpace("full")
+
+    async def body(folder: Path) -> None:
+        seen: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: seen.append(what))
+        exports = One(Refusing())
+        listener = await start(folder, exports)
+        first, second = await Client.connect(folder / "s"), await Client.connect(folder / "s")
+        first.send(Cmd.WRITE, 0, 10, cookie=5)
+        assert await first.reply() == (5, Errno.ENOSPC)
+        second.send(Cmd.FLUSH, cookie=666)
+        await second.ended()
+        assert seen
+        first.send(Cmd.WRITE, 0, 10, cookie=6)
+        assert await first.reply() == (6, Errno.ENOSPC)
+        await first.leave()
+        await gone(listener.state)
+        assert exports.released == 2
+        await listener.close()
+
+    run(body)
+
+
+def test_refused_opens_carry_the_reason(run: Callable[[Test], None]) -> None:
+    """Errors of the provider are option errors with their text; the client may go on."""
+
+    async def body(folder: Path) -> None:
+        exports = One(Held())
+        listener = await start(folder, exports)
+        client = await Client.raw(folder / "s")
+        name = struct.pack(">I", 6) + b"locked\0\0"
+        expected = (Rep.ERR_POLICY, b"volume locked is held by node-7")
+        assert await client.option(Opt.GO, name) == expected
+        assert await client.option(Opt.LIST) == (Rep.ERR_POLICY, b"not today")
+        assert (await client.option(Opt.INFO, b"\0\0\0\1x\0\0"))[0] == Rep.INFO
+        await client.reader.readexactly(20)
+        assert (exports.opened, exports.released) == (1, 1)
+        await client.leave()
+        await listener.close()
+
+    run(body)
+
+
+def test_an_export_opened_for_nobody_is_released(run: Callable[[Test], None]) -> None:
+    """A client that is gone before its export is open leaves nothing behind."""
+
+    async def body(folder: Path) -> None:
+        exports = One(Held())
+        exports.gate = asyncio.Event()
+        listener = await start(folder, exports)
+        client = await Client.raw(folder / "s")
+        client.writer.write(p.OPTION.pack(p.OPTION_MAGIC, Opt.EXPORT_NAME, 1) + b"x")
+        await exports.opening.wait()
+        await client.leave()
+        await until(lambda: not listener.state.connections)
+        exports.gate.set()
+        await listener.state.settled()
+        assert (exports.opened, exports.released) == (1, 1)
+        await listener.close()
+
+    run(body)
+
+
+def test_another_owner_adopts_everything(run: Callable[[Test], None]) -> None:
+    """Clients of an owner that died go on; new opens and old releases go to the new owner."""
+
+    async def body(folder: Path) -> None:
+        old, new = One(Held()), One(Held())
+        listener = await start(folder, old)
+        client = await Client.connect(folder / "s")
+        state = listener.state
+        assert state.open_names == {"x": 1}
+        state.adopt(new)
+        client.send(Cmd.FLUSH, cookie=3)
+        assert isinstance(old.device, Held)
+        await old.device.until(1)
+        old.device.answer(3)
+        assert await client.reply() == (3, 0)
+        later = await Client.connect(folder / "s")
+        await client.leave()
+        await later.leave()
+        await gone(state)
+        assert (old.opened, old.released, new.opened, new.released) == (1, 0, 1, 2)
+        assert not state.open_names
+        await state.listeners[0].close()
+
+    run(body)
+
+
+def test_close_lets_requests_finish(run: Callable[[Test], None]) -> None:
+    """Nothing new is taken but with ESHUTDOWN; what is in flight is answered; then it ends."""
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        exports = One(device)
+        listener = await start(folder, exports)
+        busy, idle = await Client.connect(folder / "s"), await Client.connect(folder / "s")
+        asking = await Client.raw(folder / "s")
+        busy.send(Cmd.WRITE, 0, 10, cookie=1)
+        await device.until(1)
+        closing = asyncio.ensure_future(listener.close())
+        await idle.ended()
+        await asking.ended()
+        assert not (folder / "s").exists()
+        busy.send(Cmd.READ, 0, 10, cookie=2)
+        assert await busy.reply() == (2, Errno.ESHUTDOWN)
+        device.answer(1)
+        assert await busy.reply() == (1, 0)
+        await busy.ended()
+        await closing
+        assert exports.released == 2
+        await listener.close()
+
+    run(body)
+
+
+def test_close_does_not_wait_for_ever(run: Callable[[Test], None]) -> None:
+    """After the grace time connections are cut, whatever is in flight."""
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        listener = await start(folder, One(device))
+        client = await Client.connect(folder / "s")
+        client.send(Cmd.FLUSH, cookie=1)
+        await device.until(1)
+        await listener.close(grace_s=0.01)
+        assert not listener.state.connections
+        await client.ended()
+        device.answer(1)
+        await listener.state.settled()
+
+    run(body)
+
+
+def test_stale_socket_is_replaced_a_live_one_refused(run: Callable[[Test], None]) -> None:
+    """What a killed server left is in nobody's way; what a live one uses is not taken away."""
+
+    async def body(folder: Path) -> None:
+        path = folder / "s"
+        dead = socket.socket(socket.AF_UNIX)
+        dead.bind(str(path))
+        dead.close()
+        listener = await start(folder, One(Held()))
+        with pytest.raises(Exists, match="another server is using it"):
+            await start(folder, One(Held()))
+        client = await Client.connect(path)
+        await client.leave()
+        os.unlink(path)
+        path.write_text("not a socket")
+        with pytest.raises(Invalid, match="is not a socket"):
+            await start(folder, One(Held()))
+        # And a file that is not its own is left alone by the one that closes.
+        await listener.close()
+        assert path.exists()
+        tcp = await serve(One(Held()), host="127.0.0.1")
+        host, _, port = tcp.address.rpartition(":")
+        with pytest.raises(Exists):
+            await serve(One(Held()), host=host, port=int(port))
+        await tcp.close()
+        with pytest.raises(Invalid):
+            await serve(One(Held()), path=str(folder / "no" / "such" / "folder"))
+        with pytest.raises(Invalid):
+            await serve(One(Held()))
+
+    run(body)
+
+
+def test_silent_client_is_dropped(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that says nothing in the handshake is closed; one in transmission may be silent."""
+    monkeypatch.setattr(conn, "HANDSHAKE_TIMEOUT_S", 0.05)
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        listener = await start(folder, One(device))
+        entered = await Client.connect(folder / "s")
+        silent = await Client.raw(folder / "s")
+        await silent.ended()
+        entered.send(Cmd.FLUSH, cookie=4)
+        await device.until(1)
+        device.answer(4)
+        assert await entered.reply() == (4, 0)
+        await entered.leave()
+        await listener.close()
+
+    run(body)
+
+
+def test_connections_are_limited(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the limit connections are closed as they come; those that are there stay."""
+    monkeypatch.setattr(conn, "CONNECTIONS_MAX", 1)
+
+    async def body(folder: Path) -> None:
+        listener = await start(folder, One(Held()))
+        first = await Client.connect(folder / "s")
+        reader, writer = await asyncio.open_unix_connection(str(folder / "s"))
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        await Client(reader, writer).leave()
+        assert len(listener.state.connections) == 1
+        await first.leave()
+        await listener.close()
+
+    run(body)
+
+
+def test_garbage_instead_of_a_tls_handshake(run: Callable[[Test], None]) -> None:
+    """The session ends, and leaves nothing behind."""
+
+    async def body(folder: Path) -> None:
+        tls = TlsSettings(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        listener = await serve(One(Held()), path=str(folder / "s"), tls=tls)
+        client = await Client.raw(folder / "s")
+        assert await client.option(Opt.STARTTLS) == (Rep.ACK, b"")
+        client.writer.write(b"hello, are you there?\n" * 10)
+        try:
+            await client.ended()
+        except ConnectionError:
+            await client.leave()
+        await gone(listener.state)
+        await listener.close()
+
+    run(body)
+
+
+def test_connection_without_a_loop_of_its_own() -> None:
+    """A connection object can be made before any loop runs; it has no client yet."""
+    connection = NbdConnection(NbdState(One.__new__(One)))
+    assert connection.export is None
+    assert connection.inflight == 0
+    connection.abort()

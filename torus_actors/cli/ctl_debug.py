@@ -1,0 +1,137 @@
+"""``torusctl debug``: looking inside, and breaking things on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import click
+
+from torus_actors.cli.common import Failed, Group, Settings, json_option, run
+from torus_actors.cli.nodes import short
+from torus_actors.cli.output import print_json
+
+POLL_S = 0.3
+
+
+@click.group(cls=Group)
+def debug() -> None:
+    """Look inside, and break things on purpose."""
+
+
+@debug.command("dump")
+@json_option
+@click.pass_obj
+def debug_dump(settings: Settings, as_json: bool) -> None:
+    """Print every metadata key with its record."""
+
+    async def work() -> list[tuple[str, Any]]:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            found: list[tuple[str, Any]] = await connection.patiently(connection.meta.dump)
+            return found
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.hex()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {name: plain(item) for name, item in dataclasses.asdict(value).items()}
+        return value
+
+    items = {key: plain(record) for key, record in run(settings, work())}
+    if as_json:
+        print_json(items)
+        return
+    for key, record in items.items():
+        if isinstance(record, dict):
+            record = " ".join(f"{name}={value}" for name, value in record.items())
+        click.echo(f"{key} {record}")
+
+
+@debug.command("kill")
+@click.argument("node")
+@click.argument("actor")
+@click.pass_obj
+def debug_kill(settings: Settings, node: str, actor: str) -> None:
+    """Kill an actor of NODE as a bug would; its supervisor restarts it."""
+
+    async def work() -> str:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            name, address = await connection.find_node(node)
+            await connection.ask(address, "control", "kill", actor)
+            return name
+
+    name = run(settings, work())
+    click.echo(f"killed {actor} of node {short(name)}")
+
+
+@debug.command("rebalance")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), default=600.0, show_default=True, metavar="SECONDS"
+)
+@click.pass_obj
+def debug_rebalance(settings: Settings, timeout: float) -> None:
+    """Run passes on all nodes until every block is where the ring wants it."""
+    run(settings, _rebalance(settings, timeout))
+
+
+async def _rebalance(settings: Settings, timeout_s: float) -> None:
+    from torus_actors.cli.connect import Connection, connect
+
+    async def one_round(connection: Connection, addresses: dict[str, str]) -> list[dict[str, Any]]:
+        """Ask all for a pass, and wait until each has made a whole one."""
+        names, where = list(addresses), list(addresses.values())
+        before = _all_of(names, await connection.ask_all(where, "rebalancer", "status"))
+        # A pass that was under way did not see everything there is now.
+        wanted = [each["passes"] + (2 if each["running"] else 1) for each in before]
+        _all_of(names, await connection.ask_all(where, "rebalancer", "start_pass"))
+        told = ""
+        while True:
+            now = _all_of(names, await connection.ask_all(where, "rebalancer", "status"))
+            busy = sum(each["running"] for each in now)
+            line = f"{busy} nodes at work, {sum(each['left'] for each in now)} blocks left"
+            if busy and line != told:
+                click.echo(line, err=True)
+                told = line
+            if all(
+                each["passes"] >= count and not each["running"]
+                for each, count in zip(now, wanted, strict=True)
+            ):
+                return now
+            await asyncio.sleep(POLL_S)
+
+    moved: dict[str, int] = {"sent": 0, "dropped": 0}
+    left = "no pass has ended"
+    try:
+        async with asyncio.timeout(timeout_s), connect(settings) as connection:
+            while True:
+                await connection.cluster()
+                addresses = {i.peer_id: i.address for i in await connection.meta.peers()}
+                if not addresses:
+                    raise Failed("no node is up: start one with torus-node start")
+                result = await one_round(connection, addresses)
+                total = {key: sum(each[key] for each in result) for key in _COUNTS}
+                for key in moved:
+                    moved[key] += total[key]
+                if not any(total.values()):
+                    break
+                left = ", ".join(f"{count} {key}" for key, count in total.items() if count)
+                click.echo(f"a pass ended: {left}", err=True)
+                await asyncio.sleep(POLL_S)
+    except TimeoutError as error:
+        raise Failed(f"not balanced within {timeout_s:g} s; last pass: {left}") from error
+    click.echo(f"balanced: {moved['sent']} blocks sent, {moved['dropped']} dropped")
+
+
+_COUNTS = ("sent", "dropped", "failed", "waiting")
+
+
+def _all_of(names: list[str], answers: list[Any]) -> list[Any]:
+    for name, answer in zip(names, answers, strict=True):
+        if isinstance(answer, Exception):
+            raise Failed(f"node {short(name)}: {answer}")
+    return answers

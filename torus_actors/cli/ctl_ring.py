@@ -1,0 +1,262 @@
+"""``torusctl peer`` and ``torusctl ring``: who is in the ring, and how blocks are placed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from torus_actors.cli.common import Failed, Group, Settings, json_option, run
+from torus_actors.cli.nodes import pick, short
+from torus_actors.cli.output import print_json, print_table
+from torus_actors.cli.units import format_size
+from torus_actors.errors import Invalid
+
+if TYPE_CHECKING:
+    from torus_actors.cli.connect import Connection
+    from torus_actors.metadata.records import PeerInfo
+    from torus_actors.model.rings import Peer, Ring
+
+RING_TYPES = ("ketama", "zone", "mod", "single", "empty")
+
+
+@click.group(cls=Group)
+def peer() -> None:
+    """Nodes, and which of them are in the ring."""
+
+
+@click.group(cls=Group)
+def ring() -> None:
+    """How blocks are placed on nodes."""
+
+
+async def _change(connection: Connection, change: Callable[[Ring], Ring | None]) -> Ring:
+    # Only here: it loads the whole node, and reading commands do not need it.
+    from torus_actors.node import change_ring
+
+    return await change_ring(connection.meta, change)
+
+
+def _peer_of(info: PeerInfo) -> Peer:
+    from torus_actors.model.rings import Peer
+
+    return Peer(info.peer_id, max(info.capacity_bytes, 1), info.zone, info.address)
+
+
+def _one_step(before: Ring, after: Ring) -> Ring:
+    """Several changes as one version: metadata takes only successors, and blocks move once."""
+    return type(after).build(
+        before.version + 1, after.replication, after.peers, after.params()
+    )
+
+
+@peer.command("list")
+@json_option
+@click.pass_obj
+def peer_list(settings: Settings, as_json: bool) -> None:
+    """List the nodes that are up, and those in the ring."""
+
+    async def work() -> list[dict[str, Any]]:
+        from torus_actors.cli.connect import connect
+        from torus_actors.cli.report import peer_row
+
+        async with connect(settings) as connection:
+            _, present = await connection.cluster()
+            registered = {info.peer_id: info for info in await connection.meta.peers()}
+        members = {each.peer_id: each for each in present.peers}
+        ids = sorted({*members, *registered})
+        rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
+        for row in rows:
+            row["up"] = row["registered"]
+        return rows
+
+    rows = run(settings, work())
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("ID", "ADDRESS", "ZONE", "CAPACITY", "RING", "STATE"),
+        [
+            (
+                short(row["id"]),
+                row["address"] or "-",
+                row["zone"] or "-",
+                format_size(row["capacity_bytes"]),
+                "yes" if row["in_ring"] else "no",
+                "up" if row["up"] else "down",
+            )
+            for row in rows
+        ],
+    )
+
+
+@peer.command("add")
+@click.argument("peers", nargs=-1, metavar="PEER_ID...")
+@click.option("--all", "everyone", is_flag=True, help="All nodes that are up.")
+@click.pass_obj
+def peer_add(settings: Settings, peers: tuple[str, ...], everyone: bool) -> None:
+    """Add nodes to the ring, by the beginnings of their ids."""
+    if bool(peers) == everyone:
+        raise click.UsageError("give either PEER_IDs or --all")
+
+    async def work() -> None:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            await connection.cluster()
+            registered = {info.peer_id: info for info in await connection.meta.peers()}
+            ids = list(registered) if everyone else [
+                pick(each, registered, "node that is up") for each in peers
+            ]
+            if not ids:
+                raise Failed("no node is up: start one with torus-node start")
+
+            def add(present: Ring) -> Ring | None:
+                after = present
+                for each in ids:
+                    new = _peer_of(registered[each])
+                    if new not in after.peers:
+                        after = after.with_peer(new)
+                return None if after is present else _one_step(present, after)
+
+            _told(await _change(connection, add))
+
+    run(settings, work())
+
+
+@peer.command("remove")
+@click.argument("peers", nargs=-1, required=True, metavar="PEER_ID...")
+@click.pass_obj
+def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
+    """Take nodes out of the ring; their blocks move to the others while they run."""
+
+    async def work() -> None:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            _, now = await connection.cluster()
+            ids = {pick(each, now.members, "node in the ring") for each in peers}
+
+            def remove(present: Ring) -> Ring | None:
+                leaving = [each for each in ids if each in present.members]
+                if len(leaving) == len(present.members):
+                    raise Invalid(
+                        "the ring would be left without a node, and every block without a place"
+                    )
+                after = present
+                for each in leaving:
+                    after = after.without_peer(each)
+                return None if after is present else _one_step(present, after)
+
+            _told(await _change(connection, remove))
+
+    run(settings, work())
+
+
+def _told(now: Ring) -> None:
+    names = ", ".join(short(each) for each in now.members) or "nobody"
+    click.echo(f"ring version {now.version}: {names}")
+    if 0 < len(now.members) < now.replication:
+        click.echo(
+            f"note: replication is {now.replication}, and the ring has {len(now.members)} members"
+        )
+
+
+@ring.command("get")
+@json_option
+@click.pass_obj
+def ring_get(settings: Settings, as_json: bool) -> None:
+    """Show the ring."""
+
+    async def work() -> Ring:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            return (await connection.cluster())[1]
+
+    found = run(settings, work())
+    if not as_json:
+        click.echo(found.describe())
+        return
+    print_json(
+        {
+            "type": found.kind,
+            "version": found.version,
+            "replication": found.replication,
+            "peers": [
+                {
+                    "id": each.peer_id,
+                    "weight_bytes": each.weight_bytes,
+                    "zone": each.zone,
+                    "address": each.address,
+                }
+                for each in found.peers
+            ],
+        }
+    )
+
+
+@ring.command("set-replication")
+@click.argument("copies", type=click.IntRange(1, 16), metavar="N")
+@click.pass_obj
+def ring_set_replication(settings: Settings, copies: int) -> None:
+    """Keep N copies of each block from now on; missing ones are made in the background."""
+
+    async def work() -> None:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            await connection.cluster()
+
+            def change(present: Ring) -> Ring | None:
+                return None if present.replication == copies else present.with_replication(copies)
+
+            _told(await _change(connection, change))
+
+    run(settings, work())
+
+
+@ring.command("manual-change")
+@click.option("--type", "kind", type=click.Choice(RING_TYPES), help="Default: as it is.")
+@click.option(
+    "--peers", "--uuids", "peers", metavar="ID,ID,...", help="Members. Default: as they are."
+)
+@click.option("--replication", type=click.IntRange(1, 16), help="Default: as it is.")
+@click.pass_obj
+def ring_manual_change(
+    settings: Settings, kind: str | None, peers: str | None, replication: int | None
+) -> None:
+    """Replace the ring by one of a given type, members and replication."""
+    if kind is None and peers is None and replication is None:
+        raise click.UsageError("nothing to change: give --type, --peers or --replication")
+
+    async def work() -> None:
+        from torus_actors.cli.connect import connect
+        from torus_actors.model import rings
+
+        async with connect(settings) as connection:
+            _, now = await connection.cluster()
+            known = {each.peer_id: each for each in now.peers}
+            known.update(
+                {info.peer_id: _peer_of(info) for info in await connection.meta.peers()}
+            )
+            chosen: set[str] | None = None
+            if peers is not None:
+                given = [each.strip() for each in peers.split(",") if each.strip()]
+                chosen = {pick(each, known, "node") for each in given}
+
+            def change(present: Ring) -> Ring | None:
+                members = list(present.peers)
+                if chosen is not None:
+                    members = [known[each] for each in sorted(chosen)]
+                copies = present.replication if replication is None else replication
+                cls = rings.ring_class(kind or present.kind)
+                # Between ketama and zone the points stay, so that fewer blocks move.
+                alike = issubclass(cls, rings.KetamaRing) and isinstance(present, rings.KetamaRing)
+                params = present.params() if alike or cls is type(present) else {}
+                return cls.build(present.version + 1, copies, members, params)
+
+            _told(await _change(connection, change))
+
+    run(settings, work())

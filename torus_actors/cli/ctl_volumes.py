@@ -1,0 +1,212 @@
+"""``torusctl volume``: making, changing, checking volumes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from torus_actors.cli.common import SIZE, Failed, Group, Settings, json_option, run
+from torus_actors.cli.output import print_json, print_table
+from torus_actors.cli.units import format_size
+
+if TYPE_CHECKING:
+    from torus_actors.volume.audit import Audit
+
+
+@click.group(cls=Group)
+def volume() -> None:
+    """Volumes."""
+
+
+@volume.command("list")
+@json_option
+@click.pass_obj
+def volume_list(settings: Settings, as_json: bool) -> None:
+    """List volumes, and who has them open."""
+
+    async def work() -> list[dict[str, Any]]:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            await connection.cluster()
+            state = await connection.meta.state()
+        rows = []
+        for record in state.volumes.values():
+            lock = state.locks.get(record.id)
+            rows.append(
+                {
+                    "name": record.name,
+                    "id": record.id,
+                    "kind": record.kind,
+                    "size": record.size,
+                    "created": record.created,
+                    "epoch": state.epochs.get(record.id, 0),
+                    "holder": None if lock is None else lock.holder,
+                }
+            )
+        return sorted(rows, key=lambda row: str(row["name"]))
+
+    rows = run(settings, work())
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("NAME", "SIZE", "KIND", "EPOCH", "OPEN AT"),
+        [
+            (row["name"], format_size(row["size"]), row["kind"], str(row["epoch"]),
+             row["holder"] or "-")
+            for row in rows
+        ],
+        right=("SIZE", "EPOCH"),
+    )
+
+
+def create_volume(settings: Settings, name: str, size: int) -> None:
+    """Make a volume and say so."""
+
+    async def work() -> None:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            await connection.patiently(connection.meta.create_volume, name, size)
+
+    run(settings, work())
+    click.echo(f"volume {name}: {format_size(size)}")
+
+
+@volume.command("create")
+@click.argument("name")
+@click.argument("size", type=SIZE)
+@click.pass_obj
+def volume_create(settings: Settings, name: str, size: int) -> None:
+    """Make a volume; it takes room as it is written to."""
+    create_volume(settings, name, size)
+
+
+@volume.command("create-block")
+@click.argument("name")
+@click.argument("size", type=SIZE)
+@click.pass_obj
+def volume_create_block(settings: Settings, name: str, size: int) -> None:
+    """The same as create."""
+    create_volume(settings, name, size)
+
+
+@volume.command("delete")
+@click.argument("name")
+@click.pass_obj
+def volume_delete(settings: Settings, name: str) -> None:
+    """Delete a volume, with all that is in it."""
+
+    async def work() -> None:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            await connection.patiently(connection.meta.delete_volume, name)
+
+    run(settings, work())
+    click.echo(f"volume {name} deleted")
+
+
+@volume.command("resize")
+@click.argument("name")
+@click.argument("size", type=SIZE)
+@click.option("--shrink", is_flag=True, help="Allow to cut off the end, and what is in it.")
+@click.pass_obj
+def volume_resize(settings: Settings, name: str, size: int, shrink: bool) -> None:
+    """Give a volume another size; a client that has it open sees it when it opens it again."""
+
+    async def work() -> str:
+        from torus_actors.cli.connect import connect
+        from torus_actors.metadata.volumes import held
+
+        async with connect(settings) as connection:
+            meta = connection.meta
+            record = await connection.patiently(meta.volume, name)
+            lock, _ = await meta.lock_status(record.id)
+            if size < record.size:
+                if not shrink:
+                    raise Failed(
+                        f"volume {name} has {format_size(record.size)}, and {format_size(size)} "
+                        "would cut off its end: give --shrink if that is wanted"
+                    )
+                if lock is not None:
+                    raise held(name, lock)
+            await meta.resize_volume(name, size)
+            return "" if lock is None else f"; {lock.holder} has it open, and must open it again"
+
+    note = run(settings, work())
+    click.echo(f"volume {name}: {format_size(size)}{note}")
+
+
+@volume.command("clone")
+@click.argument("source")
+@click.argument("name")
+@click.pass_obj
+def volume_clone(settings: Settings, source: str, name: str) -> None:
+    """Make a volume with the content that SOURCE had at its last flush; they share blocks."""
+
+    async def work() -> int:
+        from torus_actors.cli.connect import connect
+
+        async with connect(settings) as connection:
+            meta = connection.meta
+            origin = await connection.patiently(meta.volume, source)
+            head, _ = await meta.head(origin.id)
+            if head is not None:
+                # The clone has sessions of its own, and there was none yet.
+                head = dataclasses.replace(head, epoch=0)
+            await meta.create_volume(name, origin.size, origin.kind, head=head)
+            return origin.size
+
+    size = run(settings, work())
+    click.echo(f"volume {name}: {format_size(size)}, a clone of {source}")
+
+
+@volume.command("check")
+@click.argument("name")
+@click.option("--deep", is_flag=True, help="Have every copy read and verified.")
+@json_option
+@click.pass_obj
+def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> None:
+    """Count the good copies of every block; fails if any block has too few."""
+
+    async def work() -> Audit:
+        from torus_actors.cli.full import full_client
+        from torus_actors.cli.progress import progress_bar
+        from torus_actors.volume.audit import audit_volume
+
+        async with full_client(settings) as client:
+            assert client.view is not None
+            with progress_bar(f"checking {name}", None, "blocks") as advance:
+                return await audit_volume(
+                    client.system, client.meta, client.view, name, deep=deep, progress=advance
+                )
+
+    from torus_actors.volume.audit import explain
+
+    audit = run(settings, work())
+    if as_json:
+        print_json({**dataclasses.asdict(audit), "good": audit.good})
+    else:
+        how = "read and verified" if deep else "looked up"
+        click.echo(
+            f"volume {name}: {audit.blocks} blocks, {audit.pages} of them INode pages; "
+            f"copies wanted: {audit.wanted}; {how}"
+        )
+        for count, what in (
+            (audit.exact, "with as many good copies as wanted"),
+            (audit.more, "with more"),
+            (audit.fewer, "with fewer"),
+            (audit.missing, "without any good copy"),
+            (audit.corrupt, "with a damaged copy"),
+            (audit.misplaced, "with a copy elsewhere instead of at an owner"),
+        ):
+            click.echo(f"{count:8}  {what}")
+        for example in audit.examples:
+            click.echo(f"block {example}")
+    problem = explain(audit)
+    if problem is not None:
+        raise problem

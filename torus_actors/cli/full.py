@@ -1,0 +1,40 @@
+"""A whole client for the time of one command: for those that read or write blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from torus_actors.cli.common import Settings
+from torus_actors.cli.connect import PATIENCE_S, unreachable
+from torus_actors.errors import Again
+from torus_actors.node import Client, ClientConfig, NbdConfig, start_client
+
+
+@contextlib.asynccontextmanager
+async def full_client(
+    settings: Settings, volume: str | None = None, read_only: bool = False
+) -> AsyncIterator[Client]:
+    """A client.
+
+    Args:
+        settings: where the cluster is.
+        volume: has it opened by the ``volumes`` actor.
+        read_only: without a lock.
+
+    Raises:
+        TorusError: there is no cluster, or the volume cannot be opened.
+    """
+    url = settings.metadata_url()
+    nbd = None if volume is None else NbdConfig((), only=volume, read_only=read_only)
+    config = ClientConfig(metadata=url, secret=settings.secret(), nbd=nbd)
+    try:
+        client = await start_client(config, patience_s=PATIENCE_S)
+    except Again as error:
+        raise unreachable(url, error) from error
+    try:
+        if volume is not None:
+            await client.system.actor("volumes").open.remote(volume)
+        yield client
+    finally:
+        await client.stop()

@@ -1,0 +1,244 @@
+"""Copying between volumes and files. Holes stay holes, and zeros become holes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from torus_actors.cli.common import Settings
+from torus_actors.cli.full import full_client
+from torus_actors.cli.progress import progress_bar
+from torus_actors.cli.units import format_size
+from torus_actors.errors import Invalid, NotExist
+from torus_actors.node import Client
+from torus_actors.runtime import ActorHandle
+
+CHUNK = 2 << 20
+"""Read or written at once: several blocks of the default size, so that they travel side by side."""
+
+IN_FLIGHT = 4
+"""Chunks on their way at once; together less than the write cache."""
+
+OPERATION_TIMEOUT_S = 300.0
+"""For one chunk: a slow cluster may take its time, a dead one answers with an error."""
+
+_ZEROS = bytes(CHUNK)
+
+Extent = tuple[int, int, bool]
+"""Offset, length, whether there is data."""
+
+
+async def dump(settings: Settings, name: str, file: Path) -> int:
+    """Write a volume into a file; returns the bytes that were data.
+
+    Raises:
+        TorusError: the volume cannot be read.
+        OSError: the file cannot be written.
+    """
+    async with full_client(settings, name, read_only=True) as client:
+        size = await _size_of(client, name)
+        volume = client.system.actor(f"volume:{name}")
+        with _output(file) as fd, progress_bar(f"dumping {name}", size) as advance:
+            sparse = stat.S_ISREG(os.fstat(fd).st_mode) and str(file) != "-"
+            written = 0
+            async for offset, data in _read_all(volume, size):
+                if data is not None:
+                    _write_fully(fd, data, offset if sparse else None)
+                    written += len(data)
+                elif not sparse:
+                    _write_fully(fd, _ZEROS[: min(CHUNK, size - offset)], None)
+                advance(offset)
+            if sparse:
+                os.ftruncate(fd, size)
+                os.fsync(fd)
+        return written
+
+
+async def _read_all(volume: ActorHandle, size: int):  # type: ignore[no-untyped-def]
+    """Offset and data of every chunk, in order; None for the data of a hole."""
+    waiting: list[tuple[int, asyncio.Future[bytes] | None]] = []
+    for offset in range(0, size, CHUNK):
+        length = min(CHUNK, size - offset)
+        extents = await volume.extents.remote(offset, length)
+        reading = None
+        if any(data for _, data in extents):
+            reading = volume.read.remote(offset, length, timeout_s=OPERATION_TIMEOUT_S)
+        waiting.append((offset, reading))
+        if len(waiting) > IN_FLIGHT:
+            at, ref = waiting.pop(0)
+            yield at, None if ref is None else await ref
+    for at, ref in waiting:
+        yield at, None if ref is None else await ref
+
+
+async def load(settings: Settings, name: str, file: Path, create: bool, size: int | None) -> int:
+    """Make a file the content of a volume; returns the bytes that were data.
+
+    Raises:
+        TorusError: the volume cannot be written, or is too small.
+        OSError: the file cannot be read.
+    """
+    fd = 0 if str(file) == "-" else os.open(file, os.O_RDONLY)
+    try:
+        length = _length_of(fd)
+        if create:
+            await _create_if_missing(settings, name, size or length or 0)
+        async with full_client(settings, name) as client:
+            volume_size = await _size_of(client, name)
+            if length is not None and length > volume_size:
+                raise Invalid(
+                    f"{file} has {length} bytes, and volume {name} only {volume_size}: "
+                    "resize it first"
+                )
+            volume = client.system.actor(f"volume:{name}")
+            with progress_bar(f"loading {name}", length) as advance:
+                loaded = await _Loader(volume, volume_size, name).load(fd, length, advance)
+            await volume.flush.remote(timeout_s=OPERATION_TIMEOUT_S)
+        return loaded
+    finally:
+        if fd:
+            os.close(fd)
+
+
+async def _create_if_missing(settings: Settings, name: str, size: int) -> None:
+    from torus_actors.cli.connect import connect
+
+    async with connect(settings) as connection:
+        try:
+            await connection.patiently(connection.meta.volume, name)
+        except NotExist:
+            if not size:
+                raise Invalid(f"the file is empty: a volume {name} of 0 bytes is not possible"
+                              ) from None
+            await connection.meta.create_volume(name, size)
+
+
+class _Loader:
+    """Writes chunks, some at once; what is not written becomes a hole."""
+
+    def __init__(self, volume: ActorHandle, size: int, name: str) -> None:
+        self._volume = volume
+        self._size = size
+        self._name = name
+        self._writing: list[asyncio.Future[None]] = []
+        self._hole_from = 0
+        self._loaded = 0
+
+    async def load(self, fd: int, length: int | None, advance) -> int:  # type: ignore[no-untyped-def]
+        """Copy everything; returns the bytes of data."""
+        for offset, data in _chunks(fd, length):
+            if offset + len(data) > self._size:
+                raise Invalid(
+                    f"standard input has more than the {format_size(self._size)} of volume "
+                    f"{self._name}: resize it first"
+                )
+            if data != _ZEROS[: len(data)]:
+                await self._zero_until(offset)
+                await self._write(offset, data)
+                self._hole_from = offset + len(data)
+                self._loaded += len(data)
+            advance(offset + len(data))
+        await self._zero_until(self._size)
+        for write in self._writing:
+            await write
+        return self._loaded
+
+    async def _write(self, offset: int, data: bytes) -> None:
+        if len(self._writing) >= IN_FLIGHT:
+            await self._writing.pop(0)
+        self._writing.append(
+            self._volume.write.remote(offset, data, timeout_s=OPERATION_TIMEOUT_S)
+        )
+
+    async def _zero_until(self, end: int) -> None:
+        """Make a hole of what lies between the last data and here, where it is none yet."""
+        start = self._hole_from
+        if start >= end:
+            return
+        for write in self._writing:
+            await write
+        self._writing.clear()
+        extents = await self._volume.extents.remote(start, end - start, timeout_s=60.0)
+        if any(data for _, data in extents):
+            await self._volume.zero.remote(
+                start, end - start, timeout_s=OPERATION_TIMEOUT_S
+            )
+
+
+def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:
+    """Offset and content of every chunk that may have data in it."""
+    if length is None:
+        offset = 0
+        while data := _read_fully(fd, CHUNK):
+            yield offset, data
+            offset += len(data)
+        return
+    offset = 0
+    while offset < length:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # only a hole is left
+            start, end = offset, length  # no file with holes
+        # Whole chunks, aligned: a block of which part is a hole is written once.
+        offset = start // CHUNK * CHUNK
+        while offset < end:
+            data = os.pread(fd, min(CHUNK, length - offset), offset)
+            if not data:
+                return
+            yield offset, data
+            offset += len(data)
+
+
+def _read_fully(fd: int, size: int) -> bytes:
+    parts = []
+    while size and (part := os.read(fd, size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _write_fully(fd: int, data: bytes, offset: int | None) -> None:
+    view = memoryview(data)
+    while view:
+        if offset is None:
+            count = os.write(fd, view)
+        else:
+            count = os.pwrite(fd, view, offset)
+            offset += count
+        view = view[count:]
+
+
+def _length_of(fd: int) -> int | None:
+    """Bytes in a file or device; None for a pipe."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        length = os.lseek(fd, 0, os.SEEK_END)
+        os.lseek(fd, 0, os.SEEK_SET)
+        return length
+    return None
+
+
+@contextlib.contextmanager
+def _output(file: Path) -> Iterator[int]:
+    if str(file) == "-":
+        sys.stdout.flush()
+        yield sys.stdout.fileno()
+        return
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def _size_of(client: Client, name: str) -> int:
+    return (await client.meta.volume(name)).size

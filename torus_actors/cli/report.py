@@ -1,0 +1,170 @@
+"""The state of a cluster as data, and in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torus_actors.cli.connect import Connection
+from torus_actors.cli.nodes import short
+from torus_actors.cli.units import format_seconds, format_size
+from torus_actors.errors import TorusError
+from torus_actors.metadata.records import GlobalMetadata, PeerInfo
+from torus_actors.model.rings import Peer, Ring
+
+Row = dict[str, Any]
+
+
+async def cluster_report(connection: Connection) -> Row:
+    """Everything ``torusctl status`` shows; each node is asked how it is."""
+    gmd, ring = await connection.cluster()
+    registered: dict[str, PeerInfo] = {
+        info.peer_id: info for info in await connection.meta.peers()
+    }
+    members = {peer.peer_id: peer for peer in ring.peers}
+    ids = [*members, *(each for each in registered if each not in members)]
+    rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
+    asked = [row for row in rows if row["address"]]
+    answers = await connection.ask_all([row["address"] for row in asked], "control", "status")
+    for row, answer in zip(asked, answers, strict=True):
+        add_answer(row, answer)
+    return {
+        "metadata": connection.url,
+        **cluster_row(gmd, ring),
+        "peers": rows,
+        "problems": problems(ring, rows),
+    }
+
+
+def cluster_row(gmd: GlobalMetadata, ring: Ring) -> Row:
+    """What holds for the cluster as a whole."""
+    return {
+        "cluster_id": gmd.cluster_id,
+        "block_size": gmd.block_size,
+        "block_spec": gmd.block_spec,
+        "replication": ring.replication,
+        "ring_type": ring.kind,
+        "ring_version": ring.version,
+        "ring_members": len(ring.members),
+    }
+
+
+def peer_row(peer_id: str, member: Peer | None, info: PeerInfo | None) -> Row:
+    """One node, from what the metadata say of it."""
+    address = zone = ""
+    capacity = 0
+    if member is not None:
+        address, zone, capacity = member.address, member.zone, member.weight_bytes
+    if info is not None:
+        address, zone, capacity = info.address, info.zone, info.capacity_bytes
+    return {
+        "id": peer_id,
+        "address": address,
+        "zone": zone,
+        "capacity_bytes": capacity,
+        "in_ring": member is not None,
+        "registered": info is not None,
+        "up": False,
+    }
+
+
+def add_answer(row: Row, answer: Any) -> None:
+    """Add what the node itself says, or that it says nothing."""
+    if isinstance(answer, TorusError):
+        row["error"] = str(answer)
+        return
+    if answer["node"] != row["id"]:
+        row["error"] = f"{row['address']} is now node {short(answer['node'])}"
+        return
+    row["up"] = True
+    row["version"] = answer["version"]
+    row["node_ring_version"] = answer["ring_version"]
+    stores = answer.get("block_store", {})
+    if "blocks" in stores:
+        sizes = [stores["blocks"], stores["inodes"]]
+        row["used_bytes"] = sum(each["used"] * each["block_size"] for each in sizes)
+        row["total_bytes"] = sum(each["total"] * each["block_size"] for each in sizes)
+        row["level"] = stores["blocks"]["level"]
+        row["failure"] = " ".join(each["failure"] for each in sizes).strip()
+    rebalancer = answer.get("rebalancer", {})
+    if "running" in rebalancer:
+        row["rebalance"] = rebalancer
+
+
+def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
+    """What is wrong, in plain words; nothing if all is well."""
+    found: list[str] = []
+    members = [row for row in rows if row["in_ring"]]
+    up = [row for row in members if row["up"]]
+    wanted = ring.replication
+    if not members:
+        found.append("no node is in the ring, so nothing can be stored: torusctl peer add --all")
+    elif not up:
+        found.append("no node of the ring is up: no volume can be read or written")
+    elif len(up) < wanted:
+        found.append(
+            f"degraded: blocks should have {_copies(wanted)}, but only {_nodes(len(up))} of the "
+            f"ring {'is' if len(up) == 1 else 'are'} up"
+        )
+    for row in members:
+        if not row["up"]:
+            heard = "" if row["registered"] else " and its lease has ended"
+            found.append(f"node {short(row['id'])} does not answer{heard}")
+    for row in rows:
+        name = short(row["id"])
+        if row["registered"] and not row["in_ring"]:
+            found.append(f"node {name} is not in the ring: torusctl peer add {name}")
+        if row["up"] and not row["registered"]:
+            found.append(f"node {name} answers, but is not registered")
+        if row.get("failure"):
+            found.append(f"node {name}: {row['failure']}")
+        if row.get("level", "ok") != "ok":
+            found.append(f"the store of node {name} is {row['level']}: add nodes or make room")
+        moving = row.get("rebalance", {})
+        if moving.get("failed"):
+            found.append(f"node {name} could not move {_blocks(moving['failed'])}, and tries again")
+        if moving.get("waiting"):
+            found.append(f"{_blocks(moving['waiting'])} of node {name} wait for a node that is down")
+    return found
+
+
+def _copies(count: int) -> str:
+    return "1 copy" if count == 1 else f"{count} copies"
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"
+
+
+def state_of(row: Row) -> str:
+    """A node's state in a word."""
+    if not row["up"]:
+        return "silent" if row["registered"] else "down"
+    return "up" if row["in_ring"] else "up, out"
+
+
+def usage_of(row: Row) -> str:
+    """``used/total``."""
+    if "total_bytes" not in row:
+        return "-"
+    return f"{format_size(row['used_bytes'])}/{format_size(row['total_bytes'])}"
+
+
+def rebalance_of(row: Row) -> str:
+    """What its rebalancer does, in a few words."""
+    progress = row.get("rebalance")
+    if progress is None:
+        return "-"
+    if progress["running"]:
+        if progress["left"]:
+            return f"{progress['left']} left, {format_seconds(progress['eta_s'])}"
+        return "running"
+    if progress["failed"]:
+        return f"{progress['failed']} failed"
+    if progress["waiting"]:
+        return f"{progress['waiting']} wait"
+    return "done"

@@ -1,0 +1,41 @@
+"""What a process takes from the machine it runs on: disks, wall clock, threads, its own name.
+
+Everything else a process needs comes from its event loop, and its randomness from one injected
+generator. The simulator gives another loop and another machine, and the trees run unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torus_actors.runtime.actor import BlockingDelay
+from torus_actors.storage.disk import Disk, RealDisk
+
+
+def _process_name() -> str:
+    return f"{socket.gethostname()} pid {os.getpid()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The real machine, unless told otherwise.
+
+    Attributes:
+        open_disk: gives the disk with a directory; the directory is made if it is not there.
+        wall_clock: seconds since 1970, for people to read.
+        process_name: host and process, for people who ask who has a volume open.
+        blocking_delay_s: None where blocking actors have threads; see `ActorSystem`.
+    """
+
+    open_disk: Callable[[Path], Disk] = RealDisk
+    wall_clock: Callable[[], float] = time.time
+    process_name: Callable[[], str] = _process_name
+    blocking_delay_s: BlockingDelay | None = None
+
+
+REAL_MACHINE = Machine()

@@ -1,0 +1,252 @@
+"""Auditing a volume: are all copies of all its blocks where they should be, and right?
+
+Walks the volume's INode tree from its head and asks every member of the ring which blocks it has,
+and under which checksum. It reads only; what it finds wrong, rebalancer and scrubber put right. It
+sees what the last commit of the volume refers to: what a client wrote since is not in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from torus_actors.actors.block_messages import CHECK_STATUS, Status, split_records
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.errors import TRANSIENT, BlockUnavailable, NoPeer, TorusError
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model.blocksets import unmarshal_blockset
+from torus_actors.model.inode_tree_pages import ENTRY_SIZE
+from torus_actors.model.inode_tree_walk import PageNeeded
+from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
+from torus_actors.runtime import ActorSystem
+
+BATCH = 1024
+"""Refs in one question where a node need only look into its index."""
+
+BATCH_DEEP = 32
+"""And where it must read every byte: 16 MiB of the default block size, a fraction of a second."""
+
+CHECK_TIMEOUT_S = 60.0
+
+ATTEMPTS = 3
+RETRY_S = 0.5
+"""A node that does not answer is asked again: it may just be restarting."""
+
+Progress = Callable[[int], None]
+"""Called with the number of blocks looked at so far."""
+
+
+@dataclass(slots=True)
+class Audit:
+    """What was found; counts are of blocks, INode pages among them.
+
+    Attributes:
+        wanted: copies that a data block should have.
+        expected: copies that it can have: no more than there are members.
+        pages: blocks that are INode pages.
+        exact: with just as many good copies as expected.
+        more: with more.
+        fewer: with fewer, but at least one.
+        missing: without any good copy.
+        corrupt: with a copy that is damaged, or is of other content.
+        misplaced: of which an owner has no good copy, while a node that is no owner has one.
+        silent: members that could not be asked; what they have is not counted.
+        examples: some of the blocks with too few copies.
+    """
+
+    volume: str
+    deep: bool
+    wanted: int
+    expected: int
+    blocks: int = 0
+    pages: int = 0
+    exact: int = 0
+    more: int = 0
+    fewer: int = 0
+    missing: int = 0
+    corrupt: int = 0
+    misplaced: int = 0
+    silent: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether every block has as many good copies as it can have."""
+        return not self.fewer and not self.missing
+
+
+EXAMPLES_MAX = 5
+
+Entry = tuple[BlockRef, int | None]
+"""A block, and the root of its checksums if the volume keeps them."""
+
+
+async def audit_volume(
+    system: ActorSystem,
+    meta: MetadataService,
+    view: ClusterView,
+    name: str,
+    *,
+    deep: bool = False,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit the volume of that name.
+
+    Args:
+        system: of a client, whose ``inode_store`` fetches pages.
+        meta: the metadata service.
+        view: ring and members.
+        name: of the volume.
+        deep: have every copy read and verified, instead of looked up.
+        progress: told how far it is.
+
+    Raises:
+        NotExist: there is no such volume.
+        NoPeer: the ring is empty.
+        BlockUnavailable, Corruption: a page of the INode cannot be had, so what lies under it is
+            not known; nothing could be said of the volume.
+    """
+    record = await meta.volume(name)
+    head, _ = await meta.head(record.id)
+    ring = view.ring
+    if not ring.members:
+        raise NoPeer("no node is in the ring")
+    audit = Audit(name, deep, ring.replication, min(ring.replication, len(ring.members)))
+    if head is None:
+        return audit
+    blockset = unmarshal_blockset(head.extra)
+    if blockset.replication is not None:
+        audit.wanted = blockset.replication
+        audit.expected = min(audit.wanted, len(ring.members))
+    auditor = Auditor(system, view, audit, deep)
+    batch: list[Entry] = []
+    size = BATCH_DEEP if deep else BATCH
+    async for ref, root in _entries(system, head.extra):
+        keeps = blockset.keeps_sums or ref.block_type == BlockType.INODE
+        batch.append((ref, root if keeps else None))
+        if len(batch) >= size:
+            await auditor.check(batch)
+            batch = []
+            if progress is not None:
+                progress(audit.blocks)
+    if batch:
+        await auditor.check(batch)
+    if progress is not None:
+        progress(audit.blocks)
+    return audit
+
+
+async def _entries(system: ActorSystem, extra: bytes) -> AsyncIterator[tuple[BlockRef, int]]:
+    """Every block that a head refers to, with its checksum root: pages before what they name."""
+    tree = unmarshal_blockset(extra).block_map
+    root = tree.root
+    if root.ref.is_zero:
+        return
+    yield root.ref, root.crc
+    store = system.actor("inode_store")
+    walk = tree.walk()
+    step = next(walk, None)
+    while step is not None:
+        try:
+            if isinstance(step, PageNeeded):
+                step = walk.send(await store.get_page.remote(step.ref, step.crc))
+                continue
+            packed = step.packed
+            for at in range(0, len(packed), ENTRY_SIZE):
+                ref = BlockRef(packed[at : at + BLOCK_REF_SIZE])
+                crc = int.from_bytes(packed[at + BLOCK_REF_SIZE : at + ENTRY_SIZE], "little")
+                yield ref, crc
+            step = next(walk)
+        except StopIteration:
+            return
+
+
+class Auditor:
+    """Asks the members about one batch after the other."""
+
+    def __init__(self, system: ActorSystem, view: ClusterView, audit: Audit, deep: bool) -> None:
+        self._system = system
+        self._view = view
+        self._audit = audit
+        self._deep = deep
+
+    async def check(self, batch: list[Entry]) -> None:
+        """Count the copies of these blocks."""
+        members = [each for each in self._view.ring.members if each not in self._audit.silent]
+        packed = b"".join(ref for ref, _ in batch)
+        answers = await asyncio.gather(*[self._ask(member, packed) for member in members])
+        found = dict(zip(members, answers, strict=True))
+        for at, (ref, root) in enumerate(batch):
+            copies = {
+                member: answer[at] for member, answer in found.items() if answer is not None
+            }
+            self._count(ref, root, copies)
+
+    async def _ask(self, member: str, packed: bytes) -> list[tuple[int, ...]] | None:
+        """What a member has of them; None if it does not answer."""
+        store = self._system.actor("block_store", node=member)
+        for attempt in range(ATTEMPTS):
+            try:
+                answer = await store.check_blocks.remote(
+                    packed, self._deep, False, timeout_s=CHECK_TIMEOUT_S
+                )
+                records = list(split_records(CHECK_STATUS, answer))
+                if len(records) != len(packed) // BLOCK_REF_SIZE:
+                    raise BlockUnavailable(f"peer {member[:8]} answered for {len(records)} blocks")
+                return records
+            except (*TRANSIENT, NoPeer):
+                if attempt + 1 < ATTEMPTS:
+                    await asyncio.sleep(RETRY_S)
+        self._audit.silent.append(member)
+        return None
+
+    def _count(self, ref: BlockRef, root: int | None, copies: dict[str, tuple[int, ...]]) -> None:
+        audit = self._audit
+        ring = self._view.ring
+        wanted = audit.wanted
+        if ref.block_type == BlockType.INODE:
+            wanted = max(wanted, self._view.inode_replication)
+            audit.pages += 1
+        permutation = ring.permutation(ref)
+        owners = permutation[:wanted]
+        expected = len(owners)
+        good = set()
+        damaged = False
+        for member, (status, stored) in copies.items():
+            if status == Status.OK and (root is None or stored == root):
+                good.add(member)
+            elif status != Status.MISSING:
+                damaged = True
+        audit.blocks += 1
+        audit.corrupt += damaged
+        if good.difference(owners) and not good.issuperset(owners):
+            audit.misplaced += 1
+        if len(good) == expected:
+            audit.exact += 1
+            return
+        if len(good) > expected:
+            audit.more += 1
+            return
+        if good:
+            audit.fewer += 1
+        else:
+            audit.missing += 1
+        if len(audit.examples) < EXAMPLES_MAX:
+            audit.examples.append(f"{ref}: {len(good)} of {expected} copies")
+
+
+def explain(audit: Audit) -> TorusError | None:
+    """The result as an error in one line; None if all is well."""
+    if audit.good:
+        return None
+    few = audit.fewer + audit.missing
+    text = f"volume {audit.volume}: {few} of {audit.blocks} blocks have too few good copies"
+    if audit.missing:
+        text += f", {audit.missing} have none"
+    if audit.silent:
+        names = ", ".join(member[:8] for member in audit.silent)
+        text += f"; not asked, because they do not answer: {names}"
+    else:
+        text += "; let the cluster repair it: torusctl debug rebalance"
+    return BlockUnavailable(text)
