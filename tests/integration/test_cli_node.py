@@ -190,21 +190,25 @@ def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_pat
 def test_metadata_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     """Every program says what it could not reach, and what to do."""
     url = f"torus://127.0.0.1:{free_ports(1)}"
-    for program, arguments in (
-        ("torusctl", ["status"]),
-        ("torusctl", ["volume", "check", "demo"]),
-        ("torusblk", ["serve", "--unix", str(tmp_path / "s")]),
-    ):
-        done = subprocess.run(
+    processes = [
+        subprocess.Popen(
             command(program, "-C", url, *arguments),
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             env=environment(tmp_path),
-            check=False,
             text=True,
         )
-        assert done.returncode == 1, done
-        assert one_line(done.stderr), done.stderr
-        assert f"cannot reach the metadata at {url}: connection refused" in done.stderr
+        for program, *arguments in (
+            ("torusctl", "status"),
+            ("torusctl", "volume", "check", "demo"),
+            ("torusblk", "serve", "--unix", str(tmp_path / "s")),
+        )
+    ]
+    for process in processes:
+        _, told = process.communicate(timeout=30)
+        assert process.returncode == 1, told
+        assert one_line(told), told
+        assert f"cannot reach the metadata at {url}: connection refused" in told
 
 
 def test_wipe_may_be_repeated_and_init_follows(tmp_path: Path) -> None:
@@ -223,8 +227,7 @@ def test_wipe_may_be_repeated_and_init_follows(tmp_path: Path) -> None:
         assert node.stop() == 0
         node.launch()
         assert node.wait() == 1
-        assert one_line(node.output) and "belongs" not in node.output
-        assert "blocks of cluster" in node.output
+        assert one_line(node.output) and "blocks of cluster" in node.output
 
 
 def test_options_may_come_from_a_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 
-GRAIN_BYTES = 64 << 10
+GRAIN_BYTES = 4 << 10
 """Buffers are allocated in multiples of this, so that nearly equal sizes share them."""
 
 IDLE_BYTES_MAX = 64 << 20
@@ -65,11 +65,14 @@ class BufferPool:
         room = -(-size // GRAIN_BYTES) * GRAIN_BYTES
         buffers = self._buffers.get(room)
         if buffers is not None:
-            for _ in range(min(len(buffers), PROBES_MAX)):
-                buffer = buffers[0]
-                buffers.rotate(-1)
+            for at in range(min(len(buffers), PROBES_MAX)):
+                buffer = buffers[at]
                 if sys.getrefcount(buffer) == _IDLE_REFCOUNT:
+                    del buffers[at]
+                    buffers.append(buffer)
                     return memoryview(buffer)[:size]
+            # Who took first lets go first, mostly. One that is kept for long does not stay in front
+            # for ever: once the pool is full, each new buffer makes it forget the first.
         buffer = bytearray(room)
         self._remember(buffer)
         return memoryview(buffer)[:size]

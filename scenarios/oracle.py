@@ -1,0 +1,262 @@
+"""What may be read: the judge of a simulated volume.
+
+For each sector of 512 bytes it keeps the last durable value and every later one that somebody tried
+to write. The rules:
+
+- A client reads what it wrote last. After a write that failed or was not answered, either value.
+- An acknowledged flush makes durable what was acknowledged when the flush was asked for.
+- After a crash, the next client reads, for each sector, the durable value or any later one: what it
+  reads is the truth from then on.
+- Once a volume was opened anew, nothing that the earlier client writes may ever be seen, and none
+  of its flushes may succeed for what was not there when the volume was opened.
+
+Every write fills each of its sectors with a stamp of its own (volume, sector, sequence number), so
+that a sector says which write it is from.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+SECTOR = 512
+
+_STAMP = struct.Struct("<QQQQ")
+_MAGIC = 0x746F7275735F7631
+_REPEAT = SECTOR // _STAMP.size
+ZEROS = bytes(SECTOR)
+
+
+def stamp(volume: int, sector: int, sequence: int) -> bytes:
+    """The content of one sector; a sequence number that is 0 or less is zeros."""
+    if sequence <= 0:
+        return ZEROS
+    return _STAMP.pack(_MAGIC, volume, sector, sequence) * _REPEAT
+
+
+def describe(content: bytes) -> str:
+    """What a sector seems to be, for people."""
+    if content == ZEROS:
+        return "zeros"
+    magic, volume, sector, sequence = _STAMP.unpack_from(content)
+    if magic != _MAGIC:
+        return f"garbage ({content[:16].hex()}...)"
+    whole = "" if content == stamp(volume, sector, sequence) else ", torn"
+    return f"write {sequence} of sector {sector} of volume {volume}{whole}"
+
+
+class Write:
+    """One write under way: made by `Session.begin_write`."""
+
+    __slots__ = ("data", "first", "last", "offset", "sequence")
+
+    def __init__(self, offset: int, first: int, last: int, sequence: int, data: bytes) -> None:
+        self.offset = offset
+        self.first = first
+        self.last = last
+        self.sequence = sequence
+        self.data = data
+
+
+class Flush:
+    """One flush under way: the sectors it covers and what they held."""
+
+    __slots__ = ("covered",)
+
+    def __init__(self, covered: dict[int, int]) -> None:
+        self.covered = covered
+
+
+class VolumeOracle:
+    """One volume.
+
+    Args:
+        number: tells volumes apart.
+        size: bytes, a multiple of 512.
+        fail: called with what was violated.
+    """
+
+    def __init__(self, number: int, size: int, fail: Callable[[str], None]) -> None:
+        self.number = number
+        self.size = size
+        self._fail = fail
+        self._sequence = 0
+        self.durable: dict[int, int] = {}
+        """Sequence number by sector; zeros where there is none."""
+        self.later: dict[int, list[int]] = {}
+        """Values tried since, oldest first."""
+        self.acked: dict[int, int] = {}
+        """The last acknowledged of those."""
+        self.session: Session | None = None
+        self.reported = 0
+
+    def open(self, name: str) -> Session:
+        """A client has the volume open now; whoever had it before is fenced."""
+        if self.session is not None:
+            self.session.fenced = True
+            self.session.seen_after = None
+        session = Session(self, name, self.session)
+        self.session = session
+        return session
+
+    def next_sequence(self) -> int:
+        """A number for a write."""
+        self._sequence += 1
+        return self._sequence
+
+    def live(self, sector: int) -> list[int]:
+        """What the present client may read."""
+        later = self.later.get(sector)
+        if later is None:
+            return [self.durable.get(sector, 0)]
+        acked = self.acked.get(sector)
+        if acked is None:
+            return [self.durable.get(sector, 0), *later]
+        return later[later.index(acked) :]
+
+    def after_crash(self, sector: int) -> list[int]:
+        """What the next client may read."""
+        return [self.durable.get(sector, 0), *self.later.get(sector, ())]
+
+    def violated(self, text: str) -> None:
+        """Report, but not the same a thousand times."""
+        self.reported += 1
+        if self.reported <= 5:
+            self._fail(f"volume v{self.number}: {text}")
+
+    def check(
+        self, offset: int, data: bytes, allowed: Callable[[int], list[int]], who: str
+    ) -> list[int]:
+        """Compare what was read with what may be; returns the value of each sector."""
+        found: list[int] = []
+        for at in range(0, len(data), SECTOR):
+            sector = (offset + at) // SECTOR
+            content = data[at : at + SECTOR]
+            candidates = allowed(sector)
+            for sequence in candidates:
+                if content == stamp(self.number, sector, sequence):
+                    found.append(sequence)
+                    break
+            else:
+                found.append(0)
+                self.violated(
+                    f"sector {sector} read by {who} is {describe(content)}; "
+                    f"allowed are {candidates}, durable is {self.durable.get(sector, 0)}"
+                )
+        return found
+
+
+class Session:
+    """One client's use of a volume. Ranges of concurrent operations must not overlap.
+
+    Attributes:
+        fenced: another client has opened the volume since.
+        seen_after: what that client found, by sector, once it has read everything.
+    """
+
+    def __init__(self, oracle: VolumeOracle, name: str, before: Session | None) -> None:
+        self._oracle = oracle
+        self.name = name
+        self.fenced = False
+        self.seen_after: dict[int, int] | None = None
+        self._before = before
+        self._inherited: dict[int, list[int]] = {}
+        self.verified = False
+
+    # -- opening -----------------------------------------------------------------------------------
+
+    def verify(self, offset: int, data: bytes) -> None:
+        """What was found when the volume was opened; to be called for all of it, in order."""
+        oracle = self._oracle
+        if self.fenced:
+            return
+        values = oracle.check(offset, data, oracle.after_crash, f"{self.name} on opening")
+        before = self._before
+        if before is not None and before.seen_after is None:
+            before.seen_after = {}
+        for i, sequence in enumerate(values):
+            sector = offset // SECTOR + i
+            if before is not None and before.seen_after is not None:
+                before.seen_after[sector] = sequence
+                self._inherited[sector] = oracle.after_crash(sector)
+            oracle.durable[sector] = sequence
+            oracle.later.pop(sector, None)
+            oracle.acked.pop(sector, None)
+
+    def verify_done(self) -> None:
+        """All of the volume was read."""
+        self.verified = True
+        if self._before is not None:
+            self._before._history = self._inherited  # type: ignore[attr-defined]
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def begin_write(self, offset: int, length: int, zeros: bool = False) -> Write:
+        """A write is about to be sent; returns it, with its data."""
+        oracle = self._oracle
+        first, last = offset // SECTOR, (offset + length) // SECTOR
+        sequence = oracle.next_sequence()
+        if zeros:
+            sequence = -sequence
+            data = b""
+        else:
+            data = b"".join(stamp(oracle.number, n, sequence) for n in range(first, last))
+        if not self.fenced:
+            later = oracle.later
+            for sector in range(first, last):
+                later.setdefault(sector, []).append(sequence)
+        return Write(offset, first, last, sequence, data)
+
+    def write_done(self, write: Write) -> None:
+        """It was acknowledged."""
+        if self.fenced:
+            return
+        oracle = self._oracle
+        for sector in range(write.first, write.last):
+            oracle.acked[sector] = write.sequence
+
+    def check_read(self, offset: int, data: bytes) -> None:
+        """Data was read."""
+        if not self.fenced:
+            oracle = self._oracle
+            oracle.check(offset, data, oracle.live, self.name)
+
+    # -- flushing ----------------------------------------------------------------------------------
+
+    def begin_flush(self) -> Flush:
+        """A flush is about to be sent."""
+        return Flush({} if self.fenced else dict(self._oracle.acked))
+
+    def flush_done(self, flush: Flush) -> None:
+        """It was acknowledged."""
+        oracle = self._oracle
+        if self.fenced:
+            self._late_flush(flush)
+            return
+        for sector, sequence in flush.covered.items():
+            later = oracle.later.get(sector)
+            if later is None or sequence not in later:
+                continue  # an earlier answer covered more
+            del later[: later.index(sequence) + 1]
+            oracle.durable[sector] = sequence
+            if not later:
+                del oracle.later[sector]
+            if oracle.acked.get(sector) == sequence:
+                del oracle.acked[sector]
+
+    def _late_flush(self, flush: Flush) -> None:
+        """Acknowledged after another client came: that one must have found what it covers."""
+        seen = self.seen_after
+        if seen is None:
+            return
+        for sector, sequence in flush.covered.items():
+            found = seen.get(sector)
+            if found is None:
+                continue
+            history: list[int] = getattr(self, "_history", {}).get(sector, [])
+            if sequence in history and found in history:
+                if history.index(found) < history.index(sequence):
+                    self._oracle.violated(
+                        f"{self.name} was told that write {sequence} of sector {sector} is "
+                        f"durable, but the client after it found {found}"
+                    )

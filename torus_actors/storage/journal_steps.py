@@ -1,0 +1,211 @@
+"""The disk work of the journal: steps that a worker runs while the owner of the store goes on.
+
+A step may be run twice, even by two workers at once (one that was given up on finishes its call
+unseen): a lock lets them in one by one, and the second finds the outcome of the first. That matters
+most for a failed sync: the kernel would tell the second that all is well.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import Sequence
+
+from crc32c import crc32c
+
+from torus_actors.errors import Corruption, TorusError
+from torus_actors.model.checksums import Buffer
+from torus_actors.storage.disk import Disk, File
+from torus_actors.storage.journal_format import (
+    Position,
+    SegmentHeader,
+    pack_segment_header,
+    segment_name,
+)
+from torus_actors.storage.journal_index import Log, Segment, Stored, Ticket
+
+FILL_BYTES = 512 << 10
+"""Zeros written in one step: commits go between, and wait a millisecond or two at most."""
+
+_ZEROS = bytes(FILL_BYTES)
+
+
+class Step(abc.ABC):
+    """One piece of disk work.
+
+    Args:
+        lock: of the store; one step works at a time.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._done = False
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        """Do it, unless it was done; in a worker.
+
+        Raises:
+            OSError, TorusError: it failed, now or earlier.
+        """
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if self._done:
+                return
+            try:
+                self._work()
+            except (OSError, TorusError) as error:
+                self._error = error
+                raise
+            self._done = True
+
+    @abc.abstractmethod
+    def _work(self) -> None:
+        """The disk calls."""
+
+
+class Commit(Step):
+    """Write one group and make it durable.
+
+    Args:
+        segment: where to.
+        buffers: the group, whole pages in all.
+        tickets: what is in it, each with the number of its entry.
+        offset: of the group.
+        length: of the group.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        segment: Segment,
+        buffers: Sequence[Buffer],
+        tickets: list[tuple[Ticket, int]],
+        offset: int,
+        length: int,
+    ) -> None:
+        super().__init__(lock)
+        self.segment = segment
+        self.buffers = buffers
+        self.tickets = tickets
+        self.offset = offset
+        self.length = length
+
+    def _work(self) -> None:
+        self.segment.file.pwritev(self.buffers, self.offset)
+        self.sync()
+
+    def sync(self) -> None:
+        """Make it durable: nothing in it may be acknowledged before."""
+        self.segment.file.fdatasync()
+
+
+class MakeSegment(Step):
+    """Fill a part of a new segment file with zeros; the last step gives it its name.
+
+    The zeros are written, not only reserved: a commit into them changes no metadata of the file
+    system, which a sync would have to wait for.
+
+    Args:
+        disk: the journal's directory.
+        header: of the segment to be.
+        file: from the step before; None at first.
+        filled: bytes filled so far.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        disk: Disk,
+        header: SegmentHeader,
+        file: File | None = None,
+        filled: int = 0,
+    ) -> None:
+        super().__init__(lock)
+        self.disk = disk
+        self.header = header
+        self.file = file
+        self.filled = filled
+
+    @property
+    def complete(self) -> bool:
+        """Whether this was the last step."""
+        return self.filled == self.header.size
+
+    @property
+    def path(self) -> str:
+        """Name of the file until it is complete."""
+        return f"{segment_name(self.header.index)}.new"
+
+    def following(self) -> MakeSegment:
+        """The next step."""
+        return MakeSegment(self._lock, self.disk, self.header, self.file, self.filled)
+
+    def _work(self) -> None:
+        if self.file is None:
+            self.file = self.disk.open(self.path, create=True)
+        size = min(FILL_BYTES, self.header.size - self.filled)
+        self.file.pwrite(memoryview(_ZEROS)[:size], self.filled)
+        self.filled += size
+        if self.complete:
+            self.file.pwrite(pack_segment_header(self.header), 0)
+        self.file.fdatasync()
+        if self.complete:
+            self.disk.rename(self.path, segment_name(self.header.index))
+            self.disk.fsync_dir()
+
+
+class Reuse(Step):
+    """Begin a new generation of a segment in which nothing is needed.
+
+    Args:
+        segment: which.
+        header: its new one.
+    """
+
+    def __init__(self, lock: threading.Lock, segment: Segment, header: SegmentHeader) -> None:
+        super().__init__(lock)
+        self.segment = segment
+        self.header = header
+
+    def _work(self) -> None:
+        self.segment.file.pwrite(pack_segment_header(self.header), 0)
+        self.segment.file.fdatasync()
+
+
+class ReadRecords(Step):
+    """Read records and verify them.
+
+    Args:
+        lock: of the store, or one of its own where the segments are kept from being reused.
+        items: the records with the file that each is in.
+    """
+
+    def __init__(
+        self, lock: threading.Lock, items: list[tuple[Log, Position, Stored, Segment]]
+    ) -> None:
+        super().__init__(lock)
+        self.items = items
+        self.payloads: list[bytearray] = []
+
+    def _work(self) -> None:
+        self.payloads = [read_record(segment, stored) for _, _, stored, segment in self.items]
+
+
+def read_record(segment: Segment, stored: Stored) -> bytearray:
+    """Read one record and verify it.
+
+    Raises:
+        Corruption: it is damaged, or cannot be read.
+    """
+    data = bytearray(stored.length)
+    try:
+        count = segment.file.preadv([data], stored.offset) if data else 0
+    except OSError as error:
+        raise Corruption(f"{segment_name(segment.index)} cannot be read: {error}") from error
+    if count != stored.length or crc32c(data) != stored.crc:
+        raise Corruption(
+            f"{segment_name(segment.index)}: the record at {stored.offset} is damaged"
+        )
+    return data
