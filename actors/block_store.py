@@ -2,8 +2,8 @@
 
 Messages in, from any node: ``put_block``, ``read_ranges``, ``check_blocks``, ``flush``,
 ``list_blocks``, ``stats``; from this node also ``delete_blocks``. Messages out: to the disk
-workers. What is stored, and what is under way, lives in ``OpenStores``, which outlives the actor: its death
-costs callers nothing, since all its messages may be done twice.
+workers. What is stored, and what is under way, lives in ``OpenStores``, which outlives the actor:
+its death costs callers nothing, since all its messages may be done twice.
 """
 
 from __future__ import annotations
@@ -155,8 +155,13 @@ class OpenStores:
         """Run to the end, whatever becomes of the one who waits."""
         task = self.system.loop.create_task(coroutine)
         self.system.background.add(task)
-        task.add_done_callback(self.system.background.discard)
+        task.add_done_callback(self._owned_done)
         return await asyncio.shield(task)
+
+    def _owned_done(self, task: asyncio.Task[Any]) -> None:
+        self.system.background.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may be left to hear of it
 
     async def put(
         self, ref: BlockRef, root: int, sums: bytes, replace: bool, payload: Buffer
@@ -225,7 +230,7 @@ class OpenStores:
         await waiter
 
     def flush_later(self) -> None:
-        """Flush soon even if nobody asks; at once where room is short, since it frees the deleted."""
+        """Flush soon even if nobody asks; sooner where room is short: it frees what was deleted."""
         if self._idle_flush is None:
             pause = IDLE_FLUSH_S if self.level is Level.OK else PRESSED_FLUSH_S
             self._idle_flush = self.system.loop.call_later(pause, self._flush_idle)

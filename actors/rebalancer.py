@@ -1,9 +1,10 @@
 """The rebalancer: moves this node's blocks to where the ring wants them.
 
 Walks the blocks stored here. What one of a block's owners misses is sent to it; a copy that this
-node holds without being an owner is dropped once every owner has confirmed, by reading it, a durable
-copy with the same checksum, and has promised to keep it. Messages in: ``start_pass``, ``status``; out: to the block stores of the
-owners. Its death costs the pass under way, which begins anew.
+node holds without being an owner is dropped once every owner has confirmed, by reading it, a
+durable copy with the same checksum, and has promised to keep it. Messages in: ``start_pass``,
+``status``; out: to the block stores of the owners. Its death costs the pass under way, which begins
+anew.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SETTLE_S = 1.0
 """A change is acted on when nothing more changed for this long: nodes come and go in groups."""
 
 PASS_EVERY_S = 60.0
-"""A pass runs this often even without a change: a client may have placed blocks by an older view."""
+"""A pass runs this often even without a change: a client may place blocks by an older view."""
 
 RETRY_FIRST_S = 2.0
 """What could not be moved is tried again after this long; the pause doubles up to a pass's own."""

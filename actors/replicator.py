@@ -335,7 +335,8 @@ class Replicator(LoopActor):
         view = self._view
         permutation = view.ring.permutation(ref)
         transport: Any = self.system.transport
-        valid_for = (view.ring, transport, None if transport is None else transport.changes)
+        changes = None if transport is None else transport.changes
+        valid_for = (view.ring, view.peers, transport, changes)
         if valid_for != self._orders_of:
             self._orders.clear()
             self._orders_of = valid_for
@@ -353,6 +354,8 @@ class Replicator(LoopActor):
             if self._has_store and self.system.node_id in order[1:copies]:
                 order.remove(self.system.node_id)
                 order.insert(0, self.system.node_id)
+        # A node that has just left the ring still has blocks until it has handed them over.
+        order += [peer for peer in self._view.peers if peer not in order]
         order.sort(key=self._down)
         return order
 
@@ -429,7 +432,12 @@ class Replicator(LoopActor):
     ) -> None:
         status, sums, data = answer
         if read.reply.done():
-            self._missed(read, TorusError("answered"), by_peer)
+            # Another replica was faster; but what this one lacks it shall get.
+            if status == Status.MISSING or status == Status.CORRUPT:
+                self._wrong(peer, read, Corruption("a late answer"), by_peer, status)
+                self._repair_soon(read)
+            else:
+                self._missed(read, TorusError("answered"), by_peer)
         elif status == Status.OK:
             try:
                 size, pages = len(data), len(sums) // 4

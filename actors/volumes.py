@@ -119,6 +119,7 @@ class Volumes(LoopActor):
         Raises:
             NotExist: there is no such volume, or it is not served here.
             Locked: another client has it open.
+            Fenced: another client took it over from this one, whose users have not all left yet.
         """
         name = self._resolve(name)
         async with self._locks.setdefault(name, asyncio.Lock()):
@@ -130,6 +131,9 @@ class Volumes(LoopActor):
                 if session.epoch:
                     self._sessions[name] = session
                 await self._start_actor(name, session)
+            elif volume.session.file.failure is not None:
+                # Fenced: those who have it open may read on, but it is not what the volume is now.
+                raise volume.session.file.failure
             volume.users += 1
             session = volume.session
         return [name, session.size, f"torus volume {name}", not session.epoch]

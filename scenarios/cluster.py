@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,9 @@ WALL_CLOCK_START = 1_750_000_000.0
 
 RESTART_PAUSE_S = 1.0
 """A service manager waits so long before it starts a program again that ended by itself."""
+
+FAILURES_MAX = 10
+"""The first few say what is wrong; the rest follows from them."""
 
 START_S_MAX = 60.0
 STOP_S_MAX = 150.0
@@ -147,6 +150,8 @@ class Cluster:
         self.meta = MetadataService(self.store, rng=self.rng("driver"), wall_clock=self.wall_clock)
         """The driver's own way to the metadata: never down."""
         self.failures: list[str] = []
+        self.node_watchers: list[Callable[[Host], None]] = []
+        """Called with each storage node that has started."""
 
     def rng(self, purpose: str) -> random.Random:
         """A generator of its own for a purpose."""
@@ -162,8 +167,9 @@ class Cluster:
 
     def fail(self, text: str) -> None:
         """Something that must not happen has happened."""
-        self.failures.append(f"at {self.loop.time():.3f}: {text}")
-        self.say(f"FAILURE {text}")
+        if len(self.failures) < FAILURES_MAX:
+            self.failures.append(f"at {self.loop.time():.3f}: {text}")
+            self.say(f"FAILURE {text}")
 
     # -- making it ---------------------------------------------------------------------------------
 
@@ -295,6 +301,8 @@ class Cluster:
                 self.loop.call_later(RESTART_PAUSE_S, self._start_again, host, process)
                 return False
             host.tree = tree
+            for watcher in self.node_watchers:
+                watcher(host)
             tree.system.fatal.add_done_callback(lambda _: self._ended(host, tree))
             self.say(f"{host.name} is up ({tree.system.node_id[:8]})")
             return True

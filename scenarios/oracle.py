@@ -59,12 +59,16 @@ class Write:
 
 
 class Flush:
-    """One flush under way: the sectors it covers and what they held."""
+    """One flush under way: the sectors it covers and what they held.
 
-    __slots__ = ("covered",)
+    ``doomed``: it covers writes of a client that had been fenced before, and must fail.
+    """
 
-    def __init__(self, covered: dict[int, int]) -> None:
+    __slots__ = ("covered", "doomed")
+
+    def __init__(self, covered: dict[int, int], doomed: bool) -> None:
         self.covered = covered
+        self.doomed = doomed
 
 
 class VolumeOracle:
@@ -94,7 +98,6 @@ class VolumeOracle:
         """A client has the volume open now; whoever had it before is fenced."""
         if self.session is not None:
             self.session.fenced = True
-            self.session.seen_after = None
         session = Session(self, name, self.session)
         self.session = session
         return session
@@ -151,56 +154,40 @@ class Session:
 
     Attributes:
         fenced: another client has opened the volume since.
-        seen_after: what that client found, by sector, once it has read everything.
+        found_after: by sector, what that client found, and all it might have found, in order.
     """
 
     def __init__(self, oracle: VolumeOracle, name: str, before: Session | None) -> None:
         self._oracle = oracle
+        self._before = before
+        self._wrote_in_vain = False
         self.name = name
         self.fenced = False
-        self.seen_after: dict[int, int] | None = None
-        self._before = before
-        self._inherited: dict[int, list[int]] = {}
-        self.verified = False
-
-    # -- opening -----------------------------------------------------------------------------------
+        self.found_after: dict[int, tuple[int, list[int]]] = {}
 
     def verify(self, offset: int, data: bytes) -> None:
-        """What was found when the volume was opened; to be called for all of it, in order."""
+        """What was found when the volume was opened; to be called for all of it."""
         oracle = self._oracle
         if self.fenced:
             return
         values = oracle.check(offset, data, oracle.after_crash, f"{self.name} on opening")
-        before = self._before
-        if before is not None and before.seen_after is None:
-            before.seen_after = {}
-        for i, sequence in enumerate(values):
-            sector = offset // SECTOR + i
-            if before is not None and before.seen_after is not None:
-                before.seen_after[sector] = sequence
-                self._inherited[sector] = oracle.after_crash(sector)
+        for sector, sequence in enumerate(values, offset // SECTOR):
+            if self._before is not None:
+                self._before.found_after[sector] = (sequence, oracle.after_crash(sector))
             oracle.durable[sector] = sequence
             oracle.later.pop(sector, None)
             oracle.acked.pop(sector, None)
-
-    def verify_done(self) -> None:
-        """All of the volume was read."""
-        self.verified = True
-        if self._before is not None:
-            self._before._history = self._inherited  # type: ignore[attr-defined]
-
-    # -- writing -----------------------------------------------------------------------------------
 
     def begin_write(self, offset: int, length: int, zeros: bool = False) -> Write:
         """A write is about to be sent; returns it, with its data."""
         oracle = self._oracle
         first, last = offset // SECTOR, (offset + length) // SECTOR
         sequence = oracle.next_sequence()
+        data = b""
         if zeros:
             sequence = -sequence
-            data = b""
         else:
-            data = b"".join(stamp(oracle.number, n, sequence) for n in range(first, last))
+            data = b"".join([stamp(oracle.number, n, sequence) for n in range(first, last)])
         if not self.fenced:
             later = oracle.later
             for sector in range(first, last):
@@ -210,6 +197,7 @@ class Session:
     def write_done(self, write: Write) -> None:
         """It was acknowledged."""
         if self.fenced:
+            self._wrote_in_vain = True
             return
         oracle = self._oracle
         for sector in range(write.first, write.last):
@@ -218,25 +206,24 @@ class Session:
     def check_read(self, offset: int, data: bytes) -> None:
         """Data was read."""
         if not self.fenced:
-            oracle = self._oracle
-            oracle.check(offset, data, oracle.live, self.name)
-
-    # -- flushing ----------------------------------------------------------------------------------
+            self._oracle.check(offset, data, self._oracle.live, self.name)
 
     def begin_flush(self) -> Flush:
         """A flush is about to be sent."""
-        return Flush({} if self.fenced else dict(self._oracle.acked))
+        if self.fenced:
+            return Flush({}, self._wrote_in_vain)
+        return Flush(dict(self._oracle.acked), False)
 
     def flush_done(self, flush: Flush) -> None:
         """It was acknowledged."""
-        oracle = self._oracle
         if self.fenced:
             self._late_flush(flush)
             return
+        oracle = self._oracle
         for sector, sequence in flush.covered.items():
             later = oracle.later.get(sector)
             if later is None or sequence not in later:
-                continue  # an earlier answer covered more
+                continue  # another flush, answered before, covered more
             del later[: later.index(sequence) + 1]
             oracle.durable[sector] = sequence
             if not later:
@@ -246,17 +233,12 @@ class Session:
 
     def _late_flush(self, flush: Flush) -> None:
         """Acknowledged after another client came: that one must have found what it covers."""
-        seen = self.seen_after
-        if seen is None:
-            return
+        if flush.doomed:
+            self._oracle.violated(f"a flush of {self.name} succeeded after it had been fenced")
         for sector, sequence in flush.covered.items():
-            found = seen.get(sector)
-            if found is None:
-                continue
-            history: list[int] = getattr(self, "_history", {}).get(sector, [])
-            if sequence in history and found in history:
-                if history.index(found) < history.index(sequence):
-                    self._oracle.violated(
-                        f"{self.name} was told that write {sequence} of sector {sector} is "
-                        f"durable, but the client after it found {found}"
-                    )
+            found, history = self.found_after.get(sector, (0, []))
+            if sequence in history and history.index(found) < history.index(sequence):
+                self._oracle.violated(
+                    f"{self.name} was told that write {sequence} of sector {sector} is "
+                    f"durable, but the client after it found {found}"
+                )

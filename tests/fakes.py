@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from torus_actors.actors.block_store import BlockStoreActor, OpenStores
+from torus_actors.actors.collector import Collector
 from torus_actors.actors.disk import worker_factory
 from torus_actors.actors.heartbeat import Heartbeat
 from torus_actors.actors.inode_store import INodeStore
@@ -49,6 +50,7 @@ from torus_actors.runtime import (
 )
 from torus_actors.runtime.messages import Call
 from torus_actors.storage.mfile import MFileStore
+from torus_actors.storage.mfile_open import DATA_PATH
 from torus_actors.storage.simdisk import SimDisk
 from torus_actors.volume.session import CacheSizes, Session
 from torus_actors.wire.messages import (
@@ -127,7 +129,7 @@ def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
             runner.run(main())
         gc.collect()  # "exception was never retrieved" comes with the collection
-        assert noise == []
+        assert not noise, noise
 
     run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
     return run
@@ -446,6 +448,13 @@ class StorageNode(Member):
         """All blocks stored here."""
         return set(self.stores[kind].refs_from(0, 1 << 20)[0])
 
+    def rot(self, ref: BlockRef, offset: int, count: int = 64) -> None:
+        """Bits of a stored data block change on the disk."""
+        store = self.stores[0]
+        layout = store._layout
+        at = layout.slot_offset(store.locate(ref).slot) + layout.sums_room + offset
+        self.disks[0].rot(DATA_PATH, at, count)
+
     async def start(self, rebalancer: bool = False) -> None:
         """Start it, on what its disks hold."""
         self._rebalances = rebalancer
@@ -468,6 +477,16 @@ class StorageNode(Member):
         ]
         if rebalancer:
             children.append(ChildSpec("rebalancer", lambda: Rebalancer(self.view)))
+        if self.cluster.collect_s is not None:
+            grace_s = self.cluster.collect_s
+            meta = MetadataService(self.cluster.store, rng=system.rng)
+            children += [
+                ChildSpec(
+                    "replicator", lambda: Replicator(self.view, has_store=True), max_concurrency=256
+                ),
+                ChildSpec("inode_store", INodeStore, max_concurrency=64),
+                ChildSpec("collector", lambda: Collector(meta, grace_s, grace_s)),
+            ]
         await system.start(self._root(*children))
         self.cluster.network.join(system)
 
@@ -475,8 +494,12 @@ class StorageNode(Member):
         """Lose the power: what was not flushed is gone."""
         assert self.system is not None and self.opened is not None
         self.cluster.network.leave(self.node_id)
-        self.disks = [disk.crash() for disk in self.disks]
+        for name in ("disk_writer", "disk_reader", "disk_flusher"):
+            cell = self.system.cells[name]
+            if cell.actor is not None:
+                cell.actor.quiesce()  # from now on nothing reaches the disks
         await self._end()
+        self.disks = [disk.crash() for disk in self.disks]
 
     async def restart(self) -> None:
         """Lose the power and come back."""
@@ -699,6 +722,7 @@ class Cluster:
         replication: copies of a block.
         block_size: bytes of a data block.
         blocks: room of a node, in data blocks.
+        collect_s: grace of the nodes' garbage collectors; None for none.
         seed: of everything random.
     """
 
@@ -709,7 +733,9 @@ class Cluster:
         block_size: int = 16 << 10,
         blocks: int = 256,
         seed: int = 1,
+        collect_s: float | None = None,
     ) -> None:
+        self.collect_s = collect_s
         self.rng = random.Random(seed)
         self.network = Network(self.rng)
         self.store = MemoryStore()

@@ -12,7 +12,9 @@ Storage node::
         |-- ring_watcher       what the cluster looks like
         |-- storage (rest for one)
         |   |-- disk_writer, disk_reader, disk_flusher
-        |   `-- block_store
+        |   |-- block_store
+    |   |-- journal_disk
+    |   `-- journal            records of volume sessions
         |-- replicator, inode_store, rebalancer, collector
         |-- heartbeat          lease and registration
         |-- control            questions and orders from torusctl
@@ -44,6 +46,7 @@ from torus_actors.actors.control import Control
 from torus_actors.actors.disk import worker_factory
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
 from torus_actors.actors.inode_store import INodeStore
+from torus_actors.actors.journal import JournalActor, JournalDisk, OpenJournal
 from torus_actors.actors.metadata import ActorStore, MetadataActor
 from torus_actors.actors.nbd_server import NbdAddress, NbdServer
 from torus_actors.actors.rebalancer import Rebalancer
@@ -52,12 +55,10 @@ from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
 from torus_actors.actors.volumes import Volumes
 from torus_actors.errors import (
     Again,
-    CompareFailed,
     Corruption,
     Exists,
     Invalid,
     NoGlobalMetadata,
-    OutcomeUnknown,
     TorusError,
 )
 from torus_actors.machine import REAL_MACHINE, Machine
@@ -66,12 +67,14 @@ from torus_actors.metadata.kv import KeyValueStore
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
+from torus_actors.metadata.ring_changes import join_ring
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
 from torus_actors.nbd.connection import TlsSettings
 from torus_actors.runtime import ActorSystem, ChildSpec, Strategy, SupervisorSpec
 from torus_actors.storage.disk import Disk
+from torus_actors.storage.journal_space import JournalLimits
 from torus_actors.volume.session import CacheSizes
 from torus_actors.wire.hello import Identity, Role
 
@@ -347,9 +350,8 @@ class StorageNode(Process):
         own = (config.listen, config.advertise or config.listen)
         self.embedded = any(is_embedded(config.metadata, address) for address in own)
         self.stores: OpenStores | None = None
-        super().__init__(
-            node_id, Role.NODE, config.metadata, config.secret, rng, config.machine
-        )
+        self.journal: OpenJournal | None = None
+        super().__init__(node_id, Role.NODE, config.metadata, config.secret, rng, config.machine)
 
     def peer_info(self) -> PeerInfo:
         """This node as the others see it."""
@@ -385,6 +387,13 @@ class StorageNode(Process):
             self.system.rng,
         )
         self.stores = stores
+        journal = OpenJournal.open(
+            self.system,
+            config.machine.open_disk(config.data_dir / "journal"),
+            self.system.rng,
+            JournalLimits.of_node(config.size_bytes),
+        )
+        self.journal = journal
         if config.auto_join or (self.embedded and not view.ring.members):
             await self._join()
         storage = SupervisorSpec(
@@ -394,6 +403,8 @@ class StorageNode(Process):
                 ChildSpec("disk_reader", worker_factory(stores.stores)),
                 ChildSpec("disk_flusher", worker_factory(stores.stores)),
                 ChildSpec("block_store", lambda: BlockStoreActor(stores), max_concurrency=256),
+                ChildSpec("journal_disk", JournalDisk),
+                ChildSpec("journal", lambda: JournalActor(journal), max_concurrency=64),
             ),
             strategy=Strategy.ONE_FOR_ONE,
         )
@@ -453,6 +464,9 @@ class StorageNode(Process):
             with contextlib.suppress(Exception):
                 await self.system.actor("block_store").flush.remote(timeout_s=30.0)
         await super().stop()
+        if self.journal is not None:
+            with contextlib.suppress(OSError):
+                self.journal.close()
         if self.stores is not None:
             self.stores.close()
 
@@ -465,9 +479,7 @@ class Client(Process):
         if config.nbd is not None:
             self.receive_pool_bytes += config.nbd.caches.read_bytes
         node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
-        super().__init__(
-            node_id, Role.CLIENT, config.metadata, config.secret, rng, config.machine
-        )
+        super().__init__(node_id, Role.CLIENT, config.metadata, config.secret, rng, config.machine)
 
     async def start(self, patience_s: float = 5.0) -> None:
         """Start what a client needs.
@@ -533,44 +545,6 @@ def new_global_metadata(
         inode_replication=inode_replication,
         cluster_id=str(uuid.uuid4()),
         created=time.time(),
-    )
-
-
-async def change_ring(
-    meta: MetadataService,
-    change: Callable[[rings.Ring], rings.Ring | None],
-    rng: random.Random | None = None,
-) -> rings.Ring:
-    """Change the ring by compare-and-set, however many others change it too.
-
-    Args:
-        meta: the metadata service.
-        change: makes the next ring of the present one, or None if nothing is to be done.
-        rng: the jitter of the waits between attempts.
-
-    Returns:
-        The ring that holds now.
-    """
-    backoff = Backoff(rng or random.Random(), first_s=0.01)
-    while True:
-        data, _ = await meta.ring()
-        present = rings.unmarshal(data)
-        following = change(present)
-        if following is None:
-            return present
-        try:
-            await meta.set_ring(rings.marshal(following), following.version)
-            return following
-        except (CompareFailed, Again, OutcomeUnknown):
-            await backoff.wait()
-
-
-async def join_ring(
-    meta: MetadataService, peer: Peer, rng: random.Random | None = None
-) -> rings.Ring:
-    """Add a peer to the ring, or bring its weight, zone and address up to date."""
-    return await change_ring(
-        meta, lambda ring: None if peer in ring.peers else ring.with_peer(peer), rng
     )
 
 

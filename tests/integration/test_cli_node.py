@@ -18,29 +18,32 @@ from tests.integration.cluster import (
     command,
     environment,
     free_ports,
+    need,
     until,
 )
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Shared by the tests of this module that do not break it."""
     with Cluster(tmp_path_factory.mktemp("one")) as cluster:
-        http = free_ports(1)
-        cluster.start_node(0, "--http", f"127.0.0.1:{http}", "--zone", "rack1")
-        cluster.http = f"http://127.0.0.1:{http}"  # type: ignore[attr-defined]
+        port = free_ports(2)
+        options = ["--http", f"127.0.0.1:{port}", "--nbd", f"127.0.0.1:{port + 1}"]
+        cluster.start_node(0, "--zone", "rack1", *options)
+        cluster.http = f"http://127.0.0.1:{port}"  # type: ignore[attr-defined]
+        cluster.nbd = f"nbd://127.0.0.1:{port + 1}"  # type: ignore[attr-defined]
         yield cluster
 
 
 def one_line(text: str) -> bool:
+    """Whether it is one whole line."""
     return text.count("\n") == 1 and text.endswith("\n")
 
 
 def test_a_fresh_node_is_a_cluster_of_its_own(tmp_path: Path) -> None:
     """No metadata, no ring, no data directory are needed: the node makes them, and is healthy."""
     port = free_ports(1)
-    arguments = command(
-        "torus-node", "start", "--size", "64MiB", "--listen", f"127.0.0.1:{port}"
-    )
+    arguments = command("torus-node", "start", "--size", "64MiB", "--listen", f"127.0.0.1:{port}")
     node = Process("fresh", arguments, tmp_path, " ready on ").start()
     try:
         assert (tmp_path / "data" / "torus-actors" / "node" / "node.json").exists()
@@ -61,7 +64,7 @@ def test_a_fresh_node_is_a_cluster_of_its_own(tmp_path: Path) -> None:
 
 def test_status_shows_the_node_within_80_columns(cluster: Cluster) -> None:
     """The table fits a terminal, and has no colour where it is not on one."""
-    text = cluster.ctl("status")
+    text = cluster.run("torusctl", "status")
     assert cluster.address(0) in text and "healthy" in text and "rack1" in text
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 80
@@ -164,6 +167,30 @@ def test_http_serves_health_metrics_and_status(cluster: Cluster) -> None:
     until(back, "HTTP is served again")
 
 
+def test_a_node_can_serve_volumes_itself(cluster: Cluster) -> None:
+    """With --nbd: every volume by its name, and no unnamed one."""
+    need("qemu-io")
+    base = cluster.nbd  # type: ignore[attr-defined]
+    cluster.ctl("volume", "create", "near", "16MiB")
+    for commands, uri, status in (
+        (["write -P 4 0 64k"], f"{base}/near", 0),
+        (["read -P 4 0 64k"], f"{base}/near", 0),
+        (["read 0 4k"], base, 1),
+    ):
+        options = [part for each in commands for part in ("-c", each)]
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", *options, uri], capture_output=True, timeout=30, check=False
+        )
+        assert done.returncode == status, done
+    cluster.ctl("volume", "check", "near", "--deep")
+
+    def closed() -> bool:
+        return all(v["holder"] is None for v in cluster.ctl_json("volume", "list"))
+
+    until(closed, "the volume is closed")
+    cluster.ctl("volume", "delete", "near")
+
+
 def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
     """A port or a directory in use, a directory that cannot be, a missing secret."""
     own = ["--data-dir", str(tmp_path / "d"), "--size", "64MiB"]
@@ -174,7 +201,7 @@ def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_pat
         ([*own, "--listen", f"0.0.0.0:{port}"], "--secret-file"),
         ([*own, "--listen", f"0.0.0.0:{port}", "--insecure"], "--advertise"),
         ([*own, "--listen", f"127.0.0.1:{port}", "--nbd", f"0.0.0.0:{port + 1}"], "--insecure"),
-        (["--data-dir", str(tmp_path / "d"), "--size", "1MiB"], "at least"),
+        ([*own, "--size", "1MiB", "--listen", f"127.0.0.1:{port}"], "at least"),
     ):
         done = subprocess.run(
             command("torus-node", "start", *options),
@@ -212,8 +239,7 @@ def test_metadata_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_wipe_may_be_repeated_and_init_follows(tmp_path: Path) -> None:
-    """Wiping what was never initialised is fine (torus#267); a new cluster can be made; a node
-    with blocks of the old one does not join it."""
+    """Wiping nothing is fine (torus#267); a node with blocks of the old cluster does not join."""
     with Cluster(tmp_path) as cluster:
         node = cluster.start_node(0, size="64MiB")
         cluster.ctl("volume", "create", "demo", "16MiB")

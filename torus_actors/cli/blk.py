@@ -28,6 +28,10 @@ LOCK_POLL_S = 0.25
 
 OPEN_TIMEOUT_S = 60.0
 
+START_PATIENCE_S = 3.0
+"""How long to wait for metadata that does not answer: nodes and clients of a machine that boots
+are started together."""
+
 
 @click.group(cls=Group, context_settings=CONTEXT)
 @version_option()
@@ -121,8 +125,8 @@ def serve(
     from torus_actors.actors.nbd_server import NbdAddress
     from torus_actors.actors.replicator import ReadLevel, WriteLevel
     from torus_actors.cli.daemon import run_daemon, serve_until_stopped
-    from torus_actors.node import Client, ClientConfig, NbdConfig, check_exposure, start_client
     from torus_actors.nbd.connection import TlsSettings
+    from torus_actors.node import Client, ClientConfig, NbdConfig, check_exposure, start_client
     from torus_actors.volume.session import CacheSizes
 
     secret = settings.secret()
@@ -176,7 +180,7 @@ def serve(
         from torus_actors.errors import Again
 
         try:
-            return await start_client(config)
+            return await start_client(config, patience_s=START_PATIENCE_S)
         except Again as error:
             raise unreachable(config.metadata, error) from error
 

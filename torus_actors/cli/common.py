@@ -13,16 +13,23 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from torus_actors import __version__
 from torus_actors.cli.profile import profile_value
-from torus_actors.cli.units import Address, parse_address, parse_size
+from torus_actors.cli.units import parse_address, parse_size
 from torus_actors.errors import Invalid, TorusError
 
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    # Not generic in the older versions of click that will do.
+    ParamType = click.ParamType
+
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_METADATA = "torus://127.0.0.1:40000"
 METADATA_ENV = "TORUS_METADATA"
@@ -111,16 +118,14 @@ def parse_metadata_url(text: str) -> str:
     return f"{scheme}://{','.join(hosts)}"
 
 
-class _Parsed(click.ParamType):
+class _Parsed(ParamType):
     """An option or argument read by a function that raises ValueError."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
         self._parse = parse
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse it, or say what is wrong."""
         if not isinstance(value, str):
             return value
@@ -175,9 +180,7 @@ def _common_options() -> list[click.Parameter]:
         click.Option(
             ["-v", "--verbose"], count=True, help="Say more; twice for everything.", **shared
         ),
-        click.Option(
-            ["--log-level"], type=click.Choice(LOG_LEVELS), help="What to log.", **shared
-        ),
+        click.Option(["--log-level"], type=click.Choice(LOG_LEVELS), help="What to log.", **shared),
     ]
 
 
@@ -187,6 +190,13 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += _common_options()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; Ctrl-C is a failure like others, where click would print an empty line too."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Failed("interrupted") from error
 
 
 class Group(click.Group):
@@ -205,7 +215,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
 """Click settings of the three root groups."""
 
 
-def version_option() -> Callable[[T], T]:
+def version_option() -> Callable[[F], F]:
     """``--version`` of a root group."""
     return click.version_option(__version__, message="%(prog)s (torus-actors) %(version)s")
 

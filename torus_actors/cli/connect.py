@@ -11,8 +11,8 @@ import contextlib
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar
 
 from torus_actors import __version__
 from torus_actors.actors.bridge import Bridge, BridgeConfig
@@ -35,6 +35,7 @@ ASK_TIMEOUT_S = 2.5
 """For questions to one node; its control actor waits 2 s for each of its own."""
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Connection:
@@ -77,7 +78,9 @@ class Connection:
         """Close the connections."""
         await self.system.stop()
 
-    async def patiently(self, ask: Awaitable[T] | Any, *args: Any) -> T:
+    async def patiently(
+        self, ask: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Ask the metadata; where it cannot be reached, a little longer.
 
         Raises:
@@ -87,8 +90,7 @@ class Connection:
         backoff = Backoff(self._rng, first_s=0.1, max_s=0.5)
         while True:
             try:
-                answer: T = await ask(*args)
-                return answer
+                return await ask(*args, **kwargs)
             except Again as error:
                 if not await backoff.wait(until):
                     raise unreachable(self.url, error) from error
@@ -99,7 +101,7 @@ class Connection:
         Raises:
             NoGlobalMetadata: there is no cluster yet.
         """
-        gmd: GlobalMetadata = await self.patiently(self.meta.global_metadata)
+        gmd = await self.patiently(self.meta.global_metadata)
         data, _ = await self.meta.ring()
         await self.system.actor("bridge").set_cluster.remote(gmd.cluster_id)
         return gmd, rings.unmarshal(data)
@@ -109,9 +111,7 @@ class Connection:
         handle = getattr(self.system.actor(actor, node=f"@{address}"), method)
         return await handle.remote(*args, timeout_s=ASK_TIMEOUT_S)
 
-    async def ask_all(
-        self, addresses: list[str], actor: str, method: str, *args: Any
-    ) -> list[Any]:
+    async def ask_all(self, addresses: list[str], actor: str, method: str, *args: Any) -> list[Any]:
         """Ask many at once; a TorusError stands for the answer of one that gave none."""
         answers = await asyncio.gather(
             *[self.ask(address, actor, method, *args) for address in addresses],
@@ -146,10 +146,13 @@ class Connection:
 def unreachable(url: str, error: TorusError) -> Again:
     """What a person is told when the metadata is not there."""
     cause: BaseException = error
-    while isinstance(cause, (Again, PeerLost)) and cause.__cause__ is not None:
+    while isinstance(cause, (Again, PeerLost)) and isinstance(cause.__cause__, TorusError):
         cause = cause.__cause__
     # "the metadata cannot be reached: 127.0.0.1:40000 cannot be reached: connection refused"
     reason = str(cause).rpartition("cannot be reached: ")[2]
+    if url.startswith("etcd:"):
+        # "etcd at ...: failed to connect to ...; last error: ...: Connection refused; nothing ..."
+        reason = reason.removesuffix("; nothing was changed").rpartition(": ")[2].lower()
     if isinstance(cause, DeadlineExceeded):
         reason = "no answer"
     hint = "is a node running? start one with: torus-node start"

@@ -47,14 +47,13 @@ def block_dump(settings: Settings, volume: str, file: Path) -> None:
 
 @block.command("load")
 @click.argument("volume")
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True, exists=True,
-                                        dir_okay=False))
+@click.argument(
+    "file", type=click.Path(path_type=Path, allow_dash=True, exists=True, dir_okay=False)
+)
 @click.option("--create", is_flag=True, help="Make the volume if there is none.")
 @click.option("--size", type=SIZE, help="Its size, if not that of FILE.")
 @click.pass_obj
-def block_load(
-    settings: Settings, volume: str, file: Path, create: bool, size: int | None
-) -> None:
+def block_load(settings: Settings, volume: str, file: Path, create: bool, size: int | None) -> None:
     """Make FILE, or standard input (-), the content of a volume.
 
     What FILE does not fill reads as zeros afterwards, and zeros take no room.

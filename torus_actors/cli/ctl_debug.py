@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -26,12 +27,11 @@ def debug() -> None:
 def debug_dump(settings: Settings, as_json: bool) -> None:
     """Print every metadata key with its record."""
 
-    async def work() -> list[tuple[str, Any]]:
+    async def work() -> Sequence[tuple[str, Any]]:
         from torus_actors.cli.connect import connect
 
         async with connect(settings) as connection:
-            found: list[tuple[str, Any]] = await connection.patiently(connection.meta.dump)
-            return found
+            return await connection.patiently(connection.meta.dump)
 
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from torus_actors.metadata.records import PeerInfo
     from torus_actors.model.rings import Peer, Ring
 
+CHANGE_S_MAX = 20.0
+"""A change is tried again while others change the ring too, or the metadata is away."""
+
 RING_TYPES = ("ketama", "zone", "mod", "single", "empty")
 
 
@@ -32,10 +36,15 @@ def ring() -> None:
 
 
 async def _change(connection: Connection, change: Callable[[Ring], Ring | None]) -> Ring:
-    # Only here: it loads the whole node, and reading commands do not need it.
-    from torus_actors.node import change_ring
+    from torus_actors.metadata.ring_changes import change_ring
 
-    return await change_ring(connection.meta, change)
+    try:
+        async with asyncio.timeout(CHANGE_S_MAX):
+            return await change_ring(connection.meta, change)
+    except TimeoutError as error:
+        raise Failed(
+            f"the ring could not be changed within {CHANGE_S_MAX:g} s: look with torusctl ring get"
+        ) from error
 
 
 def _peer_of(info: PeerInfo) -> Peer:
@@ -46,9 +55,7 @@ def _peer_of(info: PeerInfo) -> Peer:
 
 def _one_step(before: Ring, after: Ring) -> Ring:
     """Several changes as one version: metadata takes only successors, and blocks move once."""
-    return type(after).build(
-        before.version + 1, after.replication, after.peers, after.params()
-    )
+    return type(after).build(before.version + 1, after.replication, after.peers, after.params())
 
 
 @peer.command("list")
@@ -106,9 +113,11 @@ def peer_add(settings: Settings, peers: tuple[str, ...], everyone: bool) -> None
         async with connect(settings) as connection:
             await connection.cluster()
             registered = {info.peer_id: info for info in await connection.meta.peers()}
-            ids = list(registered) if everyone else [
-                pick(each, registered, "node that is up") for each in peers
-            ]
+            ids = (
+                list(registered)
+                if everyone
+                else [pick(each, registered, "node that is up") for each in peers]
+            )
             if not ids:
                 raise Failed("no node is up: start one with torus-node start")
 
@@ -234,13 +243,12 @@ def ring_manual_change(
     async def work() -> None:
         from torus_actors.cli.connect import connect
         from torus_actors.model import rings
+        from torus_actors.model.ring_base import ring_class
 
         async with connect(settings) as connection:
             _, now = await connection.cluster()
             known = {each.peer_id: each for each in now.peers}
-            known.update(
-                {info.peer_id: _peer_of(info) for info in await connection.meta.peers()}
-            )
+            known.update({info.peer_id: _peer_of(info) for info in await connection.meta.peers()})
             chosen: set[str] | None = None
             if peers is not None:
                 given = [each.strip() for each in peers.split(",") if each.strip()]
@@ -251,7 +259,7 @@ def ring_manual_change(
                 if chosen is not None:
                     members = [known[each] for each in sorted(chosen)]
                 copies = present.replication if replication is None else replication
-                cls = rings.ring_class(kind or present.kind)
+                cls = ring_class(kind or present.kind)
                 # Between ketama and zone the points stay, so that fewer blocks move.
                 alike = issubclass(cls, rings.KetamaRing) and isinstance(present, rings.KetamaRing)
                 params = present.params() if alike or cls is type(present) else {}

@@ -55,8 +55,13 @@ def volume_list(settings: Settings, as_json: bool) -> None:
     print_table(
         ("NAME", "SIZE", "KIND", "EPOCH", "OPEN AT"),
         [
-            (row["name"], format_size(row["size"]), row["kind"], str(row["epoch"]),
-             row["holder"] or "-")
+            (
+                row["name"],
+                format_size(row["size"]),
+                row["kind"],
+                str(row["epoch"]),
+                row["holder"] or "-",
+            )
             for row in rows
         ],
         right=("SIZE", "EPOCH"),

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import uvloop
@@ -90,7 +90,7 @@ class Stop:
 
 async def serve_until_stopped(
     start: Callable[[], Coroutine[Any, Any, Running]],
-    ready: Callable[[Any], Awaitable[None]],
+    ready: Callable[[Any], Coroutine[Any, Any, None]],
     with_parent: bool,
 ) -> None:
     """Start something, keep it until told to stop, stop it.

@@ -41,9 +41,6 @@ BACKOFF_MAX_S = 10.0
 STEADY_S = 10.0
 """A process that ran for so long starts again without a pause."""
 
-LOCK_WAIT_S = 15.0
-"""A killed NBD process holds its volumes until its lease ends, some 6 s."""
-
 STOP_CLIENT_S_MAX = 100.0
 STOP_NODE_S_MAX = 40.0
 
@@ -102,13 +99,16 @@ class Child:
         """Start it, and keep it running."""
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
+    def _stopped(self) -> bool:
+        return self._stopping
+
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
         pause = BACKOFF_FIRST_S
-        while not self._stopping:
+        while not self._stopped():
             started = loop.time()
             status = await self._run_once()
-            if self._stopping:
+            if self._stopped():
                 return
             if not self.ready.is_set():
                 self.failure = self._last_line or f"it ended with status {status}"
@@ -130,7 +130,7 @@ class Child:
             start_new_session=True,
         )
         assert process.stdout is not None and process.stderr is not None
-        if self._stopping:
+        if self._stopped():
             process.terminate()
         await asyncio.gather(self._listen(process.stdout), self._relay(process.stderr))
         return await process.wait()
@@ -265,7 +265,7 @@ class DevCluster:
 
     async def _prepare(self, connection: Connection, fresh: bool) -> None:
         """Wait until all nodes are registered; set replication, make the volume."""
-        from torus_actors.node import change_ring
+        from torus_actors.metadata.ring_changes import change_ring
 
         meta = connection.meta
         while True:

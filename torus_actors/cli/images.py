@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from torus_actors.cli.common import Settings
 from torus_actors.cli.full import full_client
-from torus_actors.cli.progress import progress_bar
+from torus_actors.cli.progress import Advance, progress_bar
 from torus_actors.cli.units import format_size
 from torus_actors.errors import Invalid, NotExist
 from torus_actors.node import Client
-from torus_actors.runtime import ActorHandle
+from torus_actors.runtime import ActorHandle, ObjectRef
 
 CHUNK = 2 << 20
 """Read or written at once: several blocks of the default size, so that they travel side by side."""
@@ -60,9 +59,9 @@ async def dump(settings: Settings, name: str, file: Path) -> int:
         return written
 
 
-async def _read_all(volume: ActorHandle, size: int):  # type: ignore[no-untyped-def]
+async def _read_all(volume: ActorHandle, size: int) -> AsyncIterator[tuple[int, bytes | None]]:
     """Offset and data of every chunk, in order; None for the data of a hole."""
-    waiting: list[tuple[int, asyncio.Future[bytes] | None]] = []
+    waiting: list[tuple[int, ObjectRef[bytes] | None]] = []
     for offset in range(0, size, CHUNK):
         length = min(CHUNK, size - offset)
         extents = await volume.extents.remote(offset, length)
@@ -114,8 +113,9 @@ async def _create_if_missing(settings: Settings, name: str, size: int) -> None:
             await connection.patiently(connection.meta.volume, name)
         except NotExist:
             if not size:
-                raise Invalid(f"the file is empty: a volume {name} of 0 bytes is not possible"
-                              ) from None
+                raise Invalid(
+                    f"the file is empty: a volume {name} of 0 bytes is not possible"
+                ) from None
             await connection.meta.create_volume(name, size)
 
 
@@ -126,11 +126,11 @@ class _Loader:
         self._volume = volume
         self._size = size
         self._name = name
-        self._writing: list[asyncio.Future[None]] = []
+        self._writing: list[ObjectRef[None]] = []
         self._hole_from = 0
         self._loaded = 0
 
-    async def load(self, fd: int, length: int | None, advance) -> int:  # type: ignore[no-untyped-def]
+    async def load(self, fd: int, length: int | None, advance: Advance) -> int:
         """Copy everything; returns the bytes of data."""
         for offset, data in _chunks(fd, length):
             if offset + len(data) > self._size:
@@ -152,9 +152,7 @@ class _Loader:
     async def _write(self, offset: int, data: bytes) -> None:
         if len(self._writing) >= IN_FLIGHT:
             await self._writing.pop(0)
-        self._writing.append(
-            self._volume.write.remote(offset, data, timeout_s=OPERATION_TIMEOUT_S)
-        )
+        self._writing.append(self._volume.write.remote(offset, data, timeout_s=OPERATION_TIMEOUT_S))
 
     async def _zero_until(self, end: int) -> None:
         """Make a hole of what lies between the last data and here, where it is none yet."""
@@ -166,9 +164,7 @@ class _Loader:
         self._writing.clear()
         extents = await self._volume.extents.remote(start, end - start, timeout_s=60.0)
         if any(data for _, data in extents):
-            await self._volume.zero.remote(
-                start, end - start, timeout_s=OPERATION_TIMEOUT_S
-            )
+            await self._volume.zero.remote(start, end - start, timeout_s=OPERATION_TIMEOUT_S)
 
 
 def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:

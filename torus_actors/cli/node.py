@@ -16,6 +16,7 @@ from torus_actors.cli.common import (
     NAMED_SIZE,
     SIZE,
     Group,
+    ParamType,
     Settings,
     run_main,
     version_option,
@@ -35,7 +36,7 @@ _PERCENT = re.compile(r"(\d{1,3})\s*%")
 WILDCARDS = ("0.0.0.0", "::", "*")
 
 
-class StoreSize(click.ParamType):
+class StoreSize(ParamType):
     """``10GiB``, or ``80%``."""
 
     name = "size"
@@ -101,7 +102,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 @click.option(
     "--size",
     type=StoreSize(),
-    help="Disk to take: 10GiB, or 80% of the free space. Default: what an existing store has; "
+    help="Disk to take: 10GiB, or 80% of what is free or taken by it. Default: what it has; "
     "for a new one 10GiB, or 80% of the free space if that is less.",
 )
 @click.option(
@@ -208,11 +209,14 @@ def store_size(directory: Path, size: int | float | None) -> int | None:
     while not present.exists():
         present = present.parent
     room = shutil.disk_usage(present).free
-    for store in existing:
-        if store.is_dir():
-            room += sum(file.stat().st_size for file in store.iterdir())
+    taken = sum(
+        file.stat().st_size for store in existing if store.is_dir() for file in store.iterdir()
+    )
     if size is not None:
-        return int(room * size)
+        # A share moves with whatever else is on the disk: a store grows with it, but is not made
+        # smaller, which might not be possible, on some later start.
+        wanted = int((room + taken) * size)
+        return wanted if wanted > taken else None
     return min(SIZE_DEFAULT, room * SHARE_DEFAULT_PERCENT // 100)
 
 

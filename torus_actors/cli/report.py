@@ -18,9 +18,7 @@ Row = dict[str, Any]
 async def cluster_report(connection: Connection) -> Row:
     """Everything ``torusctl status`` shows; each node is asked how it is."""
     gmd, ring = await connection.cluster()
-    registered: dict[str, PeerInfo] = {
-        info.peer_id: info for info in await connection.meta.peers()
-    }
+    registered: dict[str, PeerInfo] = {info.peer_id: info for info in await connection.meta.peers()}
     members = {peer.peer_id: peer for peer in ring.peers}
     ids = [*members, *(each for each in registered if each not in members)]
     rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
@@ -122,9 +120,11 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
             found.append(f"the store of node {name} is {row['level']}: add nodes or make room")
         moving = row.get("rebalance", {})
         if moving.get("failed"):
-            found.append(f"node {name} could not move {_blocks(moving['failed'])}, and tries again")
+            failed = _blocks(moving["failed"])
+            found.append(f"node {name} could not move {failed}, and tries again")
         if moving.get("waiting"):
-            found.append(f"{_blocks(moving['waiting'])} of node {name} wait for a node that is down")
+            waiting = _blocks(moving["waiting"])
+            found.append(f"{waiting} of node {name} wait for a node that is down")
     return found
 
 

@@ -22,7 +22,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is no size: write it as 10GiB, 512KiB, 4G or in bytes")
-    scale = 1024 ** _POWERS[match["unit"].lower()]
+    scale: int = 1024 ** _POWERS[match["unit"].lower()]
     whole, _, fraction = match["number"].partition(".")
     size = int(whole) * scale
     if fraction:
@@ -68,8 +68,11 @@ def parse_address(text: str) -> Address:
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
     bare = host.removeprefix("[").removesuffix("]")
     bracketed = host != bare
-    if not bare or not 0 < number <= PORT_MAX or set(bare) & set("/@?# ") or (
-        ":" in bare and not bracketed
+    if (
+        not bare
+        or not 0 < number <= PORT_MAX
+        or set(bare) & set("/@?# ")
+        or (":" in bare and not bracketed)
     ):
         raise ValueError(f"{text!r} is no HOST:PORT")
     # One spelling, so that a node knows its own address in a metadata URL.

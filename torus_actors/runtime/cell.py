@@ -221,7 +221,9 @@ class Cell:
         if self.state is State.STARTING:
             self.set_up(actor, error)  # start() ends it and raises
             return
-        if not isinstance(error, Killed):
+        if isinstance(error, GaveUp):
+            log.error("actor %s gave up: %s", self.name, error)
+        elif not isinstance(error, Killed):
             log.error(
                 "actor %s died: %s", self.name, "".join(traceback.format_exception(error)).rstrip()
             )
@@ -369,6 +371,10 @@ class Cell:
 
 class Killed(Exception):
     """Cause of death of an actor that was killed on request."""
+
+
+class GaveUp(Exception):
+    """Cause of death of a supervisor whose children died too often; each death has been logged."""
 
 
 def no_parent(cell: Cell, error: BaseException | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torus_actors.errors import Invalid
 from torus_actors.runtime.actor import LoopActor
-from torus_actors.runtime.cell import Cell, ChildSpec, Restart, State
+from torus_actors.runtime.cell import Cell, ChildSpec, GaveUp, Restart, State
 from torus_actors.runtime.messages import expose
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class SupervisorSpec:
     shutdown_s: float = 30.0
 
 
-class IntensityExceeded(Exception):
+class IntensityExceeded(GaveUp):
     """A supervisor gave up: its children died too often."""
 
 

@@ -53,21 +53,22 @@ RECORD, COPY, STATE, TABLE = 1, 2, 3, 4
 """Kinds of entry: a record; a record written again because its segment is to be reused; what is
 known of a volume; where the other segments end."""
 
-FIRST = 1
-"""Flag of a record: none of its epoch came before it."""
+FIRST, SEEN = 1, 2
+"""Flags. FIRST: of a record, none of its epoch came before it. SEEN: there were records of the
+epoch that the cut is in, so that the next one has to follow it."""
 
 
 class SegmentHeader(NamedTuple):
     """Head of a segment file.
 
     Attributes:
-        index: which of the segments.
+        segment: which of the segments.
         store_id: 16 random bytes, the same in all segments of a journal.
         generation: how often it was put to use.
         size: of the file, bytes.
     """
 
-    index: int
+    segment: int
     store_id: bytes
     generation: int
     size: int
@@ -88,7 +89,7 @@ class Entry(NamedTuple):
 
     Attributes:
         kind: RECORD, COPY, STATE or TABLE.
-        flags: FIRST or 0.
+        flags: FIRST, SEEN.
         volume: whose it is; 0 for a TABLE.
         epoch: of the record; of a STATE: the epoch promised.
         seq: of the record.
@@ -140,7 +141,7 @@ class Group(NamedTuple):
 class SegmentEnd(NamedTuple):
     """One line of a TABLE: a sealed segment, and where its last group ends."""
 
-    index: int
+    segment: int
     generation: int
     end: int
 
@@ -160,7 +161,7 @@ def pack_segment_header(header: SegmentHeader) -> bytes:
     body = _SEGMENT.pack(
         SEGMENT_MAGIC,
         FORMAT_VERSION,
-        header.index,
+        header.segment,
         header.store_id,
         header.generation,
         header.size,
@@ -302,7 +303,7 @@ def groups_of(data: Buffer, seed: int, generation: int) -> Iterator[Group]:
 
 def pack_table(ends: list[SegmentEnd]) -> bytes:
     """Payload of a TABLE."""
-    return b"".join([_TABLE.pack(e.index, 0, e.generation, e.end) for e in ends])
+    return b"".join([_TABLE.pack(e.segment, 0, e.generation, e.end) for e in ends])
 
 
 def parse_table(payload: Buffer) -> list[SegmentEnd]:

@@ -103,6 +103,7 @@ class Log:
         promised: no append below this epoch is taken.
         durable_promise: what of that is on the disk.
         cut: records up to here are no longer needed.
+        cut_seen: whether there were records of the epoch that it is in.
         durable_cut: what of that the newest entry that carries the volume's state says.
         dropped: number in the journal before which the volume's entries are void.
         anchor: segment of the entry that carries the volume's state; NOWHERE before the first.
@@ -119,6 +120,7 @@ class Log:
     promised: int = 0
     durable_promise: int = 0
     cut: Position = START
+    cut_seen: bool = False
     durable_cut: Position = START
     dropped: int = 0
     anchor: int = NOWHERE
@@ -141,6 +143,29 @@ class Log:
             return self.tail.seq + 1
         return None
 
+    def settled_tail(self) -> Position:
+        """What ``tail`` is when nothing is waiting."""
+        tails = [Position(epoch, run.last) for epoch, run in self.runs.items()]
+        if self.cut_seen:
+            tails.append(self.cut)
+        return max(tails, default=START)
+
+    def cut_to(self, position: Position) -> list[Stored]:
+        """Move the cut; returns the durable records that it took."""
+        gone: list[Stored] = []
+        self.cut = position
+        self.cut_seen = self.tail.epoch == position.epoch
+        if self.cut_seen:
+            self.tail = max(self.tail, position)
+        for epoch in [e for e in self.runs if e <= position.epoch]:
+            run = self.runs[epoch]
+            gone += run.cut(run.last if epoch < position.epoch else position.seq)
+            if not run.records:
+                del self.runs[epoch]
+        if self.lost_tail is not None and position.epoch > self.lost_tail:
+            self.lost_tail = None
+        return gone
+
     def live(self) -> Iterator[tuple[Position, Stored]]:
         """All durable records that are still needed."""
         for epoch, run in self.runs.items():
@@ -154,6 +179,19 @@ class Log:
         if run is None or not run.first <= at.seq <= run.last:
             return None
         return run.records[at.seq - run.first]
+
+    def add(self, at: Position, stored: Stored) -> None:
+        """Take in a durable record: the next one of its epoch."""
+        run = self.runs.get(at.epoch)
+        if run is None:
+            run = self.runs[at.epoch] = Run(at.seq, [])
+        assert at.seq == run.last + 1, (at, run.last)
+        run.records.append(stored)
+
+    def replace(self, at: Position, stored: Stored) -> None:
+        """A record has another place."""
+        run = self.runs[at.epoch]
+        run.records[at.seq - run.first] = stored
 
     def damaged(self) -> bool:
         """Whether a record that was here cannot be given."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from crc32c import crc32c
 
@@ -65,13 +66,27 @@ class Step(abc.ABC):
         """The disk calls."""
 
 
+class Placed(NamedTuple):
+    """A ticket in a group.
+
+    Attributes:
+        ticket: what is written.
+        offset: of its payload in the segment.
+        cut: of its volume, as the entry says it.
+    """
+
+    ticket: Ticket
+    offset: int
+    cut: Position
+
+
 class Commit(Step):
     """Write one group and make it durable.
 
     Args:
         segment: where to.
         buffers: the group, whole pages in all.
-        tickets: what is in it, each with the number of its entry.
+        placed: what is in it.
         offset: of the group.
         length: of the group.
     """
@@ -81,14 +96,14 @@ class Commit(Step):
         lock: threading.Lock,
         segment: Segment,
         buffers: Sequence[Buffer],
-        tickets: list[tuple[Ticket, int]],
+        placed: list[Placed],
         offset: int,
         length: int,
     ) -> None:
         super().__init__(lock)
         self.segment = segment
         self.buffers = buffers
-        self.tickets = tickets
+        self.placed = placed
         self.offset = offset
         self.length = length
 
@@ -136,7 +151,7 @@ class MakeSegment(Step):
     @property
     def path(self) -> str:
         """Name of the file until it is complete."""
-        return f"{segment_name(self.header.index)}.new"
+        return f"{segment_name(self.header.segment)}.new"
 
     def following(self) -> MakeSegment:
         """The next step."""
@@ -152,7 +167,7 @@ class MakeSegment(Step):
             self.file.pwrite(pack_segment_header(self.header), 0)
         self.file.fdatasync()
         if self.complete:
-            self.disk.rename(self.path, segment_name(self.header.index))
+            self.disk.rename(self.path, segment_name(self.header.segment))
             self.disk.fsync_dir()
 
 
@@ -205,7 +220,5 @@ def read_record(segment: Segment, stored: Stored) -> bytearray:
     except OSError as error:
         raise Corruption(f"{segment_name(segment.index)} cannot be read: {error}") from error
     if count != stored.length or crc32c(data) != stored.crc:
-        raise Corruption(
-            f"{segment_name(segment.index)}: the record at {stored.offset} is damaged"
-        )
+        raise Corruption(f"{segment_name(segment.index)}: the record at {stored.offset} is damaged")
     return data

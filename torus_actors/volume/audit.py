@@ -178,10 +178,8 @@ class Auditor:
         answers = await asyncio.gather(*[self._ask(member, packed) for member in members])
         found = dict(zip(members, answers, strict=True))
         for at, (ref, root) in enumerate(batch):
-            copies = {
-                member: answer[at] for member, answer in found.items() if answer is not None
-            }
-            self._count(ref, root, copies)
+            copies = {member: answer[at] for member, answer in found.items() if answer is not None}
+            self.count(ref, root, copies)
 
     async def _ask(self, member: str, packed: bytes) -> list[tuple[int, ...]] | None:
         """What a member has of them; None if it does not answer."""
@@ -195,13 +193,16 @@ class Auditor:
                 if len(records) != len(packed) // BLOCK_REF_SIZE:
                     raise BlockUnavailable(f"peer {member[:8]} answered for {len(records)} blocks")
                 return records
-            except (*TRANSIENT, NoPeer):
+            except TorusError as error:
+                if not isinstance(error, (*TRANSIENT, NoPeer)):
+                    raise
                 if attempt + 1 < ATTEMPTS:
                     await asyncio.sleep(RETRY_S)
         self._audit.silent.append(member)
         return None
 
-    def _count(self, ref: BlockRef, root: int | None, copies: dict[str, tuple[int, ...]]) -> None:
+    def count(self, ref: BlockRef, root: int | None, copies: dict[str, tuple[int, ...]]) -> None:
+        """Judge one block by what the members said: status and checksum root."""
         audit = self._audit
         ring = self._view.ring
         wanted = audit.wanted

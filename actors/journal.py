@@ -1,0 +1,263 @@
+"""The journal of a node: takes the records of volume sessions, and gives them back for replay.
+
+Messages in, from any node: ``append``, ``fence``, ``read_tail``, ``cut``, ``drop``, ``stats``; from
+this node also ``volumes``. Messages out: to ``journal_disk``, the thread that waits for the disk.
+What is stored, and what is under way, lives in `OpenJournal`, which outlives both actors: their
+death costs callers nothing, since all these messages may be done twice.
+
+All records that arrive while the disk is busy go out together, with one sync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+from torus_actors.errors import TRANSIENT, ActorNotFound, Corruption, OutcomeUnknown, TorusError
+from torus_actors.runtime import ActorSystem, BlockingActor, LoopActor, Reply, expose
+from torus_actors.storage.disk import Disk
+from torus_actors.storage.journal import JournalStore
+from torus_actors.storage.journal_index import Ticket
+from torus_actors.storage.journal_space import JournalLimits
+from torus_actors.storage.journal_steps import ReadRecords, Step
+
+log = logging.getLogger(__name__)
+
+STEP_TIMEOUT_S = 60.0
+"""One call of a worker. A step that takes longer is asked after again, and never given up: nobody
+could tell what became of it."""
+
+RETRY_PAUSE_S = 0.05
+
+READ_BYTES_MAX = 8 << 20
+"""Payload of one answer: as large as the largest record, and half of what a frame takes."""
+
+
+class JournalDisk(BlockingActor):
+    """The thread of the journal; does one step after the other."""
+
+    @expose(idempotent=True)
+    def run(self, step: Step) -> None:
+        """Do a step; it knows itself whether it was done already."""
+        try:
+            step.run()
+        except OSError as error:
+            raise Corruption(f"disk error: {error}") from error
+
+
+class OpenJournal:
+    """The open journal of a node, and what drives it.
+
+    Steps run in a task of their own, so that one whose caller died still ends in order.
+
+    Args:
+        system: whose ``journal_disk`` does the work.
+        store: the journal.
+    """
+
+    def __init__(self, system: ActorSystem, store: JournalStore) -> None:
+        self.system = system
+        self.store = store
+        self._driving = False
+
+    @classmethod
+    def open(
+        cls,
+        system: ActorSystem,
+        disk: Disk,
+        rng: random.Random,
+        limits: JournalLimits | None = None,
+    ) -> OpenJournal:
+        """Open or begin the journal in a directory; blocks, before the node does anything else."""
+        return cls(system, JournalStore.open(disk, limits=limits, rng=rng))
+
+    def submit(self, ticket: Ticket | None, waiter: Callable[[Exception | None], None]) -> None:
+        """See to it that a ticket is settled; ``waiter`` gets the outcome.
+
+        Args:
+            ticket: None where there is nothing to wait for.
+            waiter: called once, with None when it is durable.
+        """
+        if ticket is None:
+            waiter(None)
+            return
+        ticket.waiters.append(waiter)
+        self.kick()
+
+    def kick(self) -> None:
+        """Do what is to be done on the disk."""
+        if not self._driving:
+            self._driving = True
+            self._own(self._drive())
+
+    async def read(self, step: ReadRecords) -> None:
+        """Read located records; they are released whatever becomes of the one who waits."""
+        await asyncio.shield(self._own(self._read(step)))
+
+    async def _read(self, step: ReadRecords) -> None:
+        try:
+            if step.items:
+                await self._run(step)
+        finally:
+            self.store.release(step)
+            self.kick()
+
+    async def _drive(self) -> None:
+        store = self.store
+        try:
+            while (step := store.next_step()) is not None:
+                try:
+                    await self._run(step)
+                except TorusError as error:
+                    store.fail_step(step, error)
+                    if store.failure is not None:
+                        log.error("the journal %s", store.failure)
+                else:
+                    store.end_step(step)
+        finally:
+            self._driving = False
+
+    async def _run(self, step: Step) -> None:
+        """Have a worker do a step, however many of them it takes."""
+        while True:
+            try:
+                await self.system.actor("journal_disk").run.remote(step, timeout_s=STEP_TIMEOUT_S)
+                return
+            except ActorNotFound as error:
+                raise OutcomeUnknown(f"nobody writes to the disk: {error}") from error
+            except TRANSIENT as error:
+                log.warning("the journal's disk does not answer: %s", error)
+                await asyncio.sleep(RETRY_PAUSE_S)
+
+    def _own(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self.system.loop.create_task(coroutine)
+        self.system.background.add(task)
+        task.add_done_callback(self.system.background.discard)
+        return task
+
+    def close(self) -> None:
+        """Close the files; blocks."""
+        self.store.close()
+
+
+class JournalActor(LoopActor):
+    """See the module."""
+
+    def __init__(self, opened: OpenJournal) -> None:
+        super().__init__()
+        self._opened = opened
+        self._store = opened.store
+
+    @expose(remote=True, idempotent=True, deferred=True)
+    def append(self, reply: Any, volume: int, epoch: int, seq: int, *, payload: memoryview) -> None:
+        """Store a record; answered when it is durable, with the journal's identity.
+
+        Args:
+            reply: takes the identity: another one than before means that this journal was lost in
+                between, and all records that were in it.
+            volume: whose log.
+            epoch: the session's; a higher one than before fences those below.
+            seq: one more than the last of the epoch; any for its first record.
+            payload: the record; its buffer is the journal's until the answer.
+
+        Raises:
+            Fenced: a later session has begun.
+            Invalid: it leaves a gap, or is there with other content.
+            OutOfSpace, Overloaded: no room; nothing was done.
+            Corruption: records of this epoch were lost here.
+            Closed, OutcomeUnknown: the disk failed.
+        """
+        ticket = self._store.append(volume, epoch, seq, (payload,))
+        self._opened.submit(ticket, self._answer(reply))
+
+    @expose(remote=True, idempotent=True, deferred=True)
+    def fence(self, reply: Any, volume: int, epoch: int) -> None:
+        """Refuse all lower epochs from now on; answered when that is durable.
+
+        Args:
+            reply: takes a list: newest epoch that has records, number of the first that was not
+                cut, number of the last (all 0 if there are none), whether some were lost here, and
+                the journal's identity.
+            volume: whose log.
+            epoch: of the new session.
+
+        Raises:
+            Fenced: a higher epoch was promised.
+            Closed, OutcomeUnknown: the disk failed.
+        """
+        store = self._store
+
+        def settled(error: Exception | None) -> None:
+            if error is None:
+                reply.set([*store.fenced(volume), store.identity])
+            else:
+                reply.fail(error)
+
+        self._opened.submit(store.fence(volume, epoch), settled)
+
+    @expose(remote=True, idempotent=True)
+    async def read_tail(self, volume: int, epoch: int, from_seq: int, max_bytes: int) -> Reply:
+        """Read durable records, verified.
+
+        Args:
+            volume: whose log.
+            epoch: of the records.
+            from_seq: number of the first.
+            max_bytes: of payload; at least one record comes in any case.
+
+        Returns:
+            A list of [number, length] pairs, and the records as buffers in that order. An empty
+            list is the end of the log.
+
+        Raises:
+            NotExist: the record was cut.
+            Corruption: the record was lost or damaged here: ask another member.
+        """
+        first, step = self._store.locate(volume, epoch, from_seq, min(max_bytes, READ_BYTES_MAX))
+        await self._opened.read(step)
+        lengths = [[first + i, len(payload)] for i, payload in enumerate(step.payloads)]
+        return Reply(lengths, step.payloads or (b"",))
+
+    @expose(remote=True, idempotent=True)
+    def cut(self, volume: int, epoch: int, upto_seq: int) -> None:
+        """Forget records up to this one, and all of lower epochs; a crash may bring some back.
+
+        Raises:
+            Invalid: the epoch was never promised.
+        """
+        self._store.cut(volume, epoch, upto_seq)
+        self._opened.kick()
+
+    @expose(remote=True, idempotent=True, deferred=True)
+    def drop(self, reply: Any, volume: int) -> None:
+        """Forget a volume that was deleted; answered when that is durable."""
+        self._opened.submit(self._store.drop(volume), self._answer(reply))
+
+    @expose()
+    def volumes(self) -> list[int]:
+        """All volumes that have a log here."""
+        return self._store.volumes()
+
+    @expose(remote=True)
+    def stats(self) -> dict[str, Any]:
+        """Sizes, counts and health of the journal; see `JournalStats`."""
+        return {
+            "identity": self._store.identity,
+            "failure": self._store.failure or "",
+            **dataclasses.asdict(self._store.stats()),
+        }
+
+    def _answer(self, reply: Any) -> Callable[[Exception | None], None]:
+        identity = self._store.identity
+
+        def settled(error: Exception | None) -> None:
+            if error is None:
+                reply.set(identity)
+            else:
+                reply.fail(error)
+
+        return settled

@@ -1,0 +1,258 @@
+"""What must hold for the cluster as a whole, looked at from outside: by reading its memory.
+
+While a scenario runs: epochs, heads and rings only grow, and no block that a head or snapshot leads
+to is deleted unless another node has it. When its faults are over: every such block has all its
+copies, right to the last byte, on its owners; and nothing else is stored anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torus_actors.errors import TorusError
+from torus_actors.metadata import keys as table
+from torus_actors.metadata.keys import Keys
+from torus_actors.metadata.kv import Delete, DeletePrefix, Operation, Put
+from torus_actors.metadata.records import Epoch, Head, RingRecord, Snapshot
+from torus_actors.model import rings
+from torus_actors.model.blocksets import unmarshal_blockset
+from torus_actors.model.inode_tree_pages import ENTRY_SIZE
+from torus_actors.model.inode_tree_walk import PageNeeded, PageVisit
+from torus_actors.model.refs import BLOCK_REF_SIZE, ZERO_BLOCK, BlockRef, BlockType
+from torus_actors.scenarios.cluster import Cluster, Host
+from torus_actors.storage.store import BlockStore
+
+
+class Unreadable(Exception):
+    """A page of a committed tree cannot be read from any node that is up."""
+
+
+class Checker:
+    """Looks at a cluster.
+
+    Args:
+        cluster: which.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.deletions = 0
+        self._keys = Keys()
+        self._epochs: dict[str, int] = {}
+        self._heads: dict[str, Head] = {}
+        self._snapshots: dict[str, Head] = {}
+        self._ring_version = 0
+        self._pages: dict[BlockRef, bytes] = {}
+        self._reachable: dict[BlockRef, int] | None = None
+        cluster.store.watchers.append(self._on_change)
+        cluster.node_watchers.append(self._watch_node)
+
+    # -- while it runs -----------------------------------------------------------------------------
+
+    def _watch_node(self, host: Host) -> None:
+        """Look at what a node that has just started deletes."""
+        for store in host.tree.stores.stores:
+            self._watch_store(host, store)
+
+    def _watch_store(self, host: Host, store: Any) -> None:
+        delete = store.delete
+
+        def checked(refs: Iterable[BlockRef]) -> int:
+            refs = list(refs)
+            self._on_delete(host, refs)
+            count: int = delete(refs)
+            return count
+
+        store.delete = checked
+
+    def _on_delete(self, host: Host, refs: list[BlockRef]) -> None:
+        self.deletions += len(refs)
+        if not refs:
+            return
+        try:
+            reachable = self.reachable()
+        except Unreadable:
+            return  # with so many nodes down nothing can be said
+        for ref in refs:
+            if ref in reachable:
+                others = [h for h in self.cluster.nodes if h is not host and _stored(h, ref)]
+                if not others:
+                    self.cluster.fail(f"{host.name} deletes the last copy of {ref}, which is alive")
+
+    def _on_change(self, operation: Operation) -> None:
+        row = None
+        if isinstance(operation, (Put, Delete)):
+            row = self._keys.row_of(operation.key)
+        if isinstance(operation, DeletePrefix):
+            self._reachable = None
+            gone = [key for key in self._snapshots if key.startswith(operation.prefix)]
+            for key in gone:
+                del self._snapshots[key]
+        elif isinstance(operation, Delete):
+            if row in (table.HEAD, table.SNAPSHOT):
+                self._reachable = None
+                self._heads.pop(operation.key, None)
+                self._snapshots.pop(operation.key, None)
+        elif row is table.EPOCH:
+            epoch = Epoch.decode(operation.value).epoch
+            if epoch <= self._epochs.get(operation.key, -1):
+                self.cluster.fail(f"{operation.key} goes from {self._epochs} to {epoch}")
+            self._epochs[operation.key] = epoch
+        elif row is table.HEAD:
+            self._on_head(operation.key, Head.decode(operation.value))
+        elif row is table.SNAPSHOT:
+            snapshot = Snapshot.decode(operation.value)
+            self._reachable = None
+            if snapshot.head:
+                self._snapshots[operation.key] = Head.decode(snapshot.head)
+        elif row is table.RING:
+            version = RingRecord.decode(operation.value).version
+            if version <= self._ring_version:
+                self.cluster.fail(f"the ring goes from version {self._ring_version} to {version}")
+            self._ring_version = version
+
+    def _on_head(self, key: str, head: Head) -> None:
+        self._reachable = None
+        before = self._heads.get(key)
+        if before is not None and head.epoch < before.epoch:
+            self.cluster.fail(f"{key}: a head of epoch {head.epoch} after one of {before.epoch}")
+        self._heads[key] = head
+
+    # -- reachable blocks --------------------------------------------------------------------------
+
+    def reachable(self) -> dict[BlockRef, int]:
+        """Every block that a head or a snapshot leads to, with its root checksum.
+
+        Raises:
+            Unreadable: a page is on no node that is up.
+        """
+        if self._reachable is None:
+            found: dict[BlockRef, int] = {}
+            for head in [*self._heads.values(), *self._snapshots.values()]:
+                self._walk(head, found)
+            self._reachable = found
+        return self._reachable
+
+    def _walk(self, head: Head, found: dict[BlockRef, int]) -> None:
+        blockset = unmarshal_blockset(head.extra)
+        root = blockset.block_map.root
+        if root.ref == ZERO_BLOCK:
+            return
+        found[root.ref] = root.crc
+        walk = blockset.walk()
+        try:
+            step = next(walk)
+            while True:
+                if isinstance(step, PageVisit):
+                    packed = step.packed
+                    for at in range(0, len(packed), ENTRY_SIZE):
+                        ref = BlockRef(packed[at : at + BLOCK_REF_SIZE])
+                        crc = packed[at + BLOCK_REF_SIZE : at + ENTRY_SIZE]
+                        found[ref] = int.from_bytes(crc, "little")
+                    step = next(walk)
+                else:
+                    step = walk.send(self._page(step))
+        except StopIteration:
+            return
+
+    def _page(self, need: PageNeeded) -> bytes:
+        page = self._pages.get(need.ref)
+        if page is not None:
+            return page
+        for host in self.cluster.nodes:
+            if not host.up:
+                continue
+            try:
+                page = _store_of(host, need.ref).get(need.ref)
+            except (TorusError, OSError):
+                continue
+            self._pages[need.ref] = page
+            return page
+        raise Unreadable(f"page {need.ref}")
+
+    # -- in the end --------------------------------------------------------------------------------
+
+    async def lacking(self, deep: bool = True) -> list[str]:
+        """Copies that are missing or bad: of every reachable block, on each of its owners."""
+        ring = await self.cluster.ring()
+        by_id = {host.node_id: host for host in self.cluster.nodes if host.up}
+        try:
+            reachable = self.reachable()
+        except Unreadable as error:
+            return [str(error)]
+        lacking = []
+        for ref, root in reachable.items():
+            for owner in owners_of(ring, ref, self.cluster.shape.replication):
+                host = by_id.get(owner)
+                if host is None:
+                    lacking.append(f"{ref} on {owner[:8]}, which is not up")
+                elif problem := _problem(host, ref, root, deep):
+                    lacking.append(f"{ref} on {host.name}: {problem}")
+        return lacking
+
+    async def lost(self) -> list[str]:
+        """Reachable blocks without a single good copy on any node."""
+        try:
+            reachable = self.reachable()
+        except Unreadable as error:
+            return [str(error)]
+        hosts = [host for host in self.cluster.nodes if host.up]
+        return [
+            str(ref)
+            for ref, root in reachable.items()
+            if all(_problem(host, ref, root, True) for host in hosts)
+        ]
+
+    async def garbage(self) -> list[str]:
+        """Blocks that are stored and not reachable, or stored by a node that does not own them."""
+        ring = await self.cluster.ring()
+        try:
+            reachable = self.reachable()
+        except Unreadable as error:
+            return [str(error)]
+        found = []
+        for host in self.cluster.nodes:
+            if not host.up:
+                continue
+            for store in host.tree.stores.stores:
+                refs, _ = store.refs_from(0, 1 << 30)
+                for ref in refs:
+                    if ref not in reachable:
+                        found.append(f"{BlockRef(ref)} on {host.name} is garbage")
+                    elif host.node_id not in owners_of(ring, ref, self.cluster.shape.replication):
+                        found.append(f"{BlockRef(ref)} on {host.name} is not its own")
+        return found
+
+
+def owners_of(ring: rings.Ring, ref: BlockRef, inode_replication: int) -> list[str]:
+    """Who should hold a block."""
+    owners = list(ring.owners(ref))
+    if BlockRef(ref).block_type == BlockType.INODE and inode_replication > len(owners):
+        return list(ring.permutation(ref)[:inode_replication])
+    return owners
+
+
+def _store_of(host: Host, ref: BlockRef) -> BlockStore:
+    stores = host.tree.stores
+    store: BlockStore = stores.stores[stores.kind_of(BlockRef(ref))]
+    return store
+
+
+def _stored(host: Host, ref: BlockRef) -> bool:
+    """Whether a node has a block, or had it when it died."""
+    return host.tree is not None and host.tree.stores is not None and _store_of(host, ref).has(ref)
+
+
+def _problem(host: Host, ref: BlockRef, root: int, deep: bool) -> str:
+    store = _store_of(host, ref)
+    try:
+        if not store.has(ref):
+            return "missing"
+        if store.root_of(ref) != root:
+            return "other content"
+        if deep:
+            store.get(ref)
+    except (TorusError, OSError) as error:
+        return str(error)
+    return ""

@@ -1,0 +1,537 @@
+"""The faults: what happens to a simulated cluster, each from its beginning to its end.
+
+A fault is a coroutine that strikes once and returns when what it broke is whole again (or is to
+stay broken until the scenario ends). `FAULTS` is the table of all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+from collections.abc import Awaitable, Callable
+
+from torus_actors.model import rings
+from torus_actors.model.refs import BlockRef
+from torus_actors.metadata.ring_changes import change_ring
+from torus_actors.runtime.cell import State
+from torus_actors.scenarios.checks import Checker
+from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
+from torus_actors.scenarios.workload import Driver
+from torus_actors.storage.index import DATA_OFFSET, Layout
+from torus_actors.storage.mfile_open import DATA_PATH
+
+HEALED_S_MAX = 240.0
+"""A lost node's blocks are copied, or a changed ring is settled, within this time."""
+
+
+class Field:
+    """What the faults of one scenario share.
+
+    Args:
+        cluster: where they strike.
+        checker: tells when the cluster is whole again.
+        drivers: of the volumes.
+        rng: when, where and how long.
+        broken_max: nodes that may be broken at the same time.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        checker: Checker,
+        drivers: list[Driver],
+        rng: random.Random,
+        broken_max: int,
+    ) -> None:
+        self.cluster = cluster
+        self.checker = checker
+        self.drivers = drivers
+        self.rng = rng
+        self.broken_max = broken_max
+        self.broken: dict[str, Host] = {}
+        self.counts: dict[str, int] = {}
+        self.rotten: Host | None = None
+        self._changing = asyncio.Lock()
+
+    def say(self, text: str) -> None:
+        """Note it in the trace."""
+        self.cluster.say(text)
+
+    def victim(self) -> Host | None:
+        """A node to break now, or None if enough are broken. Give it back with `whole`."""
+        candidates = [h for h in self.cluster.members_up if h.name not in self.broken]
+        if self.rotten is not None and len(candidates) > 1:
+            candidates = [h for h in candidates if h is not self.rotten] or candidates
+        if not candidates or len(self.broken) >= self.broken_max:
+            return None
+        host = self.rng.choice(candidates)
+        self.broken[host.name] = host
+        return host
+
+    def whole(self, host: Host) -> None:
+        """The node is well again, as far as this fault goes."""
+        self.broken.pop(host.name, None)
+
+    async def settled(self) -> bool:
+        """Wait until all copies are there; whether they were in time."""
+        loop = self.cluster.loop
+        end = loop.time() + HEALED_S_MAX
+        while loop.time() < end:
+            await asyncio.sleep(1.0)
+            if not await self.checker.lacking(deep=False):
+                return True
+        return False
+
+
+async def crash_node(field: Field) -> None:
+    """A node dies: killed, or its power fails, maybe in the middle of a disk operation."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster, rng = field.cluster, field.rng
+    await _die(field, host)
+    await asyncio.sleep(rng.choice((0.05, 1.0, 4.0, 12.0)) * (0.5 + rng.random()))
+    cluster.power_on(host)
+    await cluster.start_node(host)
+    await asyncio.sleep(rng.uniform(0.5, 3.0))
+    field.whole(host)
+
+
+async def _die(field: Field, host: Host) -> None:
+    cluster, rng = field.cluster, field.rng
+    how = rng.choice(("kill", "power", "power in an operation"))
+    if how == "power in an operation":
+        host.cut_after = rng.randrange(12)
+        for _ in range(40):
+            await asyncio.sleep(0.05)
+            if not host.up:
+                return
+        host.cut_after = None
+    if how == "kill":
+        field.say(f"{host.name} is killed")
+        cluster.kill(host)
+    else:
+        field.say(f"{host.name} loses power")
+        cluster.power_off(host)
+
+
+async def lose_node(field: Field) -> None:
+    """A node is gone with its disk: taken out of the ring, and another joins."""
+    async with field._changing:
+        if field.broken or not await field.settled():
+            return
+        cluster = field.cluster
+        ring = await cluster.ring()
+        if len(ring.members) <= cluster.shape.replication:
+            return
+        host = field.victim()
+        if host is None:
+            return
+        peer = host.node_id
+        field.say(f"{host.name} burns down")
+        host.wanted = False
+        cluster.power_off(host)
+        host.disks.clear()
+        await asyncio.sleep(field.rng.uniform(0.0, 8.0))
+        field.say(f"{host.name} is taken out of the ring")
+        await change_ring(cluster.meta, _without(peer), field.rng)
+        await asyncio.sleep(field.rng.uniform(0.0, 3.0))
+        await cluster.start_node(cluster.add_host())
+        if not await field.settled():
+            lacking = await field.checker.lacking(deep=False)
+            cluster.fail(f"a lost node's blocks were not copied in time: {lacking[:3]}")
+        field.whole(host)
+
+
+def _without(peer: str) -> Callable[[rings.Ring], rings.Ring | None]:
+    return lambda ring: ring.without_peer(peer) if peer in ring.members else None
+
+
+async def restart_all(field: Field) -> None:
+    """Every node is stopped in order and started again, one after the other."""
+    for host in list(field.cluster.nodes):
+        if not host.up or host.name in field.broken or len(field.broken) >= field.broken_max:
+            continue
+        field.broken[host.name] = host
+        field.say(f"{host.name} is restarted")
+        await field.cluster.stop(host)
+        await asyncio.sleep(field.rng.uniform(0.1, 2.0))
+        await field.cluster.start_node(host)
+        field.whole(host)
+        await asyncio.sleep(field.rng.uniform(0.5, 2.0))
+
+
+async def cut_client(field: Field) -> None:
+    """A client is cut off: from the metadata, or from everything; another one takes over."""
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    cluster, rng = field.cluster, field.rng
+    if not host.up or host.process is None:
+        return
+    driver.expendable.add(host.process.name)
+    targets = [META_ADDRESS]
+    if rng.random() < 0.5:
+        targets += [node.address for node in cluster.nodes]
+    field.say(f"{host.name} is cut off from {len(targets)} hosts")
+    with _Cut(cluster, [(host.address, t) for t in targets] + [(t, host.address) for t in targets]):
+        others = [h for h in driver.hosts if h is not host]
+        if others and rng.random() < 0.8:
+            driver.move(rng.choice(others))
+        await asyncio.sleep(rng.choice((1.0, 8.0, 15.0)) * (0.5 + rng.random()))
+    field.say(f"{host.name} is back")
+
+
+async def cut_peers(field: Field) -> None:
+    """Some nodes cannot reach some others, or one node nobody."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster, rng = field.cluster, field.rng
+    others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
+    if rng.random() < 0.5:
+        others = rng.sample(others, rng.randint(1, len(others)))
+    field.say(f"{host.name} is cut off from {len(others)} hosts")
+    ways = [(host.address, o) for o in others] + [(o, host.address) for o in others]
+    with _Cut(cluster, ways):
+        await asyncio.sleep(rng.choice((0.5, 2.0, 10.0)) * (0.5 + rng.random()))
+    field.say(f"{host.name} is back")
+    await asyncio.sleep(2.0)
+    field.whole(host)
+
+
+async def cut_one_way(field: Field) -> None:
+    """What a node sends, or what is sent to it, does not arrive."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster, rng = field.cluster, field.rng
+    others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
+    outward = rng.random() < 0.5
+    field.say(f"{host.name} can{'not be heard' if outward else ' hear nobody'}")
+    ways = [(host.address, o) if outward else (o, host.address) for o in others]
+    with _Cut(cluster, ways):
+        await asyncio.sleep(rng.choice((0.5, 2.0, 10.0)) * (0.5 + rng.random()))
+    field.say(f"{host.name} is back")
+    await asyncio.sleep(2.0)
+    field.whole(host)
+
+
+class _Cut:
+    """Ways that are blocked while it lasts."""
+
+    def __init__(self, cluster: Cluster, ways: list[tuple[str, str]]) -> None:
+        self._network = cluster.network
+        self._ways = ways
+
+    def __enter__(self) -> None:
+        for way in self._ways:
+            self._network.block(*way)
+
+    def __exit__(self, *_: object) -> None:
+        for way in self._ways:
+            self._network.unblock(*way)
+
+
+async def freeze_client(field: Field) -> None:
+    """A client stands still for longer than its lease, another opens its volume, it wakes up."""
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    process = host.process
+    driver.expendable.add(process.name)
+    field.say(f"{process.name} is frozen")
+    process.pause()
+    others = [h for h in driver.hosts if h is not host]
+    if others:
+        driver.move(field.rng.choice(others))
+    await asyncio.sleep(field.cluster.shape.lease_ttl_s * field.rng.uniform(0.2, 3.0))
+    if process.alive:
+        field.say(f"{process.name} wakes up")
+        process.resume()
+
+
+async def freeze_node(field: Field) -> None:
+    """A node stands still for a while."""
+    host = field.victim()
+    if host is None:
+        return
+    process = host.process
+    assert process is not None
+    field.say(f"{process.name} is frozen")
+    process.pause()
+    await asyncio.sleep(field.rng.choice((0.3, 2.0, 10.0)) * (0.5 + field.rng.random()))
+    field.say(f"{process.name} wakes up")
+    process.resume()
+    await asyncio.sleep(1.0)
+    field.whole(host)
+
+
+async def crash_client(field: Field) -> None:
+    """A client is killed, and started again there or elsewhere."""
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    driver.expendable.add(host.process.name)
+    field.say(f"{host.process.name} is killed")
+    field.cluster.kill(host)
+    if field.rng.random() < 0.5:
+        driver.move(field.rng.choice(driver.hosts))
+    await asyncio.sleep(field.rng.uniform(1.0, 5.0))
+
+
+async def second_client(field: Field) -> None:
+    """Another client opens a volume that is in use; it gets it when the first has let go."""
+    driver = field.rng.choice(field.drivers)
+    others = [h for h in driver.hosts if h is not driver.host]
+    if not others:
+        return
+    first, second = driver.host, field.rng.choice(others)
+    if not first.up or first.process is None:
+        return
+    process = first.process
+    driver.expendable.add(process.name)
+    field.say(f"{second.name} wants {driver.name}, which {process.name} has")
+    driver.move(second)
+    await asyncio.sleep(field.rng.uniform(0.5, 5.0))
+    how = field.rng.choice(("metadata", "kill", "freeze"))
+    field.say(f"{process.name}: {how}")
+    if how == "kill":
+        field.cluster.kill(first)
+        return
+    if how == "freeze":
+        process.pause()
+        await asyncio.sleep(field.rng.uniform(5.0, 15.0))
+        process.resume()
+        return
+    ways = [(first.address, META_ADDRESS), (META_ADDRESS, first.address)]
+    with _Cut(field.cluster, ways):
+        await asyncio.sleep(field.rng.uniform(5.0, 20.0))
+
+
+async def metadata_out(field: Field) -> None:
+    """The metadata cannot be reached for a while."""
+    cluster, rng = field.cluster, field.rng
+    pause = rng.choice((1.0, 5.0, 15.0)) * (0.5 + rng.random())
+    how = rng.choice(("killed", "cut off", "frozen"))
+    field.say(f"the metadata is {how} for {pause:.1f} s")
+    host = cluster.meta_host
+    if how == "killed":
+        cluster.kill(host)
+        await asyncio.sleep(pause)
+        await cluster.start_meta()
+    elif how == "frozen":
+        process = host.process
+        assert process is not None
+        process.pause()
+        await asyncio.sleep(pause)
+        process.resume()
+    else:
+        others = [h.address for h in [*cluster.nodes, *cluster.clients]]
+        ways = [(META_ADDRESS, o) for o in others] + [(o, META_ADDRESS) for o in others]
+        with _Cut(cluster, ways):
+            await asyncio.sleep(pause)
+    field.say("the metadata is back")
+    await asyncio.sleep(2.0)
+
+
+async def wipe_leases(field: Field) -> None:
+    """All leases are gone at once, as after an etcd that lost its lease timers."""
+    store = field.cluster.store
+    leases = sorted({item.lease for item in (await store.range(""))[0] if item.lease})
+    field.say(f"{len(leases)} leases end at once")
+    for lease in leases:
+        await store.lease_revoke(lease)
+    await asyncio.sleep(1.0)
+
+
+async def rot(field: Field) -> None:
+    """A byte of a stored block changes, always on the same node: one copy at most is bad."""
+    cluster, rng = field.cluster, field.rng
+    if field.rotten is None:
+        field.rotten = rng.choice(cluster.nodes)
+    host = field.rotten
+    if not host.up:
+        return
+    store = host.tree.stores.stores[0]
+    refs, _ = store.refs_from(0, 1 << 20)
+    if not refs:
+        return
+    ref = BlockRef(rng.choice(refs))
+    location = store.locate(ref)
+    layout = Layout(store.block_size)
+    at = DATA_OFFSET + location.slot * layout.slot_size + rng.randrange(location.length)
+    field.say(f"a byte of {ref} rots on {host.name}")
+    host.disks[f"/{host.name}/blocks"].rot(DATA_PATH, at)
+
+
+async def disk_errors(field: Field) -> None:
+    """A few operations of one node's disk fail."""
+    host = field.victim()
+    if host is None:
+        return
+    rng = field.rng
+    disk = host.disks[f"/{host.name}/blocks"]
+    kind = rng.choice(("read", "write"))
+    field.say(f"the disk of {host.name} fails to {kind}")
+    disk.inject(kind, errno.EIO, times=rng.randint(1, 5))
+    await asyncio.sleep(rng.uniform(1.0, 5.0))
+    disk.heal()
+    field.whole(host)
+
+
+async def disk_full(field: Field) -> None:
+    """Writes to one node's disk find no room for a while."""
+    host = field.victim()
+    if host is None:
+        return
+    disk = host.disks[f"/{host.name}/blocks"]
+    field.say(f"the disk of {host.name} is full")
+    disk.inject("write", errno.ENOSPC, path=DATA_PATH, times=1 << 30)
+    await asyncio.sleep(field.rng.uniform(0.5, 6.0))
+    disk.heal()
+    field.whole(host)
+
+
+async def slow_disk(field: Field) -> None:
+    """One node's disk is slow for a while."""
+    host = field.victim()
+    if host is None:
+        return
+    host.disk_factor = field.rng.choice((10.0, 100.0, 1000.0))
+    field.say(f"the disk of {host.name} is {host.disk_factor:g} times slower")
+    await asyncio.sleep(field.rng.uniform(1.0, 10.0))
+    host.disk_factor = 1.0
+    field.whole(host)
+
+
+async def power_cut(field: Field) -> None:
+    """All hosts lose power at once, in the middle of whatever they do; then all come back."""
+    cluster = field.cluster
+    field.say("the power fails")
+    everybody = [*cluster.nodes, *cluster.clients]
+    for driver in field.drivers:
+        if driver.host.process is not None:
+            driver.expendable.add(driver.host.process.name)
+    wanted = [host for host in cluster.nodes if host.wanted]
+    for host in everybody:
+        cluster.power_off(host)
+    await asyncio.sleep(field.rng.uniform(0.5, 5.0))
+    field.say("the power is back")
+    for host in everybody:
+        cluster.power_on(host)
+    await asyncio.gather(*[cluster.start_node(host) for host in wanted])
+    await asyncio.sleep(field.rng.uniform(2.0, 5.0))
+
+
+async def reset_connections(field: Field) -> None:
+    """Some connections break."""
+    connections = list(field.cluster.network.connections)
+    count = min(len(connections), field.rng.randint(1, 5))
+    field.say(f"{count} of {len(connections)} connections break")
+    for connection in field.rng.sample(connections, count):
+        field.cluster.network.reset(connection)
+
+
+async def slow_network(field: Field) -> None:
+    """All that one host sends or gets takes longer, by a random time each."""
+    cluster, rng = field.cluster, field.rng
+    host = rng.choice([*cluster.nodes, *cluster.clients])
+    extra = rng.choice((0.002, 0.02, 0.2))
+    others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
+    field.say(f"packets of {host.name} take up to {extra * 1000:g} ms more")
+    ways = [(host.address, o) for o in others] + [(o, host.address) for o in others]
+    for way in ways:
+        cluster.network.slow(*way, extra)
+    await asyncio.sleep(rng.uniform(1.0, 8.0))
+    for way in ways:
+        cluster.network.slow(*way, 0)
+
+
+async def change_members(field: Field) -> None:
+    """A node joins, or one leaves the ring in order, while clients are at work."""
+    async with field._changing:
+        cluster, rng = field.cluster, field.rng
+        ring = await cluster.ring()
+        if len(ring.members) > cluster.shape.replication + 1 and rng.random() < 0.5:
+            host = rng.choice([h for h in cluster.members_up if h.node_id in ring.members])
+            field.say(f"{host.name} is taken out of the ring")
+            await change_ring(cluster.meta, _without(host.node_id), rng)
+        else:
+            host = cluster.add_host()
+            field.say(f"{host.name} joins")
+            await cluster.start_node(host)
+        await asyncio.sleep(rng.uniform(0.0, 10.0))
+
+
+async def change_replication(field: Field) -> None:
+    """Another number of copies is wanted."""
+    async with field._changing:
+        cluster, rng = field.cluster, field.rng
+        ring = await cluster.ring()
+        # Never fewer than the cluster was made with: the faults count on them.
+        least = cluster.shape.replication
+        wanted = rng.choice([n for n in (least, least + 1) if n != ring.replication])
+        field.say(f"{wanted} copies are wanted")
+        await change_ring(
+            cluster.meta,
+            lambda r: r.with_replication(wanted) if r.replication != wanted else None,
+            rng,
+        )
+        await asyncio.sleep(rng.uniform(1.0, 10.0))
+
+
+async def kill_actor(field: Field) -> None:
+    """An actor anywhere dies; its supervisor sees to the rest."""
+    cluster, rng = field.cluster, field.rng
+    hosts = [h for h in [*cluster.nodes, *cluster.clients] if h.up]
+    host = rng.choice(hosts)
+    cells = host.tree.system.cells
+    names = [n for n, c in cells.items() if c.state is State.RUNNING and n not in ("node",)]
+    if names and host.process is not None:
+        name = rng.choice(names)
+        field.say(f"actor {name} of {host.name} dies")
+        host.process.context.copy().run(cells[name].kill)
+    await asyncio.sleep(0.3)
+
+
+async def collect_now(field: Field) -> None:
+    """All collectors are told to look for garbage now."""
+    for host in field.cluster.members_up:
+        field.cluster.run_on(host, _start_pass(host))
+    await asyncio.sleep(0.1)
+
+
+async def _start_pass(host: Host) -> None:
+    host.tree.system.actor("collector").start_pass.tell()
+
+
+Fault = Callable[[Field], Awaitable[None]]
+
+FAULTS: dict[str, Fault] = {
+    "crash_node": crash_node,
+    "lose_node": lose_node,
+    "restart_all": restart_all,
+    "cut_client": cut_client,
+    "cut_peers": cut_peers,
+    "cut_one_way": cut_one_way,
+    "freeze_client": freeze_client,
+    "freeze_node": freeze_node,
+    "crash_client": crash_client,
+    "second_client": second_client,
+    "metadata_out": metadata_out,
+    "wipe_leases": wipe_leases,
+    "rot": rot,
+    "disk_errors": disk_errors,
+    "disk_full": disk_full,
+    "slow_disk": slow_disk,
+    "power_cut": power_cut,
+    "reset_connections": reset_connections,
+    "slow_network": slow_network,
+    "change_members": change_members,
+    "change_replication": change_replication,
+    "kill_actor": kill_actor,
+    "collect_now": collect_now,
+}

@@ -1,0 +1,293 @@
+"""One simulated run of one scenario with one seed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from torus_actors.scenarios.checks import Checker
+from torus_actors.scenarios.cluster import Cluster, Host
+from torus_actors.scenarios.faults import FAULTS, Field
+from torus_actors.scenarios.oracle import VolumeOracle
+from torus_actors.scenarios.simloop import SimLoop, Stuck, current_process
+from torus_actors.scenarios.spec import KNOBS, Drawn, Scenario, draw
+from torus_actors.scenarios.trace import Trace
+from torus_actors.scenarios.workload import Driver
+
+CONVERGE_S_MAX = 300.0
+"""All copies are there, and all garbage is gone, so long after the last fault at the latest."""
+
+LAST_SESSION_S_MAX = 400.0
+
+NOT_OUR_BUG = ("was never retrieved",)
+"""What asyncio reports of futures whose error nobody fetched: no defect by itself."""
+
+
+@dataclass(slots=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        failures: what must not happen and did; none is success.
+        digest: equal for two runs of a seed.
+        virtual_s, wall_s: how long it took, inside and outside.
+        lines: the last lines of the trace.
+    """
+
+    scenario: str
+    seed: int
+    failures: list[str] = field(default_factory=list)
+    digest: str = ""
+    virtual_s: float = 0.0
+    wall_s: float = 0.0
+    operations: int = 0
+    flushes: int = 0
+    errors: int = 0
+    sessions: int = 0
+    deletions: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    drawn: Drawn | None = None
+
+    @property
+    def replay(self) -> str:
+        """The command that does it again."""
+        return f"python -m torus_actors.scenarios run {self.scenario} --seed {self.seed}"
+
+
+def run(scenario: Scenario, seed: int, trace_file: TextIO | None = None) -> Result:
+    """Run a scenario with a seed, in virtual time."""
+    drawn = draw(scenario, seed)
+    result = Result(scenario.name, seed, drawn=drawn)
+    trace = Trace(trace_file)
+    loop = SimLoop()
+    began, wall = loop.time(), time.process_time()
+    play = _Play(loop, scenario, seed, drawn, trace, result)
+    with _knobs({**KNOBS, **scenario.knobs}), _logs_into(play.cluster):
+        try:
+            loop.run_until_complete(play.all())
+        except Stuck as error:
+            play.cluster.fail(str(error))
+        finally:
+            virtual_s = loop.time() - began
+            for context in loop.errors:
+                if not any(known in str(context["message"]) for known in NOT_OUR_BUG):
+                    error = context.get("exception")
+                    play.cluster.fail(f"{context['message']}: {error!r}")
+            play.finish()
+            loop.close()
+    result.failures = play.cluster.failures
+    result.digest = trace.digest
+    result.virtual_s = virtual_s
+    result.wall_s = time.process_time() - wall
+    result.lines = list(trace.lines)
+    return result
+
+
+class _Play:
+    """The acts of one run."""
+
+    def __init__(
+        self,
+        loop: SimLoop,
+        scenario: Scenario,
+        seed: int,
+        drawn: Drawn,
+        trace: Trace,
+        result: Result,
+    ) -> None:
+        self.loop = loop
+        self.scenario = scenario
+        self.drawn = drawn
+        self.result = result
+        self.cluster = cluster = Cluster(loop, seed, drawn.shape, trace)
+        self.checker = Checker(cluster)
+        self.oracles = [
+            VolumeOracle(number, size, cluster.fail)
+            for number, size in enumerate(drawn.shape.volume_bytes)
+        ]
+        self.drivers = [
+            Driver(
+                cluster,
+                oracle,
+                f"v{oracle.number}",
+                _turned(cluster.clients, oracle.number),
+                drawn.workload,
+                cluster.rng(f"workload{oracle.number}"),
+                scenario.errors_allowed,
+            )
+            for oracle in self.oracles
+        ]
+        self.field = Field(
+            cluster, self.checker, self.drivers, cluster.rng("faults"), drawn.broken_max
+        )
+
+    async def all(self) -> None:
+        """The whole play."""
+        cluster, loop = self.cluster, self.loop
+        await cluster.start()
+        work = [loop.create_task(driver.run()) for driver in self.drivers]
+        await asyncio.sleep(self.scenario.calm_s)
+        await self._faults()
+        await self._heal()
+        # Faults are over: everything must get to work again, and then come to rest.
+        await asyncio.sleep(3.0)
+        for driver in self.drivers:
+            driver.stopping = True
+        _, pending = await asyncio.wait(work, timeout=LAST_SESSION_S_MAX)
+        if pending:
+            for driver, task in zip(self.drivers, work, strict=True):
+                if task in pending:
+                    cluster.fail(f"the workload of {driver.name} did not come to its end")
+            return
+        for task in work:
+            task.result()
+        await self._last_look()
+        await self._converge()
+
+    async def _faults(self) -> None:
+        end = self.loop.time() + self.drawn.duration_s
+        tasks = [
+            self.loop.create_task(self._strike(kind, every_s, end))
+            for kind, every_s in self.drawn.faults.items()
+        ]
+        await asyncio.sleep(self.drawn.duration_s)
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
+            task.result()
+
+    async def _strike(self, kind: str, every_s: float, end: float) -> None:
+        rng: random.Random = self.cluster.rng(f"fault/{kind}")
+        fault = FAULTS[kind]
+        while True:
+            pause = min(rng.expovariate(1 / every_s), 4 * every_s)
+            if self.loop.time() + pause >= end:
+                return
+            await asyncio.sleep(pause)
+            self.result.counts[kind] = self.result.counts.get(kind, 0) + 1
+            await fault(self.field)
+
+    async def _heal(self) -> None:
+        """End all faults that are still on."""
+        cluster = self.cluster
+        cluster.say("no more faults")
+        cluster.network.heal()
+        hosts: list[Host] = [cluster.meta_host, *cluster.nodes, *cluster.clients]
+        for host in hosts:
+            host.disk_factor = 1.0
+            host.cut_after = None
+            for disk in host.disks.values():
+                disk.heal()
+            cluster.power_on(host)
+            if host.process is not None:
+                host.process.resume()
+        for host in cluster.nodes:
+            if host.wanted and not host.up:
+                await cluster.start_node(host)
+
+    async def _last_look(self) -> None:
+        """A client that has cached nothing reads all volumes, twice, with a write in between."""
+        cluster = self.cluster
+        for host in cluster.clients:
+            cluster.kill(host)
+        host = cluster.clients[0]
+        for _ in range(2):
+            if await cluster.start_client(host) is None:
+                cluster.fail("the last client did not start")
+                return
+            for driver in self.drivers:
+                driver.host = host
+                task = cluster.run_on(host, driver.last_session(host))
+                await cluster.finish(host, task, LAST_SESSION_S_MAX)
+            await cluster.stop(host)
+
+    async def _converge(self) -> None:
+        """All copies are made, and all garbage goes."""
+        loop, scenario, checker = self.loop, self.scenario, self.checker
+        end = loop.time() + CONVERGE_S_MAX
+        lacking: list[str] = []
+        garbage: list[str] = []
+        while loop.time() < end:
+            await asyncio.sleep(2.0)
+            lacking = await (checker.lacking() if scenario.all_copies else checker.lost())
+            garbage = await checker.garbage() if scenario.no_garbage else []
+            if not lacking and not garbage:
+                return
+        if lacking:
+            self.cluster.fail(f"{len(lacking)} copies lack in the end: {'; '.join(lacking[:3])}")
+        if garbage:
+            self.cluster.fail(f"{len(garbage)} blocks too many: {'; '.join(garbage[:3])}")
+
+    def finish(self) -> None:
+        """Count."""
+        result = self.result
+        for driver in self.drivers:
+            result.operations += driver.operations
+            result.flushes += driver.flushes
+            result.errors += driver.errors
+            result.sessions += driver.sessions
+        result.deletions = self.checker.deletions
+
+
+def _turned(hosts: list[Host], by: int) -> list[Host]:
+    by %= len(hosts)
+    return hosts[by:] + hosts[:by]
+
+
+@contextlib.contextmanager
+def _knobs(values: dict[str, Any]) -> Iterator[None]:
+    """Set module constants, and set them back."""
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for path, value in values.items():
+            module_name, _, name = path.rpartition(".")
+            module = importlib.import_module(module_name)
+            before.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in reversed(before):
+            setattr(module, name, value)
+
+
+class _LogHandler(logging.Handler):
+    """Puts what the program logs into the trace; an actor that dies of a bug is a failure."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(logging.WARNING)
+        self._cluster = cluster
+
+    def emit(self, record: logging.LogRecord) -> None:
+        process = current_process()
+        if process is not None and not process.alive:
+            return  # the last breath of a process that has just been cut off
+        text = record.getMessage()
+        who = process.name if process is not None else "driver"
+        self._cluster.say(f"{who} [{record.levelname.lower()}] {text}")
+        bug = record.exc_info or "died" in text.split(":")[0]
+        if record.levelno >= logging.ERROR and bug:
+            self._cluster.fail(f"{who}: {text}")
+
+
+@contextlib.contextmanager
+def _logs_into(cluster: Cluster) -> Iterator[None]:
+    logger = logging.getLogger("torus_actors")
+    handler = _LogHandler(cluster)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

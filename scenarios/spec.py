@@ -1,0 +1,308 @@
+"""Scenarios as data: the shape of the cluster, what clients do, what goes wrong, what must hold.
+
+Ranges are ``(least, most)``; each run draws from them by its seed. To add a scenario, add an entry
+to `SCENARIOS`; to add a fault, write it in ``faults.py``.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from torus_actors.scenarios.cluster import Shape
+from torus_actors.scenarios.workload import Workload
+
+Range = tuple[float, float]
+
+KNOBS: dict[str, Any] = {
+    "torus_actors.actors.block_store.INODE_ROOM_MIN": 32 << 20,
+}
+"""Constants that are set for every run: what makes a cluster small enough to be simulated, and
+large enough for the load of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One kind of trouble.
+
+    Attributes:
+        name: for the command line.
+        why: which promise it is about.
+        faults: by name, the mean seconds between two of a kind.
+        nodes, replication, volumes, clients: how many.
+        volume_bytes, store_bytes: sizes.
+        duration_s: how long faults strike; virtual.
+        calm_s: before the first fault.
+        workload: what is done to each volume.
+        errors_allowed: whether clients that no fault hit may see an operation fail.
+        broken_max: nodes broken at a time; None is one fewer than there are copies.
+        all_copies: whether in the end every copy must be there and right. Not where copies rot
+            that nobody reads.
+        no_garbage: whether in the end nothing else may be stored.
+        knobs: further constants to set, by dotted name.
+    """
+
+    name: str
+    why: str
+    faults: dict[str, Range] = field(default_factory=dict)
+    nodes: Range = (3, 5)
+    replication: Range = (2, 2)
+    volumes: Range = (1, 2)
+    clients: Range = (1, 1)
+    volume_bytes: Range = (256 << 10, 2 << 20)
+    store_bytes: Range = (64 << 20, 64 << 20)
+    duration_s: Range = (15, 30)
+    calm_s: float = 1.0
+    workload: Workload = field(default_factory=Workload)
+    errors_allowed: bool = False
+    broken_max: int | None = None
+    all_copies: bool = True
+    no_garbage: bool = True
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a seed made of a scenario."""
+
+    shape: Shape
+    duration_s: float
+    faults: dict[str, float]
+    workload: Workload
+    broken_max: int
+
+    def describe(self) -> str:
+        """In a few lines, for the start of a report."""
+        shape, load = self.shape, self.workload
+        sizes = ", ".join(f"{size >> 10} KiB" for size in shape.volume_bytes)
+        lines = [
+            f"{shape.nodes} nodes of {shape.store_bytes >> 10} KiB, {shape.replication} copies, "
+            f"blocks of {shape.block_size >> 10} KiB, {shape.clients} client hosts, "
+            f"volumes of {sizes}",
+            f"{load.workers} workers a volume, a pause of {load.pause_s * 1000:.0f} ms, caches "
+            f"{shape.write_cache_bytes >> 10}/{shape.read_cache_bytes >> 10} KiB, "
+            f"{shape.miss_percent} % cold reads, {self.duration_s:.0f} s of faults",
+        ]
+        if self.faults:
+            kinds = ", ".join(f"{kind} every {s:.1f} s" for kind, s in self.faults.items())
+            lines.append(f"faults (at most {self.broken_max} nodes broken at once): {kinds}")
+        return "\n".join(lines)
+
+
+def draw(scenario: Scenario, seed: int) -> Drawn:
+    """What the seed makes of the scenario."""
+    rng = random.Random(f"{seed}/{scenario.name}/draw")
+
+    def count(bounds: Range) -> int:
+        return rng.randint(int(bounds[0]), int(bounds[1]))
+
+    replication = count(scenario.replication)
+    block_size = rng.choice((8 << 10, 16 << 10, 32 << 10))
+    volumes = []
+    for _ in range(count(scenario.volumes)):
+        size = rng.uniform(*scenario.volume_bytes)
+        whole = int(size) // block_size * block_size
+        # Not every volume ends with a whole block.
+        volumes.append(whole + rng.choice((0, 0, 512, 4096 + 512)))
+    shape = Shape(
+        nodes=max(count(scenario.nodes), replication + 1),
+        clients=count(scenario.clients),
+        replication=replication,
+        block_size=block_size,
+        store_bytes=count(scenario.store_bytes),
+        volume_bytes=tuple(volumes),
+        write_cache_bytes=rng.choice((64 << 10, 256 << 10, 1 << 20)),
+        read_cache_bytes=rng.choice((0, 64 << 10, 1 << 20)),
+        miss_percent=rng.choice((0, 20, 80)),
+    )
+    load = scenario.workload
+    workload = Workload(
+        workers=rng.randint(1, 2 * load.workers),
+        write=load.write * rng.uniform(0.5, 2.0),
+        read=load.read * rng.uniform(0.5, 2.0),
+        trim=load.trim * rng.uniform(0.0, 2.0),
+        flush=load.flush * rng.uniform(0.2, 2.0),
+        pause_s=load.pause_s * rng.choice((0.3, 1.0, 4.0)),
+        whole_blocks=rng.choice((0.0, load.whole_blocks, 0.8)),
+        bytes_max=load.bytes_max,
+        hot_share=load.hot_share,
+        span=load.span,
+    )
+    faults = {kind: rng.uniform(*bounds) for kind, bounds in scenario.faults.items()}
+    broken_max = replication - 1 if scenario.broken_max is None else scenario.broken_max
+    return Drawn(shape, rng.uniform(*scenario.duration_s), faults, workload, broken_max)
+
+
+_LIST = (
+    Scenario(
+        "calm",
+        "With nothing wrong, what was written is read, and nothing is left over",
+    ),
+    Scenario(
+        "node_crash",
+        "A node that is killed or loses power costs no client an error, and no data",
+        {"crash_node": (2, 8)},
+    ),
+    Scenario(
+        "node_lost",
+        "A node that is gone for good is replaced; its blocks are copied from the others",
+        {"lose_node": (4, 8)},
+        nodes=(4, 5),
+        duration_s=(25, 40),
+    ),
+    Scenario(
+        "rolling_restart",
+        "All nodes can be restarted, one after the other, under load",
+        {"restart_all": (1, 3)},
+    ),
+    Scenario(
+        "partition_client",
+        "A client that is cut off is replaced by another, and can do no harm when it is back",
+        {"cut_client": (3, 8)},
+        clients=(2, 3),
+        errors_allowed=True,
+        duration_s=(25, 40),
+    ),
+    Scenario(
+        "partition_peer",
+        "A node that cannot be reached is worked around",
+        {"cut_peers": (2, 8)},
+    ),
+    Scenario(
+        "partition_one_way",
+        "So is one that is only half reachable",
+        {"cut_one_way": (2, 8)},
+    ),
+    Scenario(
+        "zombie_client",
+        "A client that sleeps through its lease and wakes up writes nothing any more",
+        {"freeze_client": (4, 10), "freeze_node": (10, 30)},
+        clients=(2, 3),
+        errors_allowed=True,
+        duration_s=(30, 50),
+    ),
+    Scenario(
+        "metadata_outage",
+        "Without the metadata, I/O on attached volumes goes on",
+        {"metadata_out": (2, 6)},
+        duration_s=(25, 40),
+    ),
+    Scenario(
+        "lease_wiped",
+        "Leases that end unasked for are made again",
+        {"wipe_leases": (2, 6)},
+    ),
+    Scenario(
+        "disk_full",
+        "A full disk refuses writes in time, and loses nothing",
+        {"disk_full": (2, 6), "collect_now": (2, 5)},
+        store_bytes=(10 << 20, 12 << 20),
+        volumes=(2, 3),
+        volume_bytes=(1 << 20, 2 << 20),
+        errors_allowed=True,
+        knobs={"torus_actors.actors.block_store.INODE_ROOM_MIN": 4 << 20},
+    ),
+    Scenario(
+        "bit_rot",
+        "A copy that rots is never given to a client, and is repaired from another",
+        {"rot": (0.1, 0.5)},
+        all_copies=False,
+    ),
+    Scenario(
+        "disk_errors",
+        "A disk that fails now and then costs no client an error",
+        {"disk_errors": (1, 4)},
+        all_copies=False,
+        no_garbage=False,
+    ),
+    Scenario(
+        "slow_disk",
+        "One slow disk does not make the cluster slow for long, and breaks nothing",
+        {"slow_disk": (2, 5)},
+    ),
+    Scenario(
+        "torn_write",
+        "When all power fails at once, what was flushed is there afterwards",
+        {"power_cut": (4, 8)},
+        errors_allowed=True,
+    ),
+    Scenario(
+        "ring_change",
+        "Nodes join and leave under load",
+        {"change_members": (3, 8)},
+        duration_s=(25, 40),
+        nodes=(3, 4),
+    ),
+    Scenario(
+        "replication_change",
+        "The number of copies changes under load",
+        {"change_replication": (3, 8)},
+        nodes=(4, 5),
+    ),
+    Scenario(
+        "two_clients",
+        "Of two clients that want one volume only one has it, and the other sees all it flushed",
+        {"second_client": (3, 8)},
+        clients=(2, 3),
+        errors_allowed=True,
+        duration_s=(30, 50),
+    ),
+    Scenario(
+        "client_crash",
+        "A client that is killed has lost nothing that it flushed",
+        {"crash_client": (3, 8)},
+        clients=(1, 2),
+        errors_allowed=True,
+        duration_s=(25, 40),
+    ),
+    Scenario(
+        "head_change_during_collection",
+        "The collector deletes nothing that a head leads to, however fast heads change",
+        {"collect_now": (0.5, 2), "crash_client": (10, 20)},
+        clients=(1, 2),
+        workload=Workload(flush=3.0, hot_share=0.8),
+        errors_allowed=True,
+        duration_s=(30, 60),
+    ),
+    Scenario(
+        "actor_kill",
+        "Killing any actor under I/O costs no client an error",
+        {"kill_actor": (0.3, 2)},
+    ),
+    Scenario(
+        "bad_network",
+        "Slow and breaking connections cost no client an error",
+        {"reset_connections": (0.5, 3), "slow_network": (1, 4)},
+    ),
+    Scenario(
+        "everything",
+        "All of it at once",
+        {
+            "crash_node": (5, 30),
+            "crash_client": (10, 40),
+            "cut_client": (10, 40),
+            "cut_peers": (5, 30),
+            "cut_one_way": (5, 30),
+            "freeze_client": (15, 40),
+            "freeze_node": (10, 30),
+            "metadata_out": (10, 40),
+            "wipe_leases": (10, 40),
+            "slow_disk": (10, 40),
+            "power_cut": (20, 60),
+            "reset_connections": (2, 20),
+            "slow_network": (3, 20),
+            "change_members": (10, 40),
+            "kill_actor": (3, 20),
+            "collect_now": (3, 20),
+        },
+        nodes=(3, 5),
+        replication=(2, 3),
+        clients=(1, 3),
+        volumes=(1, 3),
+        errors_allowed=True,
+        duration_s=(20, 40),
+    ),
+)
+
+SCENARIOS = {scenario.name: scenario for scenario in _LIST}

@@ -1,0 +1,323 @@
+"""What simulated clients do: open a volume, write, read, trim, flush, close, crash, come back.
+
+Each volume has one `Driver`, which keeps it in use: on one client host after the other, when they
+crash or are cut off. Its operations run inside the client's process, so they stop with it. Ranges
+of operations under way do not overlap, as with any sane user of a disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from torus_actors.errors import (
+    ActorNotFound,
+    BlockUnavailable,
+    Closed,
+    DeadlineExceeded,
+    Fenced,
+    Locked,
+    OutOfSpace,
+    TorusError,
+)
+from torus_actors.scenarios.cluster import Cluster, Host
+from torus_actors.scenarios.oracle import SECTOR, Session, VolumeOracle
+
+OP_S_MAX = 240.0
+"""No operation takes longer, whatever happens: faults end long before."""
+
+OPEN_S_MAX = 120.0
+"""A volume can be opened within this, once the cluster is whole: a lease has to end first."""
+
+VERIFY_BYTES = 128 << 10
+
+SESSION_ENDS = (Fenced, Closed, ActorNotFound)
+"""After one of these the client cannot go on with the volume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is done to each volume; the numbers are weights and means.
+
+    Attributes:
+        workers: operations under way at once.
+        write, read, trim, flush: how often each is chosen.
+        pause_s: mean pause of a worker between operations.
+        whole_blocks: share of the writes that cover whole blocks.
+        bytes_max: largest write or read that is not of whole blocks.
+        hot_share: share of the operations that go to a tenth of the volume.
+        span: share of the volume that is used.
+    """
+
+    workers: int = 3
+    write: float = 5.0
+    read: float = 4.0
+    trim: float = 0.3
+    flush: float = 0.7
+    pause_s: float = 0.1
+    whole_blocks: float = 0.3
+    bytes_max: int = 16 << 10
+    hot_share: float = 0.5
+    span: float = 1.0
+
+
+class Driver:
+    """Keeps one volume in use.
+
+    Args:
+        cluster: where.
+        oracle: the judge.
+        name: of the volume.
+        hosts: client hosts it may be used from.
+        workload: what to do.
+        rng: what to do next.
+        errors_allowed: whether an operation may fail; a fenced session always may.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        oracle: VolumeOracle,
+        name: str,
+        hosts: list[Host],
+        workload: Workload,
+        rng: random.Random,
+        errors_allowed: bool,
+    ) -> None:
+        self.cluster = cluster
+        self.oracle = oracle
+        self.name = name
+        self.hosts = hosts
+        self.host = hosts[0]
+        self.workload = workload
+        self.errors_allowed = errors_allowed
+        self.session: Session | None = None
+        self.operations = 0
+        self.flushes = 0
+        self.errors = 0
+        self.sessions = 0
+        self.stopping = False
+        self.expendable: set[str] = set()
+        """Names of client processes that a fault hit, whose operations may fail."""
+        self._rng = rng
+        self._busy: list[tuple[int, int]] = []
+        self._moved = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        """The last session's task of each client process."""
+
+    # -- over many sessions ------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Use the volume until told to stop; sessions that die are followed by others."""
+        while not self.stopping:
+            host = self.host
+            if not await self._ensure_client(host):
+                await asyncio.sleep(0.5)
+                continue
+            process = host.process
+            assert process is not None
+            # Moved back to a client that never stopped: its session goes on, or finds its end.
+            task = self._tasks.get(process.name)
+            if task is None or task.done():
+                task = self._tasks[process.name] = self.cluster.run_on(host, self._session(host))
+            self._moved.clear()
+            while process.alive and not task.done():
+                await asyncio.wait([task], timeout=0.25)
+                if self._moved.is_set():
+                    break  # another client is to take over; this one is left to itself
+            if task.done() and task.exception() is not None:
+                self.cluster.fail(f"workload of {self.name} broke: {task.exception()!r}")
+                return
+
+    def move(self, host: Host) -> None:
+        """Open the volume on another host, whatever becomes of the session there is."""
+        self.host = host
+        self._moved.set()
+
+    async def _ensure_client(self, host: Host) -> bool:
+        if host.up:
+            return True
+        if host.starting:
+            return False
+        host.starting = True
+        try:
+            return await self.cluster.start_client(host) is not None
+        finally:
+            host.starting = False
+
+    # -- one session -------------------------------------------------------------------------------
+
+    async def _session(self, host: Host) -> None:
+        """Runs in the client's process."""
+        assert host.process is not None
+        who = host.process.name
+        system = host.tree.system
+        if not await self._open(system, who):
+            return
+        session = self.oracle.open(who)
+        self.session = session
+        self.sessions += 1
+        self._busy = []
+        volume = system.actor(f"volume:{self.name}")
+        if await self._verify(volume, session):
+            workers = [
+                asyncio.ensure_future(self._work(volume, session, who))
+                for _ in range(self.workload.workers)
+            ]
+            await asyncio.gather(*workers)
+            if self.stopping and not session.fenced:
+                await self._flush(volume, session, who)
+        try:
+            await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
+        except TorusError as error:
+            self._failed("closing", error, who, session)
+
+    async def last_session(self, host: Host) -> None:
+        """Read everything, write a little, flush, close. No fault is left: nothing may fail."""
+        assert host.process is not None
+        who = host.process.name
+        system = host.tree.system
+        if not await self._open(system, who):
+            return
+        session = self.oracle.open(who)
+        self.errors_allowed = False
+        volume = system.actor(f"volume:{self.name}")
+        if await self._verify(volume, session):
+            # A new head, under which all that earlier sessions left behind is garbage.
+            write = session.begin_write(0, min(4096, self.oracle.size))
+            await volume.write.remote(0, write.data, timeout_s=OP_S_MAX)
+            session.write_done(write)
+            await self._flush(volume, session, who)
+        await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
+
+    async def _open(self, system: Any, who: str) -> bool:
+        loop = self.cluster.loop
+        end = loop.time() + OPEN_S_MAX
+        told = ""
+        while True:
+            try:
+                await system.actor("volumes").open.remote(self.name, timeout_s=60.0)
+                self.cluster.say(f"{who} has {self.name} open")
+                return True
+            except TorusError as error:
+                if self.host.process is None or who != self.host.process.name:
+                    return False
+                if str(error) != told and not isinstance(error, Locked):
+                    told = str(error)
+                    self.cluster.say(f"{who} cannot open {self.name} yet: {error!r}")
+                if loop.time() > end:
+                    self.cluster.fail(f"{who} could not open {self.name}: {error!r}")
+                    return False
+                await asyncio.sleep(0.5)
+
+    async def _verify(self, volume: Any, session: Session) -> bool:
+        """Read all of the volume; whether that worked."""
+        offset = 0
+        failures = 0
+        while offset < self.oracle.size:
+            length = min(VERIFY_BYTES, self.oracle.size - offset)
+            try:
+                data = await volume.read.remote(offset, length, timeout_s=OP_S_MAX)
+            except TorusError as error:
+                self.errors += 1
+                failures += 1
+                if session.fenced or isinstance(error, SESSION_ENDS):
+                    return False
+                if failures > 10:
+                    self.cluster.fail(f"{session.name} cannot read {self.name}: {error!r}")
+                    return False
+                await asyncio.sleep(0.5)
+                continue
+            session.verify(offset, data)
+            offset += length
+        return True
+
+    async def _work(self, volume: Any, session: Session, who: str) -> None:
+        load, rng, busy = self.workload, self._rng, self._busy
+        kinds = ("write", "read", "trim", "flush")
+        weights = (load.write, load.read, load.trim, load.flush)
+        while not self.stopping:
+            await asyncio.sleep(load.pause_s * (0.5 + rng.random()))
+            kind = rng.choices(kinds, weights)[0]
+            if kind == "flush":
+                going = await self._flush(volume, session, who)
+            else:
+                offset, length = self._choose(kind)
+                end = offset + length
+                if any(first < end and offset < last for first, last in busy):
+                    continue
+                busy.append((offset, end))
+                try:
+                    going = await self._operate(kind, volume, session, who, offset, length)
+                finally:
+                    busy.remove((offset, offset + length))
+            self.operations += 1
+            if not going:
+                return
+
+    def _choose(self, kind: str) -> tuple[int, int]:
+        load, rng = self.workload, self._rng
+        block = self.cluster.shape.block_size
+        size = int(self.oracle.size * load.span) // block * block
+        if rng.random() < load.hot_share:
+            size = max(size // 10 // block * block, block)
+        if kind != "read" and rng.random() < load.whole_blocks:
+            count = rng.randint(1, 3)
+            first = rng.randrange(size // block)
+            count = min(count, size // block - first)
+            return first * block, count * block
+        sectors = rng.randint(1, load.bytes_max // SECTOR)
+        if rng.random() < 0.7:
+            sectors = -(-sectors // 8) * 8  # as most file systems do
+            first = rng.randrange(size // 4096) * 8
+        else:
+            first = rng.randrange(size // SECTOR)
+        return first * SECTOR, min(sectors, size // SECTOR - first) * SECTOR
+
+    async def _operate(
+        self, kind: str, volume: Any, session: Session, who: str, offset: int, length: int
+    ) -> bool:
+        try:
+            if kind == "read":
+                data = await volume.read.remote(offset, length, timeout_s=OP_S_MAX)
+                session.check_read(offset, data)
+            elif kind == "write":
+                write = session.begin_write(offset, length)
+                await volume.write.remote(offset, write.data, timeout_s=OP_S_MAX)
+                session.write_done(write)
+            else:
+                write = session.begin_write(offset, length, zeros=True)
+                await volume.zero.remote(offset, length, timeout_s=OP_S_MAX)
+                session.write_done(write)
+            return True
+        except TorusError as error:
+            return self._failed(f"{kind} of {length} at {offset}", error, who, session)
+
+    async def _flush(self, volume: Any, session: Session, who: str) -> bool:
+        flush = session.begin_flush()
+        try:
+            await volume.flush.remote(timeout_s=OP_S_MAX)
+        except TorusError as error:
+            return self._failed("flush", error, who, session)
+        session.flush_done(flush)
+        self.flushes += 1
+        return True
+
+    def _failed(self, what: str, error: TorusError, who: str, session: Session) -> bool:
+        """An operation failed; whether the session goes on."""
+        self.errors += 1
+        ended = session.fenced or who in self.expendable
+        if isinstance(error, DeadlineExceeded):
+            self.cluster.fail(f"{who}: {what} of {self.name} got no answer in {OP_S_MAX:g} s")
+            return False
+        if isinstance(error, SESSION_ENDS):
+            if not ended and not self.errors_allowed:
+                self.cluster.fail(f"{who}: {what} of {self.name} failed: {error!r}")
+            self.cluster.say(f"{who}: {what} of {self.name}: {error!r}")
+            return False
+        expected = isinstance(error, (BlockUnavailable, OutOfSpace))
+        if not ended and not (expected and self.errors_allowed):
+            self.cluster.fail(f"{who}: {what} of {self.name} failed: {error!r}")
+        return True

@@ -1,0 +1,340 @@
+"""What users buy a replicated store for: real processes, real clients, and things that break."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.cluster import Cluster, need, small_cluster, until
+from tests.integration.etcd_server import EtcdServer, require_etcd
+
+pytestmark = pytest.mark.timeout(240)
+
+SLOWEST_S = 3.0
+"""No operation may take longer while a node fails."""
+
+
+class Fio:
+    """An fio job in the background that must end without an error."""
+
+    def __init__(self, uri: str, *options: str, seconds: int = 0) -> None:
+        need("fio")
+        command = ["fio", "--name=job", "--ioengine=nbd", f"--uri={uri}", "--output-format=json"]
+        if seconds:
+            command += ["--time_based", f"--runtime={seconds}"]
+        self._process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/tmp"
+        )
+
+    def result(self) -> dict[str, Any]:
+        """Wait for its end; its report, after a check that nothing failed."""
+        out, err = self._process.communicate(timeout=180)
+        assert self._process.returncode == 0, err.decode() + out.decode()[-2000:]
+        text = out.decode()
+        report: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
+        assert report["error"] == 0
+        return report
+
+
+def slowest_s(report: dict[str, Any]) -> float:
+    """The longest operation of a job, seconds."""
+    sides = (report["read"], report["write"])
+    return max(float(side["clat_ns"].get("max", 0)) for side in sides) / 1e9
+
+
+VERIFIED = (
+    "--rw=randrw", "--bs=16k", "--iodepth=8", "--size=64M", "--verify=crc32c",
+    "--verify_backlog=256", "--verify_fatal=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    """A running etcd."""
+    require_etcd()
+    folder = tmp_path / "etcd"
+    folder.mkdir()
+    server = EtcdServer(folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def on_etcd(tmp_path: Path, etcd: EtcdServer) -> Iterator[Cluster]:
+    """Three nodes on etcd with replication 2 and a volume ``vol``."""
+    with Cluster(tmp_path, metadata=f"etcd://{etcd.endpoint}") as cluster:
+        cluster.ctl("init", "--replication", "2")
+        cluster.start_nodes(3)
+        cluster.ctl("volume", "create", "vol", "256MiB")
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes with replication 2, for tests that leave them whole."""
+    with small_cluster(tmp_path_factory.mktemp("shared"), nodes=3, replication=2) as cluster:
+        yield cluster
+
+
+def test_a_node_killed_under_load_is_not_noticed(on_etcd: Cluster) -> None:
+    """A kill -9 of one node of three and its return cost no error, no lost byte, no long wait.
+
+    Afterwards every block has two valid copies again, read and compared with their checksums.
+    """
+    client = on_etcd.serve("vol")
+    load = Fio(client.uri, *VERIFIED, seconds=14)
+    time.sleep(4)  # the load has to be under way
+    on_etcd.nodes[1].kill()
+    time.sleep(4)  # and to go on without the node
+    on_etcd.nodes[1].start()
+    report = load.result()
+    assert slowest_s(report) < SLOWEST_S
+    client.stop()
+    on_etcd.ctl("debug", "rebalance")
+    checked = on_etcd.ctl_json("volume", "check", "vol", "--deep")
+    assert checked["blocks"] > 0
+    assert checked["good"] and not checked["silent"] and not checked["corrupt"], checked
+    assert checked["expected"] == 2
+
+
+def test_etcd_killed_under_load_only_delays_flushes(on_etcd: Cluster, etcd: EtcdServer) -> None:
+    """Reads and unflushed writes go on without etcd; a flush waits for it and then succeeds."""
+    client = on_etcd.serve("vol")
+    etcd.kill()
+    load = Fio(client.uri, *VERIFIED, "--end_fsync=0", seconds=8)
+    assert slowest_s(load.result()) < SLOWEST_S
+    flush = Fio(client.uri, "--rw=write", "--bs=64k", "--size=1M", "--end_fsync=1")
+    time.sleep(2)
+    assert flush._process.poll() is None, "a flush cannot succeed while etcd is away"
+    etcd.start()
+    flush.result()
+    assert client.running
+    assert all(node.running for node in on_etcd.nodes.values())
+    assert client.stop() == 0
+
+
+def actors_of(cluster: Cluster, node: str) -> list[str]:
+    """Names of all actors of a process, supervisors last."""
+    rows = cluster.ctl_json("tree", node)
+    return [row["name"] for row in _flat(rows)]
+
+
+def tree_of(cluster: Cluster, node: str) -> dict[str, dict[str, Any]]:
+    """All actors of a process by name; waits for the one that answers, which may be the victim."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def asked() -> bool:
+        try:
+            found.update({row["name"]: row for row in _flat(cluster.ctl_json("tree", node))})
+        except AssertionError:
+            return False
+        return bool(found)
+
+    until(asked, "the tree", 20)
+    return found
+
+
+def kill_actor(cluster: Cluster, node: str, name: str) -> None:
+    """Kill an actor, and wait until it was restarted."""
+    before = tree_of(cluster, node)[name]["restarts"]
+
+    def killed() -> bool:
+        try:
+            cluster.ctl("debug", "kill", node, name)
+        except AssertionError:
+            return False
+        return True
+
+    def back() -> bool:
+        row = tree_of(cluster, node).get(name)
+        return row is not None and row["state"] == "running" and row["restarts"] > before
+
+    until(killed, f"{name} killed", 20)
+    until(back, f"{name} restarted", 20)
+
+
+def _flat(rows: Any) -> list[dict[str, Any]]:
+    if isinstance(rows, dict):
+        return [rows] if "restarts" in rows else [r for v in rows.values() for r in _flat(v)]
+    if isinstance(rows, list):
+        return [r for each in rows for r in _flat(each)]
+    return []
+
+
+def test_killing_any_actor_of_a_node_costs_no_error(shared: Cluster) -> None:
+    """Each actor of a storage node dies once under verified load, supervisors included."""
+    shared.ctl("volume", "create", "node-actors", "128MiB")
+    client = shared.serve("node-actors")
+    target = f"@{shared.address(1)}"
+    names = [name for name in actors_of(shared, target) if name != "node"]
+    load = Fio(client.uri, *VERIFIED, seconds=6 + 2 * len(names))
+    time.sleep(1)
+    for name in names:
+        kill_actor(shared, target, name)
+    report = load.result()
+    assert slowest_s(report) < SLOWEST_S
+    assert shared.nodes[1].running
+    client.stop()
+
+
+def test_killing_any_actor_of_the_client_costs_no_error(shared: Cluster) -> None:
+    """Each actor of the NBD client process dies once under verified load, and none twice."""
+    shared.ctl("volume", "create", "client-actors", "128MiB")
+    listen = f"127.0.0.1:{shared.port + 7}"
+    client = shared.serve("client-actors", "--listen", listen)
+    target = f"@{listen}"
+    names = [name for name in actors_of(shared, target) if name != "node"]
+    assert {"volumes", "nbd_server", "volume:client-actors", "replicator"} <= set(names)
+    load = Fio(client.uri, *VERIFIED, seconds=6 + 2 * len(names))
+    time.sleep(1)
+    for name in names:
+        kill_actor(shared, target, name)
+    report = load.result()
+    assert slowest_s(report) < SLOWEST_S
+    assert client.running
+    assert client.stop() == 0
+
+
+def test_a_full_cluster_says_enospc_and_recovers(tmp_path: Path) -> None:
+    """torus#401: the writer learns it, reads go on, and deleting makes room again."""
+    need("qemu-io", "nbdcopy")
+    with Cluster(tmp_path) as cluster:
+        for index in range(2):
+            cluster.node(index, size="96MiB").launch()
+        for index in range(2):
+            cluster.nodes[index].wait_ready()
+        cluster.ctl("ring", "set-replication", "2")
+        cluster.ctl("volume", "create", "small", "16MiB")
+        cluster.ctl("volume", "create", "large", "256MiB")
+        client = cluster.serve()
+        small = client.uri.replace("///", "///small")
+        large = client.uri.replace("///", "///large")
+        qemu_io(small, "write -P 5 0 16M", "flush")
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", "-c", "write -P 9 0 200M", "-c", "flush", large],
+            capture_output=True, text=True, timeout=150,
+        )  # fmt: skip
+        assert "No space left" in done.stdout + done.stderr, done
+        qemu_io(small, "read -P 5 0 16M")
+        assert any(
+            "full" in process.output or "nearly full" in process.output
+            for process in cluster.nodes.values()
+        ), "a node has to warn before it is full"
+        until(lambda: not cluster.ctl_json("volume", "list")[0].get("holder"), "volume released")
+        cluster.ctl("volume", "delete", "large")
+
+        def room() -> bool:
+            again = subprocess.run(
+                ["qemu-io", "-f", "raw", "-c", "write -P 6 0 16M", "-c", "flush", small],
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            return again.returncode == 0 and "rror" not in again.stdout + again.stderr
+
+        until(room, "room after the delete", 90)
+        qemu_io(small, "read -P 6 0 16M")
+
+
+def qemu_io(uri: str, *commands: str) -> None:
+    """Run commands of qemu-io, all of which must succeed."""
+    options = [part for each in commands for part in ("-c", each)]
+    done = subprocess.run(
+        ["qemu-io", "-f", "raw", *options, uri], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done
+    assert "rror" not in done.stdout + done.stderr, done
+
+
+@pytest.fixture(scope="module")
+def ext4_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ext4 file system made of this project's own documents and code."""
+    program = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if program is None:
+        need("mke2fs")
+    assert program is not None
+    path = tmp_path_factory.mktemp("image") / "fs.img"
+    source = Path(__file__).parents[2]
+    subprocess.run(
+        [program, "-q", "-t", "ext4", "-d", str(source / "docs"), str(path), "32M"], check=True
+    )
+    return path
+
+
+def test_a_real_file_system_survives_stop_and_start(tmp_path: Path, ext4_image: Path) -> None:
+    """qemu-img and nbdcopy put an ext4 image on a volume; after a restart it is the same."""
+    need("qemu-img", "nbdcopy", "nbdinfo")
+    with small_cluster(tmp_path, nodes=3, replication=2) as cluster:
+        size = str(ext4_image.stat().st_size)
+        for name in ("one", "two"):
+            cluster.ctl("volume", "create", name, size)
+        client = cluster.serve()
+        uri = {name: client.uri.replace("///", f"///{name}") for name in ("one", "two")}
+        convert = ["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(ext4_image)]
+        subprocess.run([*convert, uri["one"]], check=True, timeout=60)
+        subprocess.run(["nbdcopy", str(ext4_image), uri["two"]], check=True, timeout=60)
+        assert client.stop() == 0
+        for index in (2, 1, 0):
+            assert cluster.nodes[index].stop() == 0
+        for process in cluster.nodes.values():
+            process.launch()
+        for process in cluster.nodes.values():
+            process.wait_ready()
+        client.start()
+        for name in ("one", "two"):
+            compare = ["qemu-img", "compare", "-f", "raw", "-F", "raw", str(ext4_image), uri[name]]
+            subprocess.run(compare, check=True, timeout=60)
+        back = tmp_path / "back.img"
+        subprocess.run(["nbdcopy", uri["one"], str(back)], check=True, timeout=60)
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+        check = [shutil.which("e2fsck", path=path) or "e2fsck", "-fn", str(back)]
+        subprocess.run(check, check=True, timeout=60, capture_output=True)
+        holes = json.loads(
+            subprocess.run(
+                ["nbdinfo", "--map", "--json", uri["two"]],
+                check=True, timeout=60, capture_output=True,
+            ).stdout
+        )  # fmt: skip
+        kinds = {extent["type"] for extent in holes}
+        assert {0, 3} <= kinds, "a sparse image keeps its holes"
+
+
+def test_trimmed_ranges_become_holes_and_read_zero(shared: Cluster) -> None:
+    """What a client trims is given back, block by block, and the rest stays."""
+    need("qemu-io", "nbdinfo")
+    shared.ctl("volume", "create", "trimmed", "16MiB")
+    client = shared.serve("trimmed")
+    qemu_io(client.uri, "write -P 3 0 8M", "flush", "discard 2M 4M", "flush")
+    qemu_io(client.uri, "read -P 3 0 2M", "read -P 0 2M 4M", "read -P 3 6M 2M")
+    told = subprocess.run(
+        ["nbdinfo", "--map", "--json", client.uri], check=True, capture_output=True, timeout=60
+    ).stdout
+    extents = [(e["offset"], e["length"], e["type"]) for e in json.loads(told)]
+    mib = 1 << 20
+    assert extents == [
+        (0, 2 * mib, 0),
+        (2 * mib, 4 * mib, 3),
+        (6 * mib, 2 * mib, 0),
+        (8 * mib, 8 * mib, 3),
+    ]
+    client.stop()
+
+
+def test_a_silent_node_does_not_stall_operations(shared: Cluster) -> None:
+    """A node that neither answers nor closes (SIGSTOP, as if powered off) is soon passed over."""
+    shared.ctl("volume", "create", "silent", "128MiB")
+    client = shared.serve("silent")
+    load = Fio(client.uri, *VERIFIED, seconds=12)
+    time.sleep(2)
+    shared.nodes[2].pause()
+    time.sleep(5)
+    shared.nodes[2].resume()
+    assert slowest_s(load.result()) < SLOWEST_S
+    client.stop()

@@ -1,0 +1,308 @@
+"""The block store actor: slots, pins and flushes end in order, whoever dies on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from tests.fakes import Cluster, StorageNode, until, virtual
+from torus_actors.actors.block_messages import (
+    CHECK_STATUS,
+    RANGE,
+    RANGE_STATUS,
+    Status,
+    split_records,
+)
+from torus_actors.actors.block_store import VOUCH_S
+from torus_actors.actors.disk import worker_factory
+from torus_actors.errors import Closed, Exists, Invalid, OutOfSpace, TorusError
+from torus_actors.model.checksums import root_of, sums_of
+from torus_actors.model.refs import BlockRef, BlockType
+
+BLOCK = 16 << 10
+
+
+def ref_of(index: int, kind: BlockType = BlockType.DATA) -> BlockRef:
+    """A block's name."""
+    return BlockRef.of(1, 1, index, kind)
+
+
+def put(node: StorageNode, ref: BlockRef, data: bytes, replace: bool = False) -> Any:
+    """Start a put; its answer is awaited."""
+    sums = sums_of(data)
+    return node.actor("block_store").put_block.remote(
+        ref, root_of(sums), sums, replace, payload=memoryview(data)
+    )
+
+
+async def check(node: StorageNode, *refs: BlockRef, deep: bool = False, durable: bool = False) -> Any:
+    """Status and root of blocks."""
+    answer = await node.actor("block_store").check_blocks.remote(b"".join(refs), deep, durable)
+    return split_records(CHECK_STATUS, answer)
+
+
+async def read(node: StorageNode, *ranges: tuple[BlockRef, int, int]) -> list[tuple[int, bytes]]:
+    """Status and bytes of ranges."""
+    answer = await node.actor("block_store").read_ranges.remote(
+        b"".join(RANGE.pack(*each) for each in ranges)
+    )
+    payload, at, found = b"".join(answer.payload), 0, []
+    for status, sums, size in split_records(RANGE_STATUS, answer.result):
+        found.append((status, payload[at + sums : at + sums + size]))
+        at += sums + size
+    return found
+
+
+@virtual
+async def test_put_read_check_flush_delete() -> None:
+    """The life of a block and of an INode page, each in its own store."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        block, page = ref_of(1), ref_of(2, BlockType.INODE)
+        incarnation = await put(node, block, b"b" * BLOCK)
+        assert await put(node, page, b"page") == incarnation
+        assert node.refs(0) == {block} and node.refs(1) == {page}
+        found = await read(node, (block, 4096, 4096), (page, 0, 32768), (ref_of(3), 0, 4096))
+        assert found == [
+            (Status.OK, b"b" * 4096),
+            (Status.OK, b"page"),
+            (Status.MISSING, b""),
+        ]
+        assert [s for s, _ in await check(node, block, ref_of(9), deep=True)] == [
+            Status.OK,
+            Status.MISSING,
+        ]
+        assert await node.actor("block_store").flush.remote() == incarnation
+        assert await node.actor("block_store").delete_blocks.remote(block + page) == 2
+        assert not node.refs(0) and not node.refs(1)
+
+
+@virtual
+async def test_a_second_put_is_the_same_block_or_refused() -> None:
+    """The same content again is fine; other content is refused while the stored copy is right, and
+    takes its place when that one is damaged.
+    """
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        ref = ref_of(1)
+        await put(node, ref, b"a" * BLOCK)
+        await put(node, ref, b"a" * BLOCK)
+        with pytest.raises(Exists):
+            await put(node, ref, b"b" * BLOCK)
+        node.rot(ref, 100)
+        assert (await check(node, ref, deep=True))[0][0] == Status.CORRUPT
+        await put(node, ref, b"a" * BLOCK, replace=True)
+        assert node.stores[0].get(ref) == b"a" * BLOCK
+
+
+@virtual
+async def test_many_repairs_of_one_block_at_once_leave_one_good_copy() -> None:
+    """A copy that another repair has just made is not taken for the damaged one."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        ref = ref_of(1)
+        await put(node, ref, b"a" * BLOCK)
+        node.rot(ref, 100)
+        await asyncio.gather(*[put(node, ref, b"a" * BLOCK, replace=True) for _ in range(5)])
+        assert node.stores[0].get(ref) == b"a" * BLOCK
+        assert node.stores[0].stats().quarantined == 1
+
+
+@virtual
+async def test_a_reserved_slot_is_given_back_whatever_happens() -> None:
+    """Puts that fail, whose caller gives up or whose actors die, reserve nothing for ever."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        puts = [put(node, ref_of(n), bytes([n]) * BLOCK) for n in range(20)]
+        for victim in ("disk_writer", "block_store", "disk_writer"):
+            await asyncio.sleep(0.0003)
+            node.kill(victim)
+        await asyncio.gather(*puts)
+        bad = node.actor("block_store").put_block.remote(
+            ref_of(99), 1, b"sums", False, payload=memoryview(b"x")
+        )
+        with pytest.raises(TorusError):
+            await bad
+        stats = node.stores[0].stats()
+        assert (stats.used, stats.reserved, stats.quarantined) == (20, 0, 0)
+
+
+@virtual
+async def test_torus_401_a_full_store_says_so_and_works_again_after_deletes() -> None:
+    """torus#401: OutOfSpace on a put; reads and deletes work; after a delete there is room again."""
+    async with Cluster(nodes=1, blocks=4) as cluster:
+        node = cluster.node(0)
+        stored = 0
+        with pytest.raises(OutOfSpace):
+            while True:
+                await put(node, ref_of(stored), bytes([stored]) * BLOCK)
+                stored += 1
+        assert stored == node.stores[0].stats().total
+        assert (await read(node, (ref_of(0), 0, BLOCK)))[0][1] == bytes(BLOCK)
+        await node.actor("block_store").delete_blocks.remote(ref_of(0))
+        await until(lambda: node.stores[0].stats().free)
+        await put(node, ref_of(100), b"x" * BLOCK)
+
+
+@virtual
+async def test_a_failed_sync_is_told_to_all_who_wait_and_to_all_who_come() -> None:
+    """The disk fails under a flush: every waiter hears it, and no later flush says success."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1), b"a" * BLOCK)
+        node.disks[0].inject("sync")
+        flush = node.actor("block_store").flush
+        for result in await asyncio.gather(
+            *[flush.remote() for _ in range(3)], return_exceptions=True
+        ):
+            assert isinstance(result, TorusError)
+        for _ in range(2):
+            with pytest.raises(Closed):
+                await flush.remote()
+        assert (await node.actor("block_store").stats.remote())["blocks"]["failure"]
+
+
+@virtual
+async def test_a_store_that_failed_does_not_block_the_other_ones_flush_for_ever() -> None:
+    """If one store cannot begin a flush, that of the other is ended and not left under way."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1, BlockType.INODE), b"page")
+        node.disks[1].inject("sync")
+        for _ in range(3):
+            with pytest.raises(TorusError):
+                await node.actor("block_store").flush.remote()
+        node.stores[0].end_flush(node.stores[0].begin_flush())
+
+
+@virtual
+async def test_concurrent_flushes_share_a_sync() -> None:
+    """Fifty flushes at once cost a few syncs; a put before a flush is covered by it."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        syncs: list[str] = []
+        node.disks[0].on_operation = lambda op: syncs.append(op.kind)
+
+        async def put_and_flush(n: int) -> None:
+            await put(node, ref_of(n), b"x" * BLOCK)
+            await node.actor("block_store").flush.remote()
+            assert ref_of(n) in node.refs()
+
+        await asyncio.gather(*[put_and_flush(n) for n in range(50)])
+        assert node.stores[0].stats().pending == 0
+        assert syncs.count("sync") <= 12
+
+
+@virtual
+async def test_a_flush_survives_its_workers() -> None:
+    """The flusher and the block store are killed under flushes: all of them succeed."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        for n in range(5):
+            await put(node, ref_of(n), b"x" * BLOCK)
+            flushes = [node.actor("block_store").flush.remote() for _ in range(3)]
+            await asyncio.sleep(0)
+            node.kill("disk_flusher")
+            node.kill("block_store")
+            await asyncio.gather(*flushes)
+        assert node.stores[0].stats().pending == 0
+
+
+def test_the_successor_of_a_killed_writer_waits_for_its_last_write() -> None:
+    """A worker that was killed may still be writing: nothing is written beside it."""
+    order: list[str] = []
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Store:
+        def write(self, ticket: Any, sums: Any, payload: Any) -> None:
+            order.append(f"begin {ticket}")
+            if ticket == "first":
+                entered.set()
+                go_on.wait(10)
+            order.append(f"end {ticket}")
+
+    factory = worker_factory([Store()])  # type: ignore[list-item]
+    write = type(make_unstarted(factory)).write
+    zombie, successor = make_unstarted(factory), make_unstarted(factory)
+    first = threading.Thread(target=write, args=(zombie, 0, "first", b"", b""))
+    second = threading.Thread(target=write, args=(successor, 0, "second", b"", b""))
+    first.start()
+    assert entered.wait(10)
+    second.start()
+    go_on.set()
+    first.join(10)
+    second.join(10)
+    assert order == ["begin first", "end first", "begin second", "end second"]
+
+
+def make_unstarted(factory: Any) -> Any:
+    """An actor that was made and not started."""
+    from torus_actors.runtime.inbox import Adoption, Inbox
+
+    with Adoption(Inbox(None, 0)):  # type: ignore[arg-type]
+        return factory()
+
+
+@virtual
+async def test_cold_reads_unpin_what_they_pinned() -> None:
+    """Reads from the disk, also such as nobody waits for any more, leave no slot pinned."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        for n in range(8):
+            await put(node, ref_of(n), bytes([n]) * BLOCK)
+        node.disks[0].miss_percent = 100
+        reads = [read(node, *[(ref_of(n), 0, BLOCK) for n in range(8)]) for _ in range(6)]
+        tasks = [asyncio.ensure_future(each) for each in reads]
+        await asyncio.sleep(0.0002)
+        node.kill("disk_reader")
+        tasks[0].cancel()
+        node.kill("block_store")
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for found in results[1:]:
+            assert found == [(Status.OK, bytes([n]) * BLOCK) for n in range(8)]
+        await until(lambda: not node.stores[0]._pins)
+
+
+@virtual
+async def test_a_request_for_too_much_is_refused_before_anything_is_read() -> None:
+    """Neither a vectored read nor a check can make a node allocate without bound."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1), b"x" * BLOCK)
+        huge = RANGE.pack(ref_of(1), 0, 1 << 20) * 100
+        with pytest.raises(Invalid):
+            await node.actor("block_store").read_ranges.remote(huge)
+        with pytest.raises(Invalid):
+            await node.actor("block_store").check_blocks.remote(ref_of(1) * 5000)
+        with pytest.raises(TorusError):
+            await node.actor("block_store").read_ranges.remote(b"odd")
+
+
+@virtual
+async def test_a_vouched_block_is_not_dropped_and_a_stale_word_is_no_word() -> None:
+    """Who was asked to keep a block does not drop it for a while; an old confirmation drops none."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        loop = asyncio.get_running_loop()
+        drop = node.actor("block_store").drop_blocks
+        await put(node, ref_of(1), b"x" * BLOCK)
+        await check(node, ref_of(1), deep=True, durable=True)
+        assert await drop.remote(ref_of(1), loop.time() + 10) == 0
+        await asyncio.sleep(VOUCH_S + 1)
+        assert await drop.remote(ref_of(1), loop.time() - 1) == 0
+        assert await drop.remote(ref_of(1), loop.time() + 10) == 1
+
+
+@virtual
+async def test_what_nobody_flushes_is_durable_soon() -> None:
+    """A put without a flush survives a power cut some seconds later."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1), b"x" * BLOCK)
+        await asyncio.sleep(5.0)
+        await put(node, ref_of(2), b"y" * BLOCK)
+        await node.restart()
+        assert node.refs() == {ref_of(1)}

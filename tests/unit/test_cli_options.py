@@ -1,0 +1,406 @@
+"""What people type, what they are shown, and how commands end; nothing is started here."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from torus_actors.cli.blk import cli as blk
+from torus_actors.cli.common import (
+    Command,
+    Failed,
+    Settings,
+    one_line,
+    parse_metadata_url,
+    run_main,
+)
+from torus_actors.cli.ctl import cli as ctl
+from torus_actors.cli.dev import DevCluster, DevConfig
+from torus_actors.cli.node import SIZE_DEFAULT, store_size
+from torus_actors.cli.node import cli as node
+from torus_actors.cli.nodes import pick, short
+from torus_actors.cli.profile import config_path, load_profiles, save_profiles
+from torus_actors.cli.units import (
+    format_address,
+    format_seconds,
+    format_size,
+    parse_address,
+    parse_size,
+)
+from torus_actors.errors import Invalid, NotExist, TorusError
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is configured."""
+    for name in ("TORUS_METADATA", "TORUS_SECRET_FILE", "TORUS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1GiB", GIB),
+        ("1gib", GIB),
+        ("10G", 10 * GIB),
+        ("512KiB", 512 << 10),
+        ("1.5 GB", 3 * GIB // 2),
+        ("4096", 4096),
+        ("7b", 7),
+        ("2TiB", 2048 * GIB),
+    ],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    """Units are powers of 1024, with or without i and B, in any case."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "0", "0GiB", "1.0001", "1XB", "1 2", "0x10"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    """The error names what was typed."""
+    with pytest.raises(ValueError, match=r"size|whole number"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1536, 999 << 20, GIB, 5 << 40, 1 << 59])
+def test_sizes_are_shown_short_and_can_be_read_back(size: int) -> None:
+    """At most 10 characters, within 5 % of the truth, and as they can be typed."""
+    shown = format_size(size)
+    assert len(shown) <= 10
+    assert parse_size(shown.replace(" ", "")) == pytest.approx(size, rel=0.05)
+
+
+def test_durations_are_shown_in_two_units() -> None:
+    """Seconds, then the two largest units."""
+    shown = [format_seconds(s) for s in (0, 59.9, 60, 3599, 3600, 86399, 90000)]
+    assert shown == ["0s", "59s", "1m00s", "59m59s", "1h00m", "23h59m", "1d1h"]
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:40000", "host.example:1", "[::1]:65535"])
+def test_addresses_are_read_and_written_alike(text: str) -> None:
+    """The two functions are inverse."""
+    assert format_address(parse_address(text)) == text
+
+
+def test_localhost_has_one_spelling() -> None:
+    """So that a node finds its own address in a metadata URL."""
+    assert parse_address("localhost:5") == ("127.0.0.1", 5)
+    assert parse_metadata_url("torus://localhost:5/") == "torus://127.0.0.1:5"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", ":1", "host:", "host:0", "host:65536", "::1:5", "a b:1"]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    """Also an IPv6 address without brackets, whose port nobody could tell."""
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        parse_address(text)
+
+
+def test_metadata_urls_are_checked() -> None:
+    """Schemes and addresses; several of them for etcd only."""
+    assert parse_metadata_url("etcd://a:1,b:2") == "etcd://a:1,b:2"
+    for bad in ("", "a:1", "http://a:1", "torus://a", "torus://a:1,b:2", "etcd://"):
+        with pytest.raises(ValueError, match=r"URL|HOST:PORT|one node"):
+            parse_metadata_url(bad)
+
+
+def test_the_metadata_url_is_looked_for_in_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Option, then environment, then profile, then the default; a wrong one is not passed over."""
+    settings = Settings()
+    assert settings.metadata_url() == "torus://127.0.0.1:40000"
+    assert settings.metadata_url("torus://x:1") == "torus://x:1"
+    save_profiles(config_path(), {"default": {"metadata": "torus://p:1"}, "two": {}})
+    assert settings.metadata_url("torus://x:1") == "torus://p:1"
+    monkeypatch.setenv("TORUS_METADATA", "torus://e:1")
+    assert settings.metadata_url() == "torus://e:1"
+    settings.metadata = "torus://o:1"
+    assert settings.metadata_url() == "torus://o:1"
+    settings.metadata = None
+    monkeypatch.setenv("TORUS_METADATA", "nonsense")
+    with pytest.raises(Invalid, match="TORUS_METADATA"):
+        settings.metadata_url()
+
+
+def test_profiles_survive_a_round_trip_and_damage_is_told() -> None:
+    """What is saved is loaded; what is no profile is refused with the file's name."""
+    profiles = {"default": {"metadata": "torus://a:1", "secret-file": 'a "quoted" \\ path'}}
+    save_profiles(config_path(), profiles)
+    assert load_profiles(config_path()) == profiles
+    for damage in ("not toml", "[default]\nother = 1\n", "default = 3\n"):
+        config_path().write_text(damage)
+        with pytest.raises(Invalid, match=r"config\.toml"):
+            load_profiles(config_path())
+
+
+def test_the_profile_is_changed_by_command() -> None:
+    """Set, show, unset; another profile by environment."""
+    runner = CliRunner()
+
+    def config(*arguments: str) -> str:
+        result = runner.invoke(ctl, ["config", *arguments], obj=Settings())
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    config("set", "metadata", "torus://localhost:7")
+    assert '"metadata": "torus://127.0.0.1:7"' in config("--json")
+    assert "from profile" in config()
+    config("unset", "metadata")
+    assert "from default" in config()
+    wrong = runner.invoke(ctl, ["config", "set", "metadata", "x"], obj=Settings())
+    assert wrong.exit_code == 2
+
+
+def test_secrets_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space around a secret does not count; a short one is refused with advice."""
+    path = tmp_path / "secret"
+    path.write_text("0123456789abcdef\n")
+    assert Settings().secret() is None
+    assert Settings(secret_file=str(path)).secret() == b"0123456789abcdef"
+    monkeypatch.setenv("TORUS_SECRET_FILE", str(path))
+    assert Settings().secret() == b"0123456789abcdef"
+    path.write_text("short\n")
+    with pytest.raises(Invalid, match="openssl"):
+        Settings().secret()
+
+
+# -- how commands end ------------------------------------------------------------------------------
+
+
+def ending(
+    capsys: pytest.CaptureFixture[str], body: Callable[[], Any], *arguments: str
+) -> tuple[int, str]:
+    """Exit status and standard error of a command with that body."""
+
+    @click.command(cls=Command)
+    def command() -> None:
+        body()
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(command, "prog", arguments)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (NotExist("there is no volume x"), "prog: there is no volume x\n"),
+        (Failed("two\nlines"), "prog: two lines\n"),
+        (TorusError(), "prog: TorusError\n"),
+        (OSError(errno.ENOENT, "No such file", "/x"), "prog: /x: No such file\n"),
+        (PermissionError(errno.EACCES, "Permission denied"), "prog: Permission denied\n"),
+        (KeyboardInterrupt(), "prog: interrupted\n"),
+        (asyncio.CancelledError(), "prog: interrupted\n"),
+    ],
+)
+def test_a_failure_is_one_plain_line_and_status_1(
+    capsys: pytest.CaptureFixture[str], error: BaseException, told: str
+) -> None:
+    """No traceback, whatever it was that a user can run into."""
+
+    def body() -> None:
+        raise error
+
+    assert ending(capsys, body) == (1, told)
+
+
+def test_bugs_are_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error that nobody foresaw keeps its traceback."""
+
+    def body() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ending(capsys, body)
+
+
+def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """And so is asking for help done."""
+    assert ending(capsys, lambda: None) == (0, "")
+    assert ending(capsys, lambda: None, "--help")[0] == 0
+    status, told = ending(capsys, lambda: None, "--nonsense")
+    assert status == 2 and "--nonsense" in told
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (ctl, ["volume", "create", "x", "1zz"]),
+        (ctl, ["volume", "create", "x"]),
+        (ctl, ["-C", "nonsense", "status"]),
+        (ctl, ["status", "-C", "nonsense"]),
+        (ctl, ["ring", "set-replication", "0"]),
+        (ctl, ["ring", "manual-change"]),
+        (ctl, ["peer", "add"]),
+        (ctl, ["tree", "--watch", "--json"]),
+        (ctl, ["completion", "tcsh"]),
+        (ctl, ["block", "load", "x", "-", "--create"]),
+        (node, ["start", "--size", "0%"]),
+        (node, ["start", "--listen", "nowhere"]),
+        (node, ["start", "--config", "/nonexistent"]),
+        (node, ["dev", "--volume", "demo"]),
+        (node, ["dev", "--nodes", "0"]),
+        (blk, ["serve", "demo"]),
+        (blk, ["serve", "demo", "--unix", "/x", "--tls-required"]),
+        (blk, ["serve", "demo", "--unix", "/x", "--default-export", "y"]),
+    ],
+)
+def test_bad_usage_is_found_before_anything_is_done(
+    program: click.Group, arguments: list[str]
+) -> None:
+    """Status 2 and a hint."""
+    result = CliRunner().invoke(program, arguments, obj=Settings())
+    assert result.exit_code == 2, result.output
+
+
+def every_command(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of all commands and groups."""
+    found = [path]
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found += every_command(command, (*path, name))
+        else:
+            found.append((*path, name))
+    return found
+
+
+@pytest.mark.parametrize("program", [ctl, node, blk])
+def test_every_command_takes_the_common_options_and_has_help(program: click.Group) -> None:
+    """-C, --secret-file, -v and --log-level, at every level."""
+    for path in every_command(program):
+        result = CliRunner().invoke(program, [*path, "--help"], obj=Settings())
+        assert result.exit_code == 0
+        for option in ("--metadata", "--secret-file", "--verbose", "--log-level"):
+            assert option in result.output, path
+
+
+def test_the_last_metadata_option_wins() -> None:
+    """Before the group, before the subcommand, behind it."""
+    seen: list[str | None] = []
+
+    @ctl.command("probe")
+    @click.pass_obj
+    def probe(settings: Settings) -> None:
+        seen.append(settings.metadata)
+
+    try:
+        runner = CliRunner()
+        runner.invoke(ctl, ["-C", "torus://a:1", "probe"], obj=Settings())
+        runner.invoke(ctl, ["probe", "-C", "torus://b:1"], obj=Settings())
+        runner.invoke(ctl, ["-C", "torus://a:1", "probe", "-C", "torus://b:1"], obj=Settings())
+    finally:
+        del ctl.commands["probe"]
+    assert seen == ["torus://a:1", "torus://b:1", "torus://b:1"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completions_cover_all_programs(shell: str) -> None:
+    """One script for the three commands."""
+    result = CliRunner().invoke(ctl, ["completion", shell], obj=Settings())
+    assert result.exit_code == 0
+    for program in ("torusctl", "torus-node", "torusblk"):
+        assert program in result.output
+
+
+def test_version_is_told() -> None:
+    """By the command and by the option."""
+    from torus_actors import __version__
+
+    for arguments in (["version"], ["version", "--json"], ["--version"]):
+        assert __version__ in CliRunner().invoke(ctl, arguments, obj=Settings()).output
+
+
+def test_errors_are_told_in_one_line() -> None:
+    """Whatever their text is."""
+    assert one_line(OSError("odd")) == "odd"
+    assert one_line(RuntimeError(" a \n b ")) == "a b"
+
+
+# -- nodes and stores ------------------------------------------------------------------------------
+
+
+def test_nodes_are_named_by_the_beginning_of_their_ids() -> None:
+    """One match is taken, none or several are refused."""
+    ids = ["aab0", "aac0", "b000"]
+    assert pick("b", ids, "node") == "b000"
+    assert pick("AAB", ids, "node") == "aab0"
+    with pytest.raises(NotExist, match="no node zz"):
+        pick("zz", ids, "node")
+    with pytest.raises(Invalid, match="2 ids"):
+        pick("aa", ids, "node")
+    with pytest.raises(NotExist):
+        pick("", ids, "node")
+    assert short("@10.0.0.1:40000") == "@10.0.0.1:40000"
+
+
+def test_the_size_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes as given; a share counts what is stored already; the default leaves what is there."""
+    free = 100 * GIB
+    monkeypatch.setattr(
+        "torus_actors.cli.node.shutil.disk_usage", lambda path: type("", (), {"free": free})
+    )
+    directory = tmp_path / "not" / "yet"
+    assert store_size(directory, 5 * GIB) == 5 * GIB
+    assert store_size(directory, 0.5) == 50 * GIB
+    assert store_size(directory, None) == SIZE_DEFAULT
+    free = 5 * GIB
+    assert store_size(directory, None) == 4 * GIB
+    (directory / "blocks").mkdir(parents=True)
+    (directory / "blocks" / "blocks.index").write_bytes(bytes(1 << 20))
+    assert store_size(directory, None) is None
+    assert store_size(directory, 1.0) == 5 * GIB + (1 << 20)
+    free = 1 << 20
+    assert store_size(directory, 0.5) is None  # never smaller by itself
+
+
+def dev_config(directory: Path, **changes: Any) -> DevConfig:
+    """Of a cluster of three."""
+    fields: dict[str, Any] = {
+        "directory": directory,
+        "nodes": 3,
+        "size_bytes": GIB,
+        "volume": ("demo", GIB),
+        "nbd": ("127.0.0.1", 10809),
+        "unix_path": None,
+        "replication": None,
+        "port": 40000,
+        "secret_file": None,
+        "chatter": [],
+    }
+    return DevConfig(**{**fields, **changes})
+
+
+def test_a_dev_cluster_is_not_started_with_fewer_nodes_than_it_has(tmp_path: Path) -> None:
+    """Blocks would miss copies; the line says how many it has."""
+    for index in range(4):
+        (tmp_path / f"node-{index}").mkdir()
+    with pytest.raises(Invalid, match="--nodes 4"):
+        DevCluster(dev_config(tmp_path), Settings()).check()
+
+
+def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:
+    """URIs of both kinds, commands with the metadata URL where it is not the default."""
+    unix = tmp_path / "a b.sock"
+    cluster = DevCluster(dev_config(tmp_path, port=41000, unix_path=unix), Settings())
+    cluster.replication = 2
+    banner = cluster.banner()
+    assert "nbd://127.0.0.1:10809/demo" in banner
+    assert f"nbd+unix:///demo?socket={str(unix).replace(' ', '%20')}" in banner
+    assert "torusctl -C torus://127.0.0.1:41000 status" in banner
+    cluster = DevCluster(dev_config(tmp_path), Settings())
+    cluster.replication = 2
+    assert "torusctl status" in cluster.banner()

@@ -1,0 +1,175 @@
+"""What ``torusctl status`` and ``volume check`` make of what nodes say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from torus_actors.actors.block_messages import Status
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.cli.connect import unreachable
+from torus_actors.cli.report import (
+    add_answer,
+    peer_row,
+    problems,
+    rebalance_of,
+    state_of,
+    usage_of,
+)
+from torus_actors.errors import Again, PeerLost
+from torus_actors.metadata.records import GlobalMetadata, PeerInfo
+from torus_actors.model import rings
+from torus_actors.model.peers import Peer
+from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.volume.audit import Audit, Auditor, explain
+
+IDS = [f"{i}0000000-0000-4000-8000-000000000000" for i in range(1, 5)]
+IDLE = {"running": False, "left": 0, "eta_s": 0.0, "failed": 0, "waiting": 0}
+
+
+def ring(members: int, replication: int) -> rings.Ring:
+    """A ring of the first so many nodes."""
+    peers = [Peer(each, 1 << 30, "", f"10.0.0.{each[0]}:1") for each in IDS[:members]]
+    return rings.make_ring("ketama", peers, replication=replication)
+
+
+def answer(node: str, **changes: Any) -> dict[str, Any]:
+    """Of a control actor."""
+    store = {"block_size": 1024, "total": 10, "used": 1, "level": "ok", "failure": ""}
+    return {
+        "node": node,
+        "version": "1",
+        "ring_version": 1,
+        "block_store": {"blocks": dict(store), "inodes": dict(store)},
+        "rebalancer": {**IDLE},
+        **changes,
+    }
+
+
+def row(index: int, at: rings.Ring, said: Any = None, registered: bool = True) -> dict[str, Any]:
+    """A node's row, as ``cluster_report`` builds it."""
+    peer_id = IDS[index]
+    member = {peer.peer_id: peer for peer in at.peers}.get(peer_id)
+    info = PeerInfo(peer_id, f"10.0.0.{index + 1}:1") if registered else None
+    made = peer_row(peer_id, member, info)
+    add_answer(made, answer(peer_id) if said is None else said)
+    return made
+
+
+def test_a_whole_cluster_has_no_problems() -> None:
+    """And its rows say what there is."""
+    at = ring(3, 2)
+    rows = [row(i, at) for i in range(3)]
+    assert problems(at, rows) == []
+    assert state_of(rows[0]) == "up"
+    assert usage_of(rows[0]) == "2 KiB/20 KiB"
+    assert rebalance_of(rows[0]) == "done"
+
+
+def test_a_dead_node_is_named_and_the_degree_is_told() -> None:
+    """One of two is not enough for two copies; two of three are."""
+    lost = PeerLost("gone")
+    at = ring(2, 2)
+    found = problems(at, [row(0, at), row(1, at, lost, registered=False)])
+    assert any("2 copies" in each and "only 1 node" in each for each in found)
+    assert any("20000000 does not answer and its lease has ended" in each for each in found)
+    at = ring(3, 2)
+    found = problems(at, [row(0, at), row(1, at), row(2, at, lost)])
+    assert found == ["node 30000000 does not answer"]
+    assert state_of(row(2, at, lost)) == "silent"
+    assert state_of(row(2, at, lost, registered=False)) == "down"
+
+
+def test_an_empty_ring_and_a_dead_one_are_told_as_such() -> None:
+    """They are the first thing to know."""
+    empty = rings.make_ring("empty")
+    assert "nothing can be stored" in problems(empty, [])[0]
+    assert any("peer add 10000000" in each for each in problems(empty, [row(0, empty)]))
+    at = ring(1, 1)
+    assert "no volume can be read" in problems(at, [row(0, at, PeerLost("x"))])[0]
+
+
+def test_full_stores_failures_and_waiting_blocks_are_told() -> None:
+    """Each with the node that has it."""
+    at = ring(2, 2)
+    full = answer(IDS[0], rebalancer={**IDLE, "waiting": 3})
+    full["block_store"]["blocks"]["level"] = "full"
+    broken = answer(IDS[1], rebalancer={**IDLE, "failed": 1})
+    broken["block_store"]["blocks"]["failure"] = "sync failed"
+    found = problems(at, [row(0, at, full), row(1, at, broken)])
+    assert any("store of node 10000000 is full" in each for each in found)
+    assert any("3 blocks of node 10000000 wait" in each for each in found)
+    assert any("node 20000000: sync failed" in each for each in found)
+    assert any("could not move 1 block" in each for each in found)
+    moving = answer(IDS[0], rebalancer={**IDLE, "running": True, "left": 7, "eta_s": 65.0})
+    assert rebalance_of(row(0, at, moving)) == "7 left, 1m05s"
+
+
+def test_an_address_that_another_node_took_over_does_not_count_as_up() -> None:
+    """Whoever answers must be who was asked."""
+    at = ring(1, 1)
+    other = row(0, at, answer(IDS[3]))
+    assert not other["up"] and "is now node 40000000" in other["error"]
+
+
+def test_unreachable_metadata_is_told_with_the_innermost_reason() -> None:
+    """And with what to do, which depends on where the metadata are."""
+    error = Again("the metadata cannot be reached: h:1 cannot be reached: connection refused")
+    told = str(unreachable("torus://h:1", error))
+    assert told == (
+        "cannot reach the metadata at torus://h:1: connection refused; is a node running? "
+        "start one with: torus-node start"
+    )
+    assert "is etcd running?" in str(unreachable("etcd://h:1", error))
+
+
+# -- audits ----------------------------------------------------------------------------------------
+
+
+def auditor(members: int, replication: int) -> tuple[Auditor, Audit, rings.Ring]:
+    """One that was not asked anything yet."""
+    at = ring(members, replication)
+    gmd = GlobalMetadata(1024, "crc,base", replication, IDS[0])
+    audit = Audit("demo", False, replication, min(replication, members))
+    system: Any = None
+    return Auditor(system, ClusterView(gmd, at), audit, False), audit, at
+
+
+def test_copies_are_counted_by_what_they_are_worth() -> None:
+    """A copy counts if its checksum is the map's; others are damaged, or missing."""
+    counter, audit, at = auditor(3, 2)
+    ref = BlockRef.of(1, 1, 1)
+    first, second, other = at.permutation(ref)
+    ok, wrong = (Status.OK, 7), (Status.OK, 8)
+    missing, rotten = (Status.MISSING, 0), (Status.CORRUPT, 7)
+    counter.count(ref, 7, {first: ok, second: ok, other: missing})
+    assert (audit.exact, audit.good) == (1, True)
+    counter.count(ref, 7, {first: ok, second: ok, other: ok})
+    assert (audit.more, audit.misplaced, audit.good) == (1, 0, True)
+    counter.count(ref, 7, {first: ok, second: missing, other: ok})
+    assert (audit.exact, audit.misplaced, audit.good) == (2, 1, True)
+    counter.count(ref, 7, {first: ok, second: wrong, other: missing})
+    assert (audit.fewer, audit.corrupt, audit.good) == (1, 1, False)
+    counter.count(ref, 7, {first: rotten, second: missing, other: missing})
+    assert (audit.missing, audit.corrupt) == (1, 2)
+    counter.count(ref, None, {first: ok, second: wrong, other: missing})
+    assert (audit.exact, audit.blocks) == (3, 6)
+    assert len(audit.examples) == 2 and "1 of 2 copies" in audit.examples[0]
+
+
+def test_a_ring_with_fewer_members_than_copies_can_be_content() -> None:
+    """As many good copies as there are members are all that can be had."""
+    counter, audit, at = auditor(1, 3)
+    ref = BlockRef.of(1, 1, 1, BlockType.INODE)
+    counter.count(ref, 7, {at.members[0]: (Status.OK, 7)})
+    assert audit.good and audit.pages == 1 and explain(audit) is None
+
+
+@pytest.mark.parametrize("silent", [[], [IDS[1]]])
+def test_an_audit_is_explained_in_one_line(silent: list[str]) -> None:
+    """How many, of how many, and why or what to do."""
+    audit = Audit("demo", False, 2, 2, blocks=9, fewer=1, missing=2, silent=silent)
+    told = str(explain(audit))
+    assert "3 of 9 blocks" in told and "2 have none" in told and "\n" not in told
+    assert ("20000000" in told) is bool(silent)

@@ -1,0 +1,199 @@
+"""The rebalancer: blocks come to their owners, and no copy goes before the owners have theirs."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.fakes import Client, Cluster, StorageNode, until, virtual
+from tests.unit.test_replicator import Block
+from torus_actors.model.peers import Peer
+from torus_actors.model.refs import BlockRef, BlockType
+
+
+async def started(cluster: Cluster) -> Client:
+    """Restart all nodes with rebalancers; a client."""
+    for node in cluster.nodes.values():
+        await node.stop()
+        await node.start(rebalancer=True)
+    return await cluster.client()
+
+
+def holders(cluster: Cluster, ref: BlockRef) -> set[str]:
+    """Nodes that have a block."""
+    kind = int(ref.block_type == BlockType.INODE)
+    return {
+        node.node_id
+        for node in cluster.nodes.values()
+        if node.system is not None and ref in node.refs(kind)
+    }
+
+
+def settled(cluster: Cluster, blocks: list[Block]) -> bool:
+    """Whether each block is at its owners and nowhere else."""
+    return all(holders(cluster, b.ref) == set(cluster.ring.owners(b.ref)) for b in blocks)
+
+
+async def status(node: StorageNode) -> dict[str, Any]:
+    """What a rebalancer says."""
+    answer: dict[str, Any] = await node.actor("rebalancer").status.remote()
+    return answer
+
+
+@virtual
+async def test_after_a_ring_change_all_blocks_are_at_their_owners() -> None:
+    """A node joins, another leaves: every block, data and pages, ends at its owners only, and can
+    be read all the time.
+    """
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(40)]
+        for block in blocks:
+            await block.put(client)
+        await client.actor("replicator").flush.remote(cluster.ids)
+        assert settled(cluster, blocks)
+        node = await cluster.add_node(rebalancer=True)
+        cluster.set_ring(cluster.ring.with_peer(Peer(node.node_id, 1 << 30)))
+        while not settled(cluster, blocks):
+            for block in blocks:
+                assert await block.read(client) == block.data
+            await asyncio.sleep(0.1)
+        assert node.refs()
+        gone = cluster.ids[0]
+        cluster.set_ring(cluster.ring.without_peer(gone))
+        await until(lambda: settled(cluster, blocks))
+        assert not cluster.nodes[gone].refs()
+        report = await status(cluster.nodes[gone])
+        assert report["dropped"] or report["passes"] > 1
+
+
+@virtual
+async def test_a_returning_node_is_filled() -> None:
+    """Blocks written while an owner was down reach it when it is back, and leave the stand-in."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(20)]
+        await cluster.node(0).crash()
+        for block in blocks:
+            await block.put(client)
+        await cluster.node(0).start(rebalancer=True)
+        await until(lambda: settled(cluster, blocks))
+
+
+@virtual
+async def test_degraded_blocks_are_healed() -> None:
+    """Blocks that got one copy instead of two have both once there is a second node."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(10)]
+        await cluster.node(1).crash()
+        for block in blocks:
+            assert len(await block.put(client)) == 1
+        await asyncio.sleep(3.0)
+        report = await status(cluster.node(0))
+        await cluster.node(1).start(rebalancer=True)
+        await until(lambda: settled(cluster, blocks))
+        assert report["waiting"] >= 0
+
+
+@virtual
+async def test_nothing_is_dropped_while_an_owner_is_down() -> None:
+    """One of the two owners is down: the copy on the stand-in stays, pass after pass."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        await cluster.node(0).crash()
+        blocks = [Block(n) for n in range(10)]
+        for block in blocks:
+            await block.put(client)
+        for _ in range(3):
+            for node in (cluster.node(1), cluster.node(2)):
+                await node.actor("rebalancer").start_pass.remote()
+            await asyncio.sleep(5.0)
+            assert all(holders(cluster, block.ref) == set(cluster.ids[1:]) for block in blocks)
+
+
+@virtual
+async def test_a_damaged_copy_at_an_owner_is_repaired_before_the_last_good_one_goes() -> None:
+    """An owner's copy fails its checksum: the extra copy stays until the owner's is mended."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        client = await started(cluster)
+        block = Block(1)
+        (owner,) = await block.put(client)
+        extra = next(node for node in cluster.nodes.values() if node.node_id != owner)
+        cluster.nodes[owner].rot(block.ref, 5000)
+        extra.stores[0].put(block.ref, block.data)
+        await extra.actor("rebalancer").start_pass.remote()
+        await asyncio.sleep(3.0)
+        assert holders(cluster, block.ref) == {owner, extra.node_id}
+        assert cluster.nodes[owner].stores[0].get(block.ref) == block.data
+        await extra.actor("rebalancer").start_pass.remote()
+        await until(lambda: holders(cluster, block.ref) == {owner})
+        assert await block.read(client) == block.data
+
+
+@virtual
+async def test_a_damaged_copy_does_not_travel() -> None:
+    """What fails its checksum here is not sent to an owner, and is not tried every moment."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        await started(cluster)
+        block = Block(1)
+        cluster.node(0).stores[0].put(block.ref, block.data)
+        cluster.node(0).rot(block.ref, 5000)
+        await asyncio.sleep(60.0)
+        assert holders(cluster, block.ref) == {cluster.ids[0]}
+        report = await status(cluster.node(0))
+        assert report["failed"] and report["passes"] < 12
+
+
+@virtual
+async def test_two_nodes_with_different_rings_do_not_both_drop_their_copies() -> None:
+    """Each of two nodes takes the other for the only owner: at most one of them drops its copy."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        client = await started(cluster)
+        first, second = cluster.node(0), cluster.node(1)
+        blocks = [Block(n) for n in range(30)]
+        for block in blocks:
+            for node in (first, second):
+                node.stores[0].put(block.ref, block.data)
+        for _ in range(3):
+            first.view.ring = cluster.ring.without_peer(first.node_id)
+            second.view.ring = cluster.ring.without_peer(second.node_id)
+            for node in (first, second):
+                await node.actor("rebalancer").start_pass.remote()
+            await asyncio.sleep(10.0)
+            assert all(holders(cluster, block.ref) for block in blocks)
+        for block in blocks:
+            assert await block.read(client) == block.data
+
+
+@virtual
+async def test_a_copy_goes_only_after_the_owners_copy_is_durable() -> None:
+    """The owner restarts right after the extra copy was dropped: the block is still there."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        await started(cluster)
+        block = Block(1)
+        owner = cluster.ring.owners(block.ref)[0]
+        extra = next(node for node in cluster.nodes.values() if node.node_id != owner)
+        extra.stores[0].put(block.ref, block.data)
+        await extra.actor("rebalancer").start_pass.remote()
+        await until(lambda: holders(cluster, block.ref) == {owner})
+        await cluster.nodes[owner].restart()
+        assert holders(cluster, block.ref) == {owner}
+
+
+@pytest.mark.parametrize("victim", ["rebalancer", "block_store", "disk_reader"])
+@virtual
+async def test_killed_in_the_middle_it_begins_anew(victim: str) -> None:
+    """Actors die during passes: in the end all blocks are where they belong."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        await started(cluster)
+        blocks = [Block(n) for n in range(30)]
+        for n, block in enumerate(blocks):
+            cluster.node(n % 3).stores[0].put(block.ref, block.data)
+        for n in range(10):
+            await cluster.node(n % 3).actor("rebalancer").start_pass.remote()
+            await asyncio.sleep(0.002)
+            cluster.node(n % 3).kill(victim)
+        await until(lambda: settled(cluster, blocks), 300)

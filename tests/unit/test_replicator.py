@@ -1,0 +1,444 @@
+"""The replicator: copies where they belong, truth about them, reads around slow and bad replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.fakes import Client, Cluster, until, virtual
+from torus_actors.actors.replicator import ReadLevel, WriteLevel
+from torus_actors.errors import BlockUnavailable, Corruption, NoPeer, OutOfSpace, TorusError
+from torus_actors.model.checksums import root_of, sums_of
+from torus_actors.model.refs import BlockRef
+
+BLOCK = 16 << 10
+
+
+class Block:
+    """One block with all that belongs to it."""
+
+    def __init__(self, index: int, content: bytes | None = None) -> None:
+        self.ref = BlockRef.of(1, 1, index)
+        self.data = content if content is not None else bytes([index % 251]) * BLOCK
+        self.sums = sums_of(self.data)
+        self.root = root_of(self.sums)
+
+    async def put(self, client: Client, copies: int = 0) -> list[str]:
+        """Store it; the peers that took it."""
+        placed = await client.actor("replicator").put_block.remote(
+            self.ref, self.root, self.sums, copies, payload=self.data
+        )
+        return [peer for peer, _ in placed]
+
+    async def read(self, client: Client, offset: int = 0, length: int = BLOCK) -> bytes:
+        """Read from it."""
+        return bytes(
+            await client.actor("replicator").read.remote(self.ref, self.root, offset, length)
+        )
+
+
+def owners(cluster: Cluster, block: Block) -> list[str]:
+    """Where a block belongs."""
+    return list(cluster.ring.owners(block.ref))
+
+
+async def status(client: Client) -> dict[str, Any]:
+    """What the replicator says of itself."""
+    answer: dict[str, Any] = await client.actor("replicator").status.remote()
+    return answer
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_torus_250_a_write_that_no_peer_took_is_an_error() -> None:
+    """torus#250: with every peer gone, or full, or failing, put_block fails."""
+    async with Cluster(nodes=2) as cluster:
+        client = await cluster.client()
+        for node in cluster.nodes.values():
+            await node.crash()
+        with pytest.raises(BlockUnavailable):
+            await Block(1).put(client)
+        for node in cluster.nodes.values():
+            await node.start()
+        for peer in cluster.ids:
+            cluster.network.hanging.add(peer)
+        with pytest.raises(BlockUnavailable):
+            await Block(2).put(client)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@virtual
+async def test_torus_219_fewer_peers_than_replicas(nodes: int) -> None:
+    """torus#219, 246, 427: with fewer peers than replicas blocks go to those there are, and the
+    state says that it is degraded.
+    """
+    async with Cluster(nodes=nodes, replication=3) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        assert sorted(await block.put(client)) == sorted(cluster.ids)
+        assert await block.read(client) == block.data
+        assert (await status(client))["degraded"]
+
+
+@virtual
+async def test_an_empty_ring_is_said_so() -> None:
+    """Without a peer in the ring, reads and writes say that at once."""
+    async with Cluster(nodes=1) as cluster:
+        client = await cluster.client()
+        client.view.ring = cluster.ring.without_peer(cluster.ids[0])
+        with pytest.raises(NoPeer):
+            await Block(1).put(client)
+        cluster.nodes[cluster.ids[0]].view.ring = client.view.ring
+        with pytest.raises(BlockUnavailable):
+            await Block(1).read(client)
+
+
+@virtual
+async def test_a_down_peer_is_replaced_by_the_next_and_seen_as_degraded() -> None:
+    """With an owner down the block has all its copies, one of them on the next peer."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await cluster.client()
+        blocks = [Block(n) for n in range(6)]
+        await cluster.node(0).crash()
+        for block in blocks:
+            placed = await block.put(client)
+            assert sorted(placed) == sorted(cluster.ids[1:])
+        assert not (await status(client))["degraded"]
+        assert (await status(client))["peers_up"] == 2
+        await cluster.node(1).crash()
+        assert await Block(7).put(client) == [cluster.ids[2]]
+        state = await status(client)
+        assert state["degraded"] and state["degraded_puts"] == 1
+
+
+@virtual
+async def test_a_hanging_peer_is_passed_over() -> None:
+    """A peer that is connected and does not answer costs a write seconds, not its success."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        hung = owners(cluster, block)[0]
+        cluster.network.hanging.add(hung)
+        started = asyncio.get_running_loop().time()
+        placed = await block.put(client)
+        assert hung not in placed and len(placed) == 2
+        assert asyncio.get_running_loop().time() - started < 3.5
+
+
+@virtual
+async def test_write_level_all_waits_for_all_copies() -> None:
+    """At level all the slowest copy is waited for."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client()
+        cluster.network.delay_s[cluster.ids[0]] = 1.0
+        started = asyncio.get_running_loop().time()
+        assert len(await Block(1).put(client)) == 2
+        assert asyncio.get_running_loop().time() - started > 1.0
+
+
+@virtual
+async def test_write_level_one_waits_for_one_and_the_others_follow() -> None:
+    """At level one the first copy answers, and the other is made all the same; those on their way
+    are bounded.
+    """
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client(write_level=WriteLevel.ONE)
+        blocks = [Block(n) for n in range(60)]
+        for peer in cluster.ids:
+            cluster.network.delay_s[peer] = 0.5
+        assert client.system is not None
+        replicator: Any = client.system.cells["replicator"].actor
+        puts = [asyncio.ensure_future(block.put(client)) for block in blocks]
+        most = 0
+        while not all(put.done() for put in puts):
+            await asyncio.sleep(0.05)
+            most = max(most, replicator._following)
+        assert all(len(put.result()) == 1 for put in puts)
+        assert most <= 64
+        for node in cluster.nodes.values():
+            await until(lambda node=node: len(node.refs()) == len(blocks))
+
+
+@virtual
+async def test_write_level_local_stores_here() -> None:
+    """At level local a node's own store takes the block, wherever it belongs."""
+    async with Cluster(nodes=3, replication=1) as cluster:
+        node = cluster.node(0)
+        from torus_actors.actors.replicator import Replicator
+        from torus_actors.runtime import ChildSpec
+
+        assert node.system is not None
+        await node.system.spawn(
+            ChildSpec(
+                "replicator",
+                lambda: Replicator(node.view, has_store=True, write_level=WriteLevel.LOCAL),
+                max_concurrency=16,
+            )
+        )
+        for n in range(6):
+            assert await Block(n).put(node) == [node.node_id]  # type: ignore[arg-type]
+
+
+@virtual
+async def test_torus_401_a_full_peer_is_told_as_out_of_space() -> None:
+    """torus#401: a write that a full cluster cannot take fails with OutOfSpace, not with EIO."""
+    async with Cluster(nodes=2, replication=2, blocks=4) as cluster:
+        client = await cluster.client()
+        with pytest.raises(OutOfSpace):
+            for n in range(1000):
+                await Block(n).put(client)
+        assert await Block(0).read(client) == Block(0).data
+
+
+@virtual
+async def test_the_replicator_dies_with_puts_and_reads_on_their_way() -> None:
+    """Killed again and again under load: every call is answered as if nothing had been."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await cluster.client(read_level=ReadLevel.SPREAD)
+        blocks = [Block(n) for n in range(40)]
+
+        async def cycle(block: Block) -> None:
+            await block.put(client)
+            assert await block.read(client) == block.data
+
+        calls = [asyncio.ensure_future(cycle(block)) for block in blocks]
+        for _ in range(3):
+            await asyncio.sleep(0.0005)
+            client.kill("replicator")
+        await asyncio.gather(*calls)
+
+
+@virtual
+async def test_flush_names_the_incarnation_of_those_that_confirm() -> None:
+    """A peer that is gone is not among them; one that restarted confirms another incarnation."""
+    async with Cluster(nodes=2) as cluster:
+        client = await cluster.client()
+        flush = client.actor("replicator").flush
+        before = await flush.remote(cluster.ids)
+        assert sorted(before) == sorted(cluster.ids)
+        await cluster.node(0).restart()
+        await cluster.node(1).crash()
+        after = await flush.remote(cluster.ids)
+        assert list(after) == [cluster.ids[0]]
+        assert after[cluster.ids[0]] != before[cluster.ids[0]]
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_reads_of_one_turn_are_one_call_a_peer() -> None:
+    """A hundred small reads at once cost at most one call to each peer; large ones go alone."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client()
+        blocks = [Block(n) for n in range(25)]
+        for block in blocks:
+            await block.put(client)
+        cluster.network.calls.clear()
+        found = await asyncio.gather(
+            *[block.read(client, at, 4096) for block in blocks for at in range(0, BLOCK, 4096)]
+        )
+        assert found == [block.data[:4096] for block in blocks for _ in range(4)]
+        assert cluster.network.calls["read_ranges"] <= 2
+
+
+def asked_first(client: Client, block: Block) -> str:
+    """The peer that a read of this block goes to."""
+    assert client.system is not None
+    replicator: Any = client.system.cells["replicator"].actor
+    order: list[str] = replicator._read_order(block.ref)
+    return order[0]
+
+
+@pytest.mark.parametrize("level", list(ReadLevel))
+@virtual
+async def test_a_missing_copy_is_read_elsewhere_and_repaired(level: ReadLevel) -> None:
+    """One owner lost a block: reads succeed at every level, and the owner gets it back."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await cluster.client(read_level=level)
+        for n in range(6):
+            block = Block(n)
+            await block.put(client)
+            store = cluster.nodes[asked_first(client, block)].stores[0]
+            assert store.delete([block.ref]) == 1
+            assert await block.read(client) == block.data
+            await until(lambda: store.has(block.ref))  # noqa: B023 - waited for in this turn
+        found = await status(client)
+        assert found["missing"] >= 6 and found["repaired"] >= 6
+
+
+@pytest.mark.parametrize("level", list(ReadLevel))
+@virtual
+async def test_a_damaged_copy_is_read_elsewhere_and_repaired(level: ReadLevel) -> None:
+    """Bits rot on one owner's disk: whoever reads gets the right bytes, and the copy is mended."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await cluster.client(read_level=level)
+        block = Block(3)
+        await block.put(client)
+        node = cluster.nodes[asked_first(client, block)]
+        node.rot(block.ref, 5000)
+        with pytest.raises(Corruption):
+            node.stores[0].get(block.ref)
+        for _ in range(4):
+            assert await block.read(client) == block.data
+            await asyncio.sleep(0.1)
+        if level is ReadLevel.SPREAD:
+            return  # the good copy may have been faster each time
+        assert node.stores[0].get(block.ref) == block.data
+        found = await status(client)
+        assert found["corrupt"] >= 1 and found["repaired"] >= 1
+
+
+@virtual
+async def test_a_copy_damaged_on_its_way_is_read_elsewhere() -> None:
+    """One peer's answers arrive damaged, shortened or too long: the reader never sees it."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        await block.put(client)
+        for mangle in (
+            lambda _, data: data[:-1] + bytes([data[-1] ^ 1]),
+            lambda _, data: data[:-4096],
+            lambda _, data: data + b"more",
+            lambda _, data: b"",
+        ):
+            for peer in cluster.ids:
+                cluster.network.mangle = {peer: mangle}
+                assert await block.read(client) == block.data
+                assert await block.read(client, 4096, 4096) == block.data[4096:8192]
+
+
+@virtual
+async def test_all_copies_damaged_is_an_error_not_data() -> None:
+    """If no replica is right the read fails."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        await block.put(client)
+        for peer in cluster.ids:
+            cluster.network.mangle[peer] = lambda _, data: data[:-1] + bytes([data[-1] ^ 1])
+        with pytest.raises(BlockUnavailable):
+            await block.read(client)
+
+
+@pytest.mark.parametrize("level", [ReadLevel.BLOCK, ReadLevel.SPREAD])
+@virtual
+async def test_a_hedged_read_overtakes_a_hanging_peer(level: ReadLevel) -> None:
+    """A connected peer that does not answer delays a read by less than a second."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client(read_level=level)
+        blocks = [Block(n) for n in range(8)]
+        for block in blocks:
+            await block.put(client)
+        cluster.network.hanging.add(cluster.ids[0])
+        started = asyncio.get_running_loop().time()
+        for block in blocks:
+            assert await block.read(client) == block.data
+        assert asyncio.get_running_loop().time() - started < len(blocks)
+        if level is ReadLevel.BLOCK:
+            assert (await status(client))["hedged"] > 0
+
+
+@virtual
+async def test_sequential_reads_ask_one_replica_in_ring_order() -> None:
+    """At level sequential only the first owner is asked as long as it answers."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await cluster.client(read_level=ReadLevel.SEQUENTIAL)
+        block = Block(1)
+        await block.put(client)
+        asked: list[str] = []
+        cluster.network.trace = lambda _, target, __, method: asked.append(target)
+        for _ in range(5):
+            await block.read(client)
+        assert asked == [cluster.ring.permutation(block.ref)[0]] * 5
+
+
+@virtual
+async def test_spread_reads_ask_two_replicas_at_once() -> None:
+    """At level spread each read goes to two, and one slow replica is not noticed at all."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await cluster.client(read_level=ReadLevel.SPREAD)
+        block = Block(1)
+        await block.put(client)
+        cluster.network.calls.clear()
+        cluster.network.delay_s[owners(cluster, block)[0]] = 2.0
+        started = asyncio.get_running_loop().time()
+        assert await block.read(client) == block.data
+        assert asyncio.get_running_loop().time() - started < 0.03
+        assert cluster.network.calls["read_ranges"] == 2
+
+
+@virtual
+async def test_a_read_waits_for_a_peer_that_comes_back() -> None:
+    """The only copy is on a node that restarts: the read succeeds once it is back."""
+    async with Cluster(nodes=1, replication=1) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        await block.put(client)
+        await client.actor("replicator").flush.remote(cluster.ids)
+        await cluster.node(0).crash()
+        read = asyncio.ensure_future(block.read(client))
+        await asyncio.sleep(5.0)
+        assert not read.done()
+        await cluster.node(0).start()
+        assert await read == block.data
+
+
+@virtual
+async def test_a_block_that_moves_just_now_is_found() -> None:
+    """Between the question to its new owner and that to the old one a block moved: it is found."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        (owner,) = await block.put(client)
+        (other,) = set(cluster.ids) - {owner}
+        store, target = cluster.nodes[owner].stores[0], cluster.nodes[other].stores[0]
+        store.delete([block.ref])
+        moved = []
+
+        def move(_: str, asked: str, __: str, method: str) -> None:
+            if method == "read_ranges" and not moved and asked == other:
+                moved.append(asked)
+                asyncio.get_running_loop().call_later(
+                    0.001, lambda: target.put(block.ref, block.data)
+                )
+
+        cluster.network.trace = move
+        assert await block.read(client) == block.data
+        assert moved
+
+
+@virtual
+async def test_a_node_that_left_the_ring_is_asked_last() -> None:
+    """A block that only a former member has can still be read."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        (owner,) = await block.put(client)
+        cluster.set_ring(cluster.ring.without_peer(owner))
+        with pytest.raises(BlockUnavailable):
+            await block.read(client)
+        client.view.peers = {owner: None}  # type: ignore[dict-item]
+        assert await block.read(client) == block.data
+
+
+@virtual
+async def test_nothing_is_left_behind() -> None:
+    """After reads that were answered, hedged and failed, no batch and no timer remains."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        await block.put(client)
+        cluster.network.hanging.add(cluster.ids[0])
+        await block.read(client)
+        with pytest.raises(TorusError):
+            await Block(2).read(client)
+        await asyncio.sleep(60.0)
+        assert client.system is not None
+        replicator: Any = client.system.cells["replicator"].actor
+        assert not replicator._batches and not replicator._queue and replicator._timer is None
+        assert not replicator._repairing

@@ -1,0 +1,50 @@
+"""Changing the ring: read, derive the successor, compare-and-set, until it holds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from torus_actors.errors import Again, CompareFailed, OutcomeUnknown
+from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model import rings
+from torus_actors.model.peers import Peer
+
+
+async def change_ring(
+    meta: MetadataService,
+    change: Callable[[rings.Ring], rings.Ring | None],
+    rng: random.Random | None = None,
+) -> rings.Ring:
+    """Change the ring by compare-and-set, however many others change it too.
+
+    Args:
+        meta: the metadata service.
+        change: makes the next ring of the present one, or None if nothing is to be done.
+        rng: the jitter of the waits between attempts.
+
+    Returns:
+        The ring that holds now.
+    """
+    backoff = Backoff(rng or random.Random(), first_s=0.01)
+    while True:
+        data, _ = await meta.ring()
+        present = rings.unmarshal(data)
+        following = change(present)
+        if following is None:
+            return present
+        try:
+            await meta.set_ring(rings.marshal(following), following.version)
+            return following
+        except (CompareFailed, Again, OutcomeUnknown):
+            await backoff.wait()
+
+
+async def join_ring(
+    meta: MetadataService, peer: Peer, rng: random.Random | None = None
+) -> rings.Ring:
+    """Add a peer to the ring, or bring its weight, zone and address up to date."""
+    return await change_ring(
+        meta, lambda ring: None if peer in ring.peers else ring.with_peer(peer), rng
+    )
