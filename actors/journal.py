@@ -62,7 +62,8 @@ class OpenJournal:
     def __init__(self, system: ActorSystem, store: JournalStore) -> None:
         self.system = system
         self.store = store
-        self._driving = False
+        self._driver: asyncio.Task[None] | None = None
+        self._paused = False
 
     @classmethod
     def open(
@@ -90,9 +91,19 @@ class OpenJournal:
 
     def kick(self) -> None:
         """Do what is to be done on the disk."""
-        if not self._driving:
-            self._driving = True
-            self._own(self._drive())
+        if self._driver is None:
+            self._driver = self._own(self._drive())
+
+    async def pause(self) -> None:
+        """Write what is waiting, and let the rest be until `resume`."""
+        self._paused = True
+        if self._driver is not None:
+            await asyncio.wait([self._driver])
+
+    def resume(self) -> None:
+        """Go on after a `pause`."""
+        self._paused = False
+        self.kick()
 
     async def read(self, step: ReadRecords) -> None:
         """Read located records; they are released whatever becomes of the one who waits."""
@@ -109,7 +120,7 @@ class OpenJournal:
     async def _drive(self) -> None:
         store = self.store
         try:
-            while (step := store.next_step()) is not None:
+            while (store.waiting or not self._paused) and (step := store.next_step()) is not None:
                 try:
                     await self._run(step)
                 except TorusError as error:
@@ -119,7 +130,7 @@ class OpenJournal:
                 else:
                     store.end_step(step)
         finally:
-            self._driving = False
+            self._driver = None
 
     async def _run(self, step: Step) -> None:
         """Have a worker do a step, however many of them it takes."""
@@ -151,6 +162,14 @@ class JournalActor(LoopActor):
         super().__init__()
         self._opened = opened
         self._store = opened.store
+
+    async def setup(self) -> None:
+        """Have the disk work done again."""
+        self._opened.resume()
+
+    async def cleanup(self) -> None:
+        """Leave the disk in order: the worker may be stopped next."""
+        await self._opened.pause()
 
     @expose(remote=True, idempotent=True, deferred=True)
     def append(self, reply: Any, volume: int, epoch: int, seq: int, *, payload: memoryview) -> None:

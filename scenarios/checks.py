@@ -38,6 +38,8 @@ class Checker:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.deletions = 0
+        self.nothing_broken = False
+        """While no fault can be the reason, what a new head leads to has all its copies at once."""
         self._keys = Keys()
         self._epochs: dict[str, int] = {}
         self._heads: dict[str, Head] = {}
@@ -118,6 +120,13 @@ class Checker:
         if before is not None and head.epoch < before.epoch:
             self.cluster.fail(f"{key}: a head of epoch {head.epoch} after one of {before.epoch}")
         self._heads[key] = head
+        if self.nothing_broken:
+            hosts = self.cluster.nodes
+            for ref in self.reachable():
+                copies = sum(_stored(host, ref) for host in hosts)
+                if copies < self.cluster.shape.replication:
+                    self.cluster.fail(f"{key} leads to {ref}, of which there are {copies} copies")
+                    return
 
     # -- reachable blocks --------------------------------------------------------------------------
 

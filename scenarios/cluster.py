@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torus_actors.actors.metadata import MetadataActor
 from torus_actors.errors import TorusError
 from torus_actors.machine import Machine
 from torus_actors.metadata import kv
@@ -33,7 +32,6 @@ from torus_actors.node import (
     start_client,
     start_node,
 )
-from torus_actors.runtime import ChildSpec
 from torus_actors.scenarios.simloop import SimLoop, SimProcess
 from torus_actors.scenarios.simnet import SimNetwork
 from torus_actors.scenarios.trace import Trace

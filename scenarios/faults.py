@@ -11,9 +11,9 @@ import errno
 import random
 from collections.abc import Awaitable, Callable
 
+from torus_actors.metadata.ring_changes import change_ring
 from torus_actors.model import rings
 from torus_actors.model.refs import BlockRef
-from torus_actors.metadata.ring_changes import change_ring
 from torus_actors.runtime.cell import State
 from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
@@ -246,7 +246,7 @@ async def freeze_client(field: Field) -> None:
     others = [h for h in driver.hosts if h is not host]
     if others:
         driver.move(field.rng.choice(others))
-    await asyncio.sleep(field.cluster.shape.lease_ttl_s * field.rng.uniform(0.2, 3.0))
+    await asyncio.sleep(field.cluster.shape.lease_ttl_s * field.rng.uniform(0.2, 4.0))
     if process.alive:
         field.say(f"{process.name} wakes up")
         process.resume()

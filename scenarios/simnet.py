@@ -568,9 +568,7 @@ class SimTransport(asyncio.Transport):
             self._protocol.connection_lost(error)
 
 
-def _cut(
-    views: list[memoryview], rng: random.Random
-) -> tuple[list[memoryview], list[memoryview]]:
+def _cut(views: list[memoryview], rng: random.Random) -> tuple[list[memoryview], list[memoryview]]:
     """Cut data in two at a random byte."""
     at = rng.randrange(1, sum(map(len, views)) + 1)
     first: list[memoryview] = []

@@ -56,7 +56,7 @@ class Workload:
     read: float = 4.0
     trim: float = 0.3
     flush: float = 0.7
-    pause_s: float = 0.1
+    pause_s: float = 0.2
     whole_blocks: float = 0.3
     bytes_max: int = 16 << 10
     hot_share: float = 0.5

@@ -213,7 +213,12 @@ class Network:
                 ref.fail(PeerLost("the connection was lost"))
 
     def send(
-        self, source: str, target: str, ref: ObjectRef[Any] | None, meta: bytes, parts: Sequence[Any]
+        self,
+        source: str,
+        target: str,
+        ref: ObjectRef[Any] | None,
+        meta: bytes,
+        parts: Sequence[Any],
     ) -> None:
         """Carry one call; its payload is read when it arrives, not before."""
         system = self.systems[target]
@@ -464,9 +469,7 @@ class StorageNode(Member):
         for disk, block_size, extra in zip(self.disks, sizes, (0, 64), strict=True):
             room = (self.blocks + extra) * (block_size + 8192) + (1 << 16)
             stores.append(
-                MFileStore.open(
-                    disk, block_size=block_size, size_bytes=room, rng=self.cluster.rng
-                )
+                MFileStore.open(disk, block_size=block_size, size_bytes=room, rng=self.cluster.rng)
             )
         opened = self.opened = OpenStores(system, list(stores))
         children = [

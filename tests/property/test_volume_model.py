@@ -16,7 +16,7 @@ from torus_actors.errors import Locked
 from torus_actors.nbd.protocol import Errno
 from torus_actors.nbd.requests import Op
 
-SEEDS = range(int(os.environ.get("VOLUME_SEEDS", "12")))
+SEEDS = range(int(os.environ.get("VOLUME_SEEDS", "5")))
 SIZE = 200_000
 """Bytes of the volume: not a whole number of blocks."""
 

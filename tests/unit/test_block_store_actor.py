@@ -38,7 +38,9 @@ def put(node: StorageNode, ref: BlockRef, data: bytes, replace: bool = False) ->
     )
 
 
-async def check(node: StorageNode, *refs: BlockRef, deep: bool = False, durable: bool = False) -> Any:
+async def check(
+    node: StorageNode, *refs: BlockRef, deep: bool = False, durable: bool = False
+) -> Any:
     """Status and root of blocks."""
     answer = await node.actor("block_store").check_blocks.remote(b"".join(refs), deep, durable)
     return split_records(CHECK_STATUS, answer)
@@ -180,20 +182,15 @@ async def test_a_store_that_failed_does_not_block_the_other_ones_flush_for_ever(
 
 @virtual
 async def test_concurrent_flushes_share_a_sync() -> None:
-    """Fifty flushes at once cost a few syncs; a put before a flush is covered by it."""
+    """Fifty flushes at once cost one or two rounds of syncs."""
     async with Cluster(nodes=1) as cluster:
         node = cluster.node(0)
         syncs: list[str] = []
+        await asyncio.gather(*[put(node, ref_of(n), b"x" * BLOCK) for n in range(50)])
         node.disks[0].on_operation = lambda op: syncs.append(op.kind)
-
-        async def put_and_flush(n: int) -> None:
-            await put(node, ref_of(n), b"x" * BLOCK)
-            await node.actor("block_store").flush.remote()
-            assert ref_of(n) in node.refs()
-
-        await asyncio.gather(*[put_and_flush(n) for n in range(50)])
+        await asyncio.gather(*[node.actor("block_store").flush.remote() for _ in range(50)])
         assert node.stores[0].stats().pending == 0
-        assert syncs.count("sync") <= 12
+        assert syncs.count("sync") <= 4
 
 
 @virtual

@@ -367,6 +367,11 @@ class JournalStore(JournalSpace):
         """Whether a step is under way."""
         return self._step is not None
 
+    @property
+    def waiting(self) -> int:
+        """How much is not durable yet."""
+        return len(self._queue) + len(self._urgent)
+
     def volumes(self) -> list[int]:
         """All volumes that have a log."""
         return [volume for volume, log in self._logs.items() if not log.empty]
@@ -382,7 +387,7 @@ class JournalStore(JournalSpace):
             segments_max=self.limits.segments_max,
             segments_free=len(self._free),
             segment_bytes=self.limits.segment_bytes,
-            waiting=len(self._queue) + len(self._urgent),
+            waiting=self.waiting,
             commits=self._commits,
             committed=self._committed_tickets,
             copied=self._copied,

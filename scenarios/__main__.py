@@ -1,0 +1,138 @@
+"""``python -m torus_actors.scenarios``: list scenarios, run one, explore many seeds."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from torus_actors.scenarios.explore import explore, jobs_of
+from torus_actors.scenarios.run import Result, run
+from torus_actors.scenarios.spec import SCENARIOS, draw
+
+console = Console(highlight=False, soft_wrap=True)
+
+FAILURES_SHOWN = 10
+
+
+@click.group()
+def main() -> None:
+    """Run failure scenarios in a simulator, each from one seed."""
+
+
+@main.command("list")
+def list_() -> None:
+    """List the scenarios and what each is about."""
+    table = Table("scenario", "why", "faults", box=None, pad_edge=False)
+    for scenario in SCENARIOS.values():
+        faults = ", ".join(scenario.faults) or "none"
+        table.add_row(scenario.name, scenario.why, faults if len(faults) < 60 else "all of them")
+    console.print(table)
+
+
+@main.command("run")
+@click.argument("name", type=click.Choice(sorted(SCENARIOS)))
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--trace", "trace_path", type=click.Path(), help="Write every event to this file.")
+@click.option("--quiet", is_flag=True, help="Print the events only of a run that fails.")
+def run_(name: str, seed: int, trace_path: str | None, quiet: bool) -> None:
+    """Run one scenario with one seed: always the same run."""
+    scenario = SCENARIOS[name]
+    console.print(f"{name}, seed {seed}: {scenario.why}", markup=False)
+    console.print(draw(scenario, seed).describe(), markup=False)
+    if trace_path is None:
+        result = run(scenario, seed)
+    else:
+        with open(trace_path, "w", encoding="utf-8") as file:
+            result = run(scenario, seed, file)
+    if result.failures or not quiet:
+        for line in result.lines:
+            console.print(line, markup=False)
+    _summary(result)
+    sys.exit(1 if result.failures else 0)
+
+
+@main.command("explore")
+@click.option("--seeds", type=int, help="Seeds for each scenario; without --minutes 10.")
+@click.option("--first", type=int, default=1, show_default=True, help="The first seed.")
+@click.option("--jobs", type=int, default=os.cpu_count() or 1, show_default=True)
+@click.option("--minutes", type=float, help="Stop after so many minutes.")
+@click.option(
+    "--scenario",
+    "names",
+    type=click.Choice(sorted(SCENARIOS)),
+    multiple=True,
+    help="Only this one; may be given more than once.",
+)
+def explore_(
+    seeds: int | None, first: int, jobs: int, minutes: float | None, names: tuple[str, ...]
+) -> None:
+    """Run many seeds; print what fails, with the command that replays it."""
+    chosen = list(names) or list(SCENARIOS)
+    if seeds is None and minutes is None:
+        seeds = 10
+    total = None if seeds is None else seeds * len(chosen)
+    runs: list[int] = []
+    failed: list[Result] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    simulated = cpu = 0.0
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("runs", total=total)
+
+        def done(result: Result) -> None:
+            nonlocal simulated, cpu
+            runs.append(result.seed)
+            simulated += result.virtual_s
+            cpu += result.cpu_s
+            progress.advance(bar)
+            if result.failures:
+                failed.append(result)
+                progress.console.print(
+                    f"FAILED {result.scenario}, seed {result.seed}: {result.failures[0][:300]}\n"
+                    f"  {result.replay}",
+                    markup=False,
+                )
+                progress.update(bar, description=f"{len(failed)} failed")
+
+        explore(jobs_of(chosen, first, seeds), jobs, minutes, done)
+    speed = simulated / cpu if cpu else 0.0
+    console.print(
+        f"{len(runs)} runs, {len(failed)} failed; {simulated:.0f} simulated seconds, "
+        f"{speed:.0f} for each second of a core",
+        markup=False,
+    )
+    for result in failed:
+        console.print(result.replay, markup=False)
+    sys.exit(1 if failed else 0)
+
+
+def _summary(result: Result) -> None:
+    counts = ", ".join(f"{kind} {count}" for kind, count in result.counts.items()) or "none"
+    console.print(
+        f"\nfaults: {counts}\n"
+        f"{result.operations} operations, {result.flushes} flushes, {result.errors} errors seen by "
+        f"clients, {result.sessions} sessions, {result.deletions} deletions\n"
+        f"{result.virtual_s:.1f} s simulated in {result.cpu_s:.1f} s of a core; "
+        f"trace {result.digest}",
+        markup=False,
+    )
+    if result.failures:
+        console.print("\nFAILED", markup=False)
+        for failure in result.failures[:FAILURES_SHOWN]:
+            console.print(f"  {failure}", markup=False)
+        console.print(f"replay: {result.replay}", markup=False)
+    else:
+        console.print("passed", markup=False)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m torus_actors.scenarios")

@@ -1,0 +1,72 @@
+"""Many runs of many scenarios, on several processor cores."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+from torus_actors.scenarios.run import Result, run
+from torus_actors.scenarios.spec import SCENARIOS, draw
+
+WAITING_MAX = 4
+"""Runs handed out ahead for each core."""
+
+
+def run_safely(name: str, seed: int) -> Result:
+    """Run a scenario; a fault of the simulator itself is a failed run too."""
+    try:
+        return run(SCENARIOS[name], seed)
+    except Exception:
+        drawn = draw(SCENARIOS[name], seed)
+        return Result(name, seed, failures=[traceback.format_exc()], drawn=drawn)
+
+
+def jobs_of(names: Sequence[str], first: int, seeds: int | None) -> Iterator[tuple[str, int]]:
+    """Scenario and seed of each run: every scenario with one seed, then with the next."""
+    numbers = itertools.count(first) if seeds is None else range(first, first + seeds)
+    for seed in numbers:
+        for name in names:
+            yield name, seed
+
+
+def explore(
+    jobs: Iterator[tuple[str, int]],
+    cores: int,
+    minutes: float | None,
+    done: Callable[[Result], None],
+) -> None:
+    """Run jobs until there are none left, or the time is over; ``done`` gets each result."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def in_time() -> bool:
+        return end is None or time.monotonic() < end
+
+    if cores <= 1:
+        for name, seed in jobs:
+            if not in_time():
+                return
+            done(run_safely(name, seed))
+        return
+    # Not forked: what one process has set up must not be in another.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(cores, mp_context=context) as pool:
+        waiting: set[concurrent.futures.Future[Result]] = set()
+        more = True
+        while more or waiting:
+            while more and len(waiting) < WAITING_MAX * cores:
+                job = next(jobs, None) if in_time() else None
+                if job is None:
+                    more = False
+                    break
+                waiting.add(pool.submit(run_safely, *job))
+            ended, waiting = concurrent.futures.wait(
+                waiting, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in ended:
+                done(future.result())
+            if not in_time():
+                waiting = {future for future in waiting if not future.cancel()}

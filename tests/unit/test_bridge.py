@@ -1,0 +1,524 @@
+"""Bridge and links over real loopback TCP: liveness, order, bounds, and who may come in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.unit.runtime_harness import on_uvloop, until
+from torus_actors.actors import links
+from torus_actors.actors.bridge import Bridge, BridgeConfig
+from torus_actors.errors import (
+    DeadlineExceeded,
+    Invalid,
+    NoPeer,
+    PeerLost,
+    TorusError,
+)
+from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, Reply, SupervisorSpec, expose
+from torus_actors.wire.frames import FrameDecoder, encode
+from torus_actors.wire.hello import Hello, Identity, Role
+from torus_actors.wire.limits import PAYLOAD_MAX
+
+SECRET = b"a secret of the cluster"
+
+
+class Echo(LoopActor):
+    """What is called from the other side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.waiting = 0
+
+    @expose(remote=True)
+    async def after(self, pause_ms: int, value: int) -> int:
+        """Answer later."""
+        await asyncio.sleep(pause_ms / 1000)
+        return value
+
+    @expose(remote=True)
+    async def gated(self, *, payload: memoryview) -> int:
+        """Answer when the gate opens."""
+        self.waiting += 1
+        await self.gate.wait()
+        return len(payload)
+
+    @expose(remote=True)
+    def large(self, size: int) -> Reply:
+        """Answer so many bytes."""
+        return Reply(size, (bytes(size),))
+
+    @expose(remote=True)
+    def double(self, *, payload: memoryview) -> Reply:
+        """Answer the payload twice."""
+        return Reply(len(payload), (payload, payload))
+
+    @expose(remote=True)
+    def refuse(self, text: str) -> None:
+        """Fail."""
+        raise Invalid(text)
+
+    @expose()
+    def private(self) -> None:
+        """Not for others."""
+
+
+class End:
+    """One node: a system with a bridge and an echo."""
+
+    def __init__(self, port: int | None, secret: bytes | None = None, cluster: str = "c") -> None:
+        self.node = str(uuid.uuid4())
+        self.port = port
+        identity = Identity(cluster, self.node, Role.NODE, 1, "test")
+        listen = None if port is None else ("127.0.0.1", port)
+        self._config = BridgeConfig(identity, listen, secret)
+        self.system = ActorSystem(
+            asyncio.get_running_loop(), node_id=self.node, rng=random.Random(self.node)
+        )
+
+    async def start(self) -> None:
+        """Start it."""
+        await self.system.start(
+            SupervisorSpec(
+                "root",
+                (
+                    ChildSpec("bridge", lambda: Bridge(self._config)),
+                    ChildSpec("echo", Echo, max_concurrency=5000),
+                ),
+                backoff_first_s=0.001,
+            )
+        )
+
+    @property
+    def bridge(self) -> Any:
+        """The bridge actor itself."""
+        return self.system.cells["bridge"].actor
+
+    @property
+    def echo(self) -> Any:
+        """The echo actor itself."""
+        return self.system.cells["echo"].actor
+
+    def knows(self, *others: End) -> None:
+        """Connect with others."""
+        self.system.actor("bridge").set_peers.tell(
+            {other.node: f"127.0.0.1:{other.port}" for other in others}
+        )
+
+    def at(self, other: End) -> Any:
+        """The echo of another."""
+        return self.system.actor("echo", node=other.node)
+
+    def link_to(self, other: End) -> Any:
+        """The outgoing link."""
+        return self.bridge._peers[other.node].link
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.asynccontextmanager
+async def pair(
+    secret: bytes | None = None, other_secret: bytes | None = None
+) -> AsyncIterator[tuple[End, End]]:
+    """A caller that knows a server."""
+    server = End(free_port(), secret)
+    caller = End(None, secret if other_secret is None else other_secret)
+    await server.start()
+    await caller.start()
+    caller.knows(server)
+    await until(lambda: caller.bridge._peers)
+    try:
+        yield caller, server
+    finally:
+        await caller.system.stop()
+        await server.system.stop()
+
+
+async def up(caller: End, server: End) -> None:
+    """Wait until they are connected."""
+    await until(lambda: caller.bridge.is_up(server.node))
+
+
+async def reason(caller: End) -> str:
+    """Why the caller is not connected."""
+    (peer,) = await caller.system.actor("bridge").peers.remote()
+    told: str = peer["reason"]
+    return told
+
+
+# -- calls -----------------------------------------------------------------------------------------
+
+
+@on_uvloop
+async def test_many_calls_in_flight_are_answered_out_of_order() -> None:
+    """A thousand calls at once, each answered after its own time, get their own answers."""
+    async with pair(SECRET) as (caller, server):
+        await up(caller, server)
+        order: list[int] = []
+        calls = []
+        for n in range(1000):
+            call = caller.at(server).after.remote((n * 7919) % 50, n, timeout_s=5.0)
+            call.add_done_callback(lambda _, n=n: order.append(n))
+            calls.append(call)
+        assert [await call for call in calls] == list(range(1000))
+        assert order != sorted(order)
+        await until(lambda: not caller.link_to(server)._in_flight)
+        (link,) = server.bridge._in_links
+        assert link._calls == link._bytes == 0
+
+
+@on_uvloop
+async def test_payloads_of_all_sizes_arrive_unchanged() -> None:
+    """From nothing to many mebibytes, both ways, several at once."""
+    async with pair() as (caller, server):
+        rng = random.Random(1)
+        payloads = [rng.randbytes(size) for size in (1, 4096, 65536, 65537, 1 << 20, 5 << 20)]
+        calls = [caller.at(server).double.remote(payload=payload) for payload in payloads]
+        for call, payload in zip(calls, payloads, strict=True):
+            answer = await call
+            assert answer.result == len(payload) and bytes(answer.joined()) == payload * 2
+
+
+@on_uvloop
+async def test_errors_keep_their_class_and_harm_nobody() -> None:
+    """What the other side refuses is told as it is, and the link lives on."""
+    async with pair() as (caller, server):
+        with pytest.raises(Invalid, match="no, thanks"):
+            await caller.at(server).refuse.remote("no, thanks")
+        for broken in (
+            caller.at(server).private.remote(),
+            caller.at(server).missing.remote(),
+            caller.at(server).after.remote("text", 1),
+            caller.at(server).after.remote(-1, 1),
+            caller.system.actor("nobody", node=server.node).after.remote(1, 1),
+        ):
+            with pytest.raises(TorusError):
+                await broken
+        assert await caller.at(server).after.remote(0, 5) == 5
+        with pytest.raises(NoPeer):
+            await caller.system.actor("echo", node="unknown").after.remote(0, 1)
+
+
+@on_uvloop
+async def test_an_oversized_call_is_refused_by_its_sender_and_by_the_receiver() -> None:
+    """A payload over the limit is not sent; an answer over the limit is an error, not a lost link;
+    and a frame that announces too much ends its connection before anything is allocated.
+    """
+    async with pair() as (caller, server):
+        with pytest.raises(Invalid):
+            await caller.at(server).double.remote(payload=bytes(PAYLOAD_MAX + 1))
+        with pytest.raises(TorusError):
+            await caller.at(server).large.remote(PAYLOAD_MAX + 1)
+        assert await caller.at(server).after.remote(0, 5) == 5
+        header = bytearray(b"".join(bytes(part) for part in encode(links.Kind.PING, 0)))
+        reader, writer = await shaken(server)
+        header[-12:] = struct.pack("<III", 1 << 31, 0, 0)
+        writer.write(bytes(header) * 3)
+        assert await reader.read(1000) is not None
+        await gone(reader)
+        writer.close()
+        assert await caller.at(server).after.remote(0, 6) == 6
+
+
+# -- liveness --------------------------------------------------------------------------------------
+
+
+@on_uvloop
+async def test_a_lost_peer_fails_what_is_in_flight_at_once() -> None:
+    """The connection breaks with calls under way: all fail with PeerLost, long before their time."""
+    async with pair() as (caller, server):
+        calls = [caller.at(server).gated.remote(payload=b"x", timeout_s=60.0) for _ in range(50)]
+        await until(lambda: server.echo.waiting == 50)
+        started = time.monotonic()
+        for link in list(server.bridge._in_links):
+            link.abort(PeerLost("on purpose"))
+        for call in calls:
+            with pytest.raises(PeerLost):
+                await call
+        assert time.monotonic() - started < 0.5
+        assert not server.bridge._in_links or caller.bridge.is_up(server.node)
+
+
+@on_uvloop
+async def test_a_silent_peer_is_noticed_in_time() -> None:
+    """The other side is connected but reads and says nothing, as if stopped: known within 2.5 s."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        (link,) = server.bridge._in_links
+        link._transport.pause_reading()
+        link._timer.cancel()
+        started = time.monotonic()
+        with pytest.raises(PeerLost, match="silent"):
+            await caller.at(server).after.remote(0, 1, timeout_s=60.0)
+        assert time.monotonic() - started < 2.5
+        await up(caller, server)
+        assert await caller.at(server).after.remote(0, 1) == 1
+
+
+@on_uvloop
+async def test_a_busy_peer_is_not_taken_for_a_silent_one() -> None:
+    """The other side reads no more because it has too much in work, and says so: it is not lost."""
+    async with pair() as (caller, server):
+        block = bytes(1 << 20)
+        calls = [caller.at(server).gated.remote(payload=block, timeout_s=60.0) for _ in range(70)]
+        await until(lambda: any(link._paused for link in server.bridge._in_links))
+        started = time.monotonic()
+        await until(lambda: time.monotonic() - started > 2.5)
+        assert caller.bridge.is_up(server.node)
+        server.echo.gate.set()
+        assert [await call for call in calls] == [1 << 20] * 70
+
+
+@on_uvloop
+async def test_who_slept_itself_does_not_blame_the_other() -> None:
+    """This process stood still for longer than a silence may last: the link survives."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        link = caller.link_to(server)
+        time.sleep(links.SILENCE_MAX_S + 0.5)  # noqa: ASYNC251 - stands still on purpose
+        assert await caller.at(server).after.remote(600, 1) == 1
+        assert caller.link_to(server) is link
+
+
+@on_uvloop
+async def test_what_a_dialer_left_half_open_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dialer that was switched off says nothing any more: its connection does not stay for ever."""
+    monkeypatch.setattr(links, "DIALER_SILENCE_MAX_S", 1.0)
+    async with pair() as (_, server):
+        _, writer = await shaken(server)
+        before = len(server.bridge._in_links)
+        await until(lambda: len(server.bridge._in_links) == before - 1)
+        writer.close()
+
+
+@on_uvloop
+async def test_it_connects_again_after_the_peer_was_away() -> None:
+    """With the peer gone calls fail at once, attempts back off; when it is back all is well."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        await server.system.stop()
+        await until(lambda: caller.bridge.is_down(server.node))
+        peer = caller.bridge._peers[server.node]
+        await until(lambda: peer.failures >= 4)
+        started = time.monotonic()
+        with pytest.raises(PeerLost, match="cannot be reached"):
+            await caller.at(server).after.remote(0, 1, timeout_s=60.0)
+        assert time.monotonic() - started < 0.2
+        again = End(server.port)
+        again.node = server.node
+        again._config = server._config
+        again.system = ActorSystem(
+            asyncio.get_running_loop(), node_id=server.node, rng=random.Random(2)
+        )
+        await again.start()
+        await up(caller, again)
+        assert not caller.bridge.is_down(server.node) and peer.failures == 0
+        assert await caller.at(again).after.remote(0, 9) == 9
+        await again.system.stop()
+
+
+@on_uvloop
+async def test_a_killed_bridge_fails_its_calls_and_its_successor_connects() -> None:
+    """Killed at either end under load: every call is answered or fails, and new ones work."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        for end in (caller, server, caller):
+            calls = [caller.at(server).after.remote(20, n, timeout_s=5.0) for n in range(50)]
+            await asyncio.sleep(0)
+            end.system.cells["bridge"].kill()
+            for n, call in enumerate(calls):
+                try:
+                    assert await call == n
+                except TorusError as error:
+                    assert not isinstance(error, DeadlineExceeded)
+
+            async def works() -> bool:
+                try:
+                    return await caller.at(server).after.remote(0, 1) == 1
+                except TorusError:
+                    return False
+
+            async with asyncio.timeout(5):
+                while not await works():  # noqa: ASYNC110 - the call itself is the condition
+                    await asyncio.sleep(0.01)
+
+
+@on_uvloop
+async def test_addresses_that_cannot_be_are_reasons_and_not_crashes() -> None:
+    """Nonsense in the metadata costs the one peer, not the bridge."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        caller.system.actor("bridge").set_peers.tell(
+            {
+                server.node: f"127.0.0.1:{server.port}",
+                "a": "127.0.0.1:99999",
+                "b": "nonsense",
+                "c": "127.0.0.1:",
+                "d": f"127.0.0.1:{free_port()}",
+                "e": f"127.0.0.1:{server.port}",
+            }
+        )
+        await until(lambda: len(caller.bridge._peers) == 6)
+        await until(lambda: all(caller.bridge._peers[name].failures for name in "abcde"))
+        rows = {row["node"]: row for row in await caller.system.actor("bridge").peers.remote()}
+        assert rows["d"]["reason"] == "connection refused"
+        assert "is now node" in rows["e"]["reason"]
+        assert caller.bridge.is_up(server.node)
+        assert caller.system.cells["bridge"].restarts == 0
+
+
+@on_uvloop
+async def test_a_peer_given_up_while_it_is_connected_leaves_no_link() -> None:
+    """Peers come and go faster than connections are made: none stays open unseen."""
+    async with pair() as (caller, server):
+        for _ in range(20):
+            caller.knows(server)
+            await asyncio.sleep(0)
+            caller.knows()
+            await asyncio.sleep(0.0005)
+        await until(lambda: not server.bridge._in_links)
+
+
+# -- who may come in -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("secret", "other"), [(SECRET, b"another secret here"), (None, SECRET)], ids=["other", "none"]
+)
+@on_uvloop
+async def test_a_secret_mismatch_is_refused_with_a_plain_reason(
+    secret: bytes | None, other: bytes
+) -> None:
+    """Without the cluster's secret nothing is answered, and the caller learns why."""
+    async with pair(secret, other) as (caller, server):
+        with pytest.raises(TorusError, match="secret"):
+            await caller.at(server).after.remote(0, 1, timeout_s=3.0)
+        assert "secret" in await reason(caller)
+        assert not caller.bridge.is_up(server.node)
+        await until(lambda: not any(link.ready for link in server.bridge._in_links))
+
+
+@on_uvloop
+async def test_garbage_ends_only_its_own_connection() -> None:
+    """Random bytes before and after the handshake: that connection ends, others notice nothing."""
+    async with pair() as (caller, server):
+        rng = random.Random(5)
+        await up(caller, server)
+        call = caller.at(server).after.remote(400, 7)
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(rng.randbytes(5000))
+            await gone(reader)
+            writer.close()
+            reader, writer = await shaken(server)
+            writer.write(rng.randbytes(5000))
+            await gone(reader)
+            writer.close()
+        assert await call == 7
+        assert len(server.bridge._in_links) == 1
+        assert server.system.cells["bridge"].restarts == 0
+
+
+@on_uvloop
+async def test_who_says_nothing_is_shown_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection without a handshake is closed after a while, and when the bridge stops."""
+    monkeypatch.setattr(links, "HELLO_TIMEOUT_S", 0.5)
+    async with pair() as (_, server):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        await gone(reader)
+        writer.close()
+
+
+# -- bounds ----------------------------------------------------------------------------------------
+
+
+@on_uvloop
+async def test_too_much_in_work_stops_the_reading() -> None:
+    """More payload than a connection may have in work waits in the sender; then all is answered."""
+    async with pair() as (caller, server):
+        block = bytes(1 << 20)
+        calls = [caller.at(server).gated.remote(payload=block, timeout_s=30.0) for _ in range(200)]
+        await until(lambda: any(link._paused for link in server.bridge._in_links))
+        (link,) = server.bridge._in_links
+        held = link._bytes
+        assert held <= links.SERVED_BYTES_MAX + (8 << 20)
+        await until(lambda: caller.link_to(server)._held)
+        server.echo.gate.set()
+        assert sum([await call for call in calls]) == 200 << 20
+        assert link._bytes == 0 and not link._paused
+
+
+@on_uvloop
+async def test_answers_that_are_not_read_stop_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for much and reads nothing is not read from any more, and in the end closed."""
+    monkeypatch.setattr(links, "DIALER_SILENCE_MAX_S", 1.0)
+    async with pair() as (_, server):
+        reader, writer = await shaken(server)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        from torus_actors.wire.messages import encode_call
+
+        for n in range(100):
+            meta = encode_call("echo", "large", [4 << 20], 60_000)
+            writer.write(b"".join(bytes(p) for p in encode(links.Kind.CALL, n + 1, meta)))
+        await until(lambda: any(link._congested_at for link in server.bridge._in_links))
+        before = len(server.bridge._in_links)
+        await until(lambda: len(server.bridge._in_links) < before)
+        writer.transport.abort()
+
+
+@on_uvloop
+async def test_calls_that_were_given_up_are_forgotten() -> None:
+    """After their deadline neither side remembers them."""
+    async with pair() as (caller, server):
+        calls = [caller.at(server).gated.remote(payload=b"x", timeout_s=0.2) for _ in range(20)]
+        for call in calls:
+            with pytest.raises(DeadlineExceeded):
+                await call
+        await until(lambda: not caller.link_to(server)._in_flight)
+        server.echo.gate.set()
+        await until(lambda: all(not link._calls for link in server.bridge._in_links))
+
+
+# -- a stranger ------------------------------------------------------------------------------------
+
+
+async def shaken(server: End) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection made by hand, after the handshake."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    identity = Identity("c", str(uuid.uuid4()), Role.CLIENT, 1, "by-hand")
+    hello = Hello("dial", identity, None, random.Random(3).randbytes(32))
+    decoder = FrameDecoder(lambda size: memoryview(bytearray(size)))
+    writer.write(b"".join(bytes(part) for part in hello.start()))
+    known = len(server.bridge._in_links)
+    while not hello.done:
+        data = await reader.read(65536)
+        assert data
+        decoder.get_buffer(-1)[: len(data)] = data
+        for frame in decoder.buffer_updated(len(data)):
+            writer.write(b"".join(bytes(part) for part in hello.receive(frame)))
+    await until(lambda: sum(link.ready for link in server.bridge._in_links) >= known)
+    return reader, writer
+
+
+async def gone(reader: asyncio.StreamReader) -> None:
+    """Wait until the other side has closed."""
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(5):
+            while await reader.read(65536):
+                pass

@@ -1,0 +1,426 @@
+"""The caches of a volume: bounds that hold, buffers that are not reused, answers that come."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.fakes import Cluster, DeviceError, until, virtual
+from torus_actors.errors import OutOfSpace
+from torus_actors.model.buffers import BufferPool
+from torus_actors.model.inode_tree import BlockMap
+from torus_actors.model.refs import BlockRef
+from torus_actors.nbd.protocol import Errno
+from torus_actors.nbd.requests import Op, Request
+from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.write_back import WriteBack
+
+BLOCK = 16 << 10
+SIZE = 64 * BLOCK
+
+
+# -- the write cache -------------------------------------------------------------------------------
+
+
+@virtual
+async def test_writes_wait_for_room_and_then_go_on() -> None:
+    """With the peers hanging the cache fills to its bound and no further; when they are back all
+    writes are answered, and the accounting returns to zero.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=4 * BLOCK)
+        file = device.client.session("v").file
+        for peer in cluster.ids:
+            cluster.network.hanging.add(peer)
+        writes = [
+            asyncio.ensure_future(device.write(n * BLOCK, bytes([n]) * BLOCK)) for n in range(20)
+        ]
+        await asyncio.sleep(1.0)
+        assert sum(write.done() for write in writes) in range(1, 5)
+        assert 0 < file.layers.size <= 4 * BLOCK
+        cluster.network.heal()
+        await asyncio.gather(*writes)
+        assert await device.read(19 * BLOCK, 10) == bytes([19]) * 10
+        await device.flush()
+        assert file.layers.size == 0 and not file.unsynced and not file.fresh
+        assert not file._waiting and not file._putting and not file._failed_puts
+
+
+@virtual
+async def test_small_writes_are_counted_with_what_they_cost() -> None:
+    """A flood of one-byte writes does not outgrow the bound either."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=4096)
+        file = device.client.session("v").file
+        most = 0
+        for n in range(400):
+            await device.write(n * 100, b"x")
+            most = max(most, file.layers.size)
+        assert most <= 4096 + 100
+        await device.flush()
+        assert file.layers.size == 0
+
+
+@pytest.mark.parametrize("no_hole", [False, True])
+@virtual
+async def test_a_write_larger_than_the_cache_is_let_through_alone(no_hole: bool) -> None:
+    """Data and zeros of many times the cache's size are written, and read back."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=2 * BLOCK)
+        await device.write(0, b"x" * SIZE)
+        await device.zero(100, SIZE - 200, no_hole=no_hole)
+        assert await device.read(0, SIZE) == b"x" * 100 + bytes(SIZE - 200) + b"x" * 100
+        await device.flush()
+        assert device.client.session("v").file.layers.size == 0
+
+
+@virtual
+async def test_zeros_wait_for_room_like_data() -> None:
+    """Zero runs take memory too: their number is bounded, and all are answered."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=2048)
+        file = device.client.session("v").file
+        await device.write(0, b"x" * SIZE)
+        await device.flush()
+        for peer in cluster.ids:
+            cluster.network.hanging.add(peer)
+        zeros = [asyncio.ensure_future(device.zero(n * 512, 100)) for n in range(300)]
+        await asyncio.sleep(1.0)
+        assert file.layers.size <= 2048 + 128
+        cluster.network.heal()
+        await asyncio.gather(*zeros)
+        await device.flush()
+        assert file.layers.size == 0
+        assert await device.read(0, 512) == bytes(100) + b"x" * 412
+
+
+@virtual
+async def test_torus_401_out_of_space_reaches_the_writer_and_goes_away() -> None:
+    """torus#401: on a full cluster writers and flushes hear ENOSPC, those that wait for room too;
+    reads and trims work; after room was made, writes and flushes do again.
+    """
+    async with Cluster(nodes=1, replication=1, blocks=8, collect_s=1.0) as cluster:
+        device = await cluster.volume(SIZE, write_bytes=4 * BLOCK)
+        await device.write(0, b"a" * BLOCK)
+        await device.flush()
+        with pytest.raises(DeviceError) as failed:
+            for n in range(1, 60):
+                await device.write(n * BLOCK, bytes([n]) * BLOCK)
+        assert failed.value.errno == Errno.ENOSPC
+        with pytest.raises(DeviceError) as failed:
+            await device.flush()
+        assert failed.value.errno == Errno.ENOSPC
+        assert await device.read(0, BLOCK) == b"a" * BLOCK
+        await device.trim(BLOCK, SIZE - BLOCK)
+        await device.flush()
+        assert not device.in_flight
+
+        async def writable() -> bool:
+            try:
+                await device.write(BLOCK, b"again" * 1000, fua=True)
+            except DeviceError:
+                return False
+            return True
+
+        for _ in range(60):
+            if await writable():
+                break
+            await asyncio.sleep(1.0)
+        assert await device.read(BLOCK, 5) == b"again"
+        assert device.client.session("v").file.put_error is None
+
+
+@virtual
+async def test_what_waits_for_room_hears_of_a_full_cluster() -> None:
+    """Writes that wait when the cluster turns out to be full fail, all of them, and do not hang."""
+    async with Cluster(nodes=1, replication=1, blocks=4) as cluster:
+        device = await cluster.volume(SIZE, write_bytes=2 * BLOCK)
+        writes = [
+            asyncio.ensure_future(device.write(n * BLOCK, bytes([n]) * BLOCK)) for n in range(60)
+        ]
+        results = await asyncio.gather(*writes, return_exceptions=True)
+        errors = [result for result in results if result is not None]
+        assert errors and all(
+            isinstance(error, DeviceError) and error.errno == Errno.ENOSPC for error in errors
+        )
+        assert not device.in_flight
+
+
+@virtual
+async def test_tries_on_a_cluster_that_is_partly_full_leave_no_copies_behind() -> None:
+    """One of two nodes is full: trying again and again does not fill the other one."""
+    async with Cluster(nodes=2, replication=2, blocks=64) as cluster:
+        device = await cluster.volume(SIZE)
+        small = cluster.node(0)
+        filler = 0
+        while small.stores[0].stats().free:
+            small.stores[0].put(BlockRef.of(77, 1, filler), b"f")
+            filler += 1
+        await device.write(0, b"x" * BLOCK)
+        await asyncio.sleep(120.0)
+        assert len(cluster.node(1).refs()) <= 2
+
+
+@virtual
+async def test_all_trimmed_while_the_cluster_is_full_makes_it_writable() -> None:
+    """What could not be stored was trimmed: nothing waits for room, so writers are let in again."""
+    async with Cluster(nodes=1, replication=1, blocks=4) as cluster:
+        device = await cluster.volume(SIZE, write_bytes=64 * BLOCK)
+        store = cluster.node(0).stores[0]
+        filler = 0
+        while store.stats().free:
+            store.put(BlockRef.of(77, 1, filler), b"f")
+            filler += 1
+        await device.write(0, b"x" * BLOCK)
+        file = device.client.session("v").file
+        await until(lambda: isinstance(file.put_error, OutOfSpace))
+        with pytest.raises(DeviceError):
+            await device.write(0, b"y")
+        await device.trim(0, SIZE)
+        await until(lambda: file.put_error is None)
+        assert await device.read(0, 10) == bytes(10)
+
+
+@virtual
+async def test_a_trim_does_not_bring_back_what_was_overwritten() -> None:
+    """While a trim waits for a page of the map, reads see the newest data, never what is below it;
+    if the page cannot be had the trim fails and the data stays.
+    """
+    async with Cluster(nodes=1, replication=1) as cluster:
+        size = 3000 * BLOCK
+        device = await cluster.volume(size)
+        for at in (0, 1500 * BLOCK, 2900 * BLOCK):
+            await device.write(at, b"old" * 1000)
+        await device.release()
+        device = await device.client.open("v")
+        await device.write(100 * BLOCK, b"new" * 1000)
+        await device.read(0, 1)  # the first leaf is loaded, the others are not
+        cluster.network.hanging.update(cluster.ids)
+        trim = asyncio.ensure_future(device.trim(10 * BLOCK, 2000 * BLOCK))
+        await asyncio.sleep(0.5)
+        assert not trim.done()
+        assert await device.read(100 * BLOCK, 3) == b"new"
+        cluster.network.heal()
+        await trim
+        assert await device.read(100 * BLOCK, 3) == bytes(3)
+        assert await device.read(1500 * BLOCK, 3) == bytes(3)
+        assert await device.read(2900 * BLOCK, 3) == b"old"
+
+
+# -- requests and actors ---------------------------------------------------------------------------
+
+
+@virtual
+async def test_every_request_of_a_batch_is_answered_once_though_the_volume_dies() -> None:
+    """The volume actor is killed with reads, writes, flushes and block status under way."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(3000 * BLOCK, write_bytes=2 * BLOCK, read_bytes=0)
+        await device.write(2500 * BLOCK, b"x" * BLOCK)
+        await device.release()
+        device = await device.client.open("v")
+        for _ in range(10):
+            requests = [
+                Request(Op.READ, 2500 * BLOCK, 4096, 0),
+                Request(Op.BLOCK_STATUS, 2400 * BLOCK, 300 * BLOCK, 0),
+                Request(Op.WRITE, 0, 3 * BLOCK, 0, data=bytes(3 * BLOCK)),
+                Request(Op.WRITE, BLOCK, 10, 0, data=bytes(10), fua=True),
+                Request(Op.FLUSH, 0, 0, 0),
+                Request(Op.CACHE, 2500 * BLOCK, 4096, 0),
+                Request(Op.TRIM, 100, 200 * BLOCK, 0),
+            ]
+            futures = device.submit(*requests)
+            await asyncio.sleep(cluster.rng.random() * 0.001)
+            device.client.kill("volume:v")
+            for reply in await asyncio.gather(*futures):
+                assert not reply.error, reply.message
+            await asyncio.sleep(0.1)
+            assert not device.violations
+            file = device.client.session("v").file
+            file.map.drop_clean_pages(0)
+
+
+@virtual
+async def test_a_bug_in_one_request_is_an_error_for_that_batch_and_nothing_else() -> None:
+    """A request that makes the volume actor crash: each of its batch is answered, exactly once, and
+    the successor serves on.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        session = device.client.session("v")
+        read_at, broken = session.file.read_at, [True]
+
+        def read_once_broken(*args: Any, **kwargs: Any) -> Any:
+            if broken.pop() if broken else False:
+                raise RuntimeError("a bug")
+            return read_at(*args, **kwargs)
+
+        session.file.read_at = read_once_broken  # type: ignore[method-assign]
+        futures = device.submit(
+            Request(Op.WRITE, 0, 1, 0, data=b"x"),
+            Request(Op.READ, 0, 1, 0),
+            Request(Op.READ, 0, 1, 0),
+        )
+        errors = [reply.error for reply in await asyncio.gather(*futures)]
+        assert errors == [0, Errno.EIO, Errno.EIO]
+        await asyncio.sleep(1.0)
+        assert not device.violations
+        assert await device.read(0, 1) == b"x"
+
+
+@virtual
+async def test_full_blocks_are_put_again_after_the_volume_died() -> None:
+    """Whole blocks that were on their way when the actor died are put without anybody asking."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=SIZE)
+        file = device.client.session("v").file
+        for _ in range(3):
+            await device.write(0, b"x" * 20 * BLOCK)
+            device.client.kill("volume:v")
+            await until(lambda: not file.layers.size)
+        await device.flush()
+
+
+@virtual
+async def test_no_put_is_on_its_way_when_a_commit_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block that a head names has an INode number of that head or an older one, and none
+    enters the map later under a number that a head has ended: a collector would take it for dead.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=8 * BLOCK)
+        session = device.client.session("v")
+        ended: list[int] = []
+        put = BlockMap.set
+        next_inode = session.committer._next_inode
+
+        def checked_put(self: BlockMap, index: int, ref: BlockRef, root: int) -> None:
+            assert ref.inode not in ended
+            put(self, index, ref, root)
+
+        def ending() -> int:
+            ended.append(next_inode())
+            return ended[-1]
+
+        monkeypatch.setattr(BlockMap, "set", checked_put)
+        session.committer._next_inode = ending
+        for peer in cluster.ids:
+            cluster.network.delay_s[peer] = cluster.rng.random() * 0.02
+
+        async def write() -> None:
+            for n in range(240):
+                await device.write((n * 7 % 60) * BLOCK, b"x" * BLOCK)
+
+        writing = asyncio.ensure_future(write())
+        while not writing.done():
+            await device.flush()
+        await writing
+        assert len(ended) >= 3
+
+
+# -- the read cache --------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_block_read_just_after_it_was_written_is_right() -> None:
+    """Write 1 MiB, write the next MiB, read the first, from pooled receive buffers: a buffer that
+    is still looked at must not be filled again.
+    """
+    async with Cluster(nodes=2, block_size=64 << 10, blocks=400) as cluster:
+        device = await cluster.volume(4 << 20, write_bytes=2 << 20, read_bytes=4 << 20)
+        pool = BufferPool(1 << 20)
+
+        def received(value: int) -> memoryview:
+            buffer = pool.take(1 << 20)
+            buffer[:] = bytes([value]) * len(buffer)
+            return buffer
+
+        for turn in range(4):
+            await device.write(0, received(2 * turn + 1))
+            await device.write(1 << 20, received(2 * turn + 2))
+            assert await device.read(0, 1 << 20) == bytes([2 * turn + 1]) * (1 << 20)
+            await device.flush()
+            device.client.session("v").file.cache._entries.clear()
+            assert await device.read(0, 2 << 20) == bytes([2 * turn + 1]) * (1 << 20) + bytes(
+                [2 * turn + 2]
+            ) * (1 << 20)
+
+
+@virtual
+async def test_reads_are_never_stale_after_overwrites_and_discards() -> None:
+    """Blocks that are overwritten all the time, and discarded from the ring, are read right."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, read_bytes=0, write_bytes=2 * BLOCK)
+
+        async def read_all_the_time() -> None:
+            while True:
+                found = await device.read(0, BLOCK)
+                assert found == found[:1] * BLOCK
+                assert found[0] >= acknowledged
+                await asyncio.sleep(0.001)
+
+        acknowledged = 0
+        await device.write(0, bytes(BLOCK))
+        readers = [asyncio.ensure_future(read_all_the_time()) for _ in range(4)]
+        for n in range(1, 120):
+            await device.write(0, bytes([n]) * BLOCK)
+            acknowledged = n - 1
+            await asyncio.sleep(0.02)
+            if n % 40 == 0:
+                await device.flush()
+        for reader in readers:
+            if reader.done():
+                reader.result()
+            reader.cancel()
+        await asyncio.wait(readers)
+        assert max(len(node.refs()) for node in cluster.nodes.values()) < 20
+
+
+def test_the_read_cache_keeps_its_bound() -> None:
+    """Whole blocks and pages, small and large: the accounted size never exceeds the bound by more
+    than one entry, and is right when all is replaced.
+    """
+    cache = ReadCache(100_000)
+    for n in range(500):
+        ref = n.to_bytes(24, "little")
+        if n % 2:
+            cache.put_whole(ref, bytes(16_384))
+        else:
+            cache.put_pages(ref, 4096, bytes(8192))
+            cache.put_whole(ref, bytes(16_384))
+            cache.put_pages(ref, 0, bytes(4096))
+        assert cache.size <= cache.size_max + 17_000
+        assert cache.size == sum(entry.size for entry in cache._entries.values())
+
+
+def test_the_read_cache_does_not_keep_large_buffers_alive_for_small_parts() -> None:
+    """A block out of a much larger buffer is copied; one that is most of its buffer is not."""
+    cache = ReadCache(1 << 20)
+    large, own = bytearray(1 << 20), bytearray(16_384)
+    cache.put_whole(b"a" * 24, memoryview(large)[:16_384])
+    cache.put_whole(b"b" * 24, memoryview(own))
+    part, whole = cache.whole(b"a" * 24), cache.whole(b"b" * 24)
+    assert isinstance(part, bytes)
+    assert isinstance(whole, memoryview) and whole.obj is own
+
+
+def test_the_layers_account_for_what_they_hold() -> None:
+    """Writes, zeros, freezes, thaws and drops: the size is always that of what is there."""
+    layers = WriteBack(1 << 20)
+    layers.write(1, 0, b"x" * 100)
+    frozen = layers.freeze(1)
+    layers.write(1, 50, b"y" * 100)
+    layers.zero(1, 0, 10)
+    layers.thaw(1)
+    assert (
+        b"".join(
+            bytes(size) if buffer is None else bytes(buffer)  # type: ignore[arg-type]
+            for _, size, buffer in layers.read(1, 0, 150)
+        )
+        == bytes(10) + b"x" * 40 + b"y" * 100
+    )
+    assert layers.freeze(1) is frozen
+    layers.write(2, 0, b"z")
+    layers.settle(1, frozen)
+    layers.drop(2, 3)
+    assert layers.size == 0 and not list(layers.indexes())

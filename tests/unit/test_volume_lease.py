@@ -1,0 +1,117 @@
+"""The heartbeat and the lock: leases are renewed whatever the data path does, and come back."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.fakes import Cluster, DeviceError, until, virtual
+from torus_actors.errors import LeaseNotFound, Locked
+from torus_actors.nbd.protocol import Errno
+
+SIZE = 1 << 20
+
+
+@virtual
+async def test_torus_257_the_heartbeat_beats_while_the_data_path_hangs() -> None:
+    """torus#257: with every peer hanging and writes piled up, the lease is renewed in time."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=32 << 10)
+        cluster.network.hanging.update(cluster.ids)
+        work = [asyncio.ensure_future(device.write(n * 16384, b"x" * 16384)) for n in range(30)] + [
+            asyncio.ensure_future(device.flush())
+        ]
+        lease = (await device.client.actor("heartbeat").status.remote())["lease"]
+        for _ in range(20):
+            await asyncio.sleep(3.0)
+            status = await device.client.actor("heartbeat").status.remote()
+            assert status["lease"] == lease and status["age_s"] < 4
+        lock, _ = await cluster.meta.lock_status(device.client.session("v").volume_id)
+        assert lock is not None
+        cluster.network.heal()
+        await asyncio.gather(*work, return_exceptions=True)
+        await device.flush()
+
+
+@virtual
+async def test_torus_132_a_lease_that_ran_out_is_made_again_with_what_hung_on_it() -> None:
+    """torus#132: the metadata was away for longer than the lease: there is a new one, the volume's
+    lock hangs on it, and nobody else can open the volume; I/O went on all the time.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        volume_id = device.client.session("v").volume_id
+        before = await device.client.actor("heartbeat").lease.remote()
+        device.client.store.down = True
+        for n in range(20):
+            await device.write(n, b"x")
+            await asyncio.sleep(1.0)
+        lock, _ = await cluster.meta.lock_status(volume_id)
+        assert lock is None
+        device.client.store.down = False
+        await asyncio.sleep(3.0)
+        after = await device.client.actor("heartbeat").lease.remote()
+        assert after != before
+        lock, epoch = await cluster.meta.lock_status(volume_id)
+        assert lock is not None and lock.epoch == epoch
+        other = await cluster.client()
+        with pytest.raises(Locked):
+            await other.open("v")
+        await device.flush()
+        assert await device.read(0, 20) == b"x" * 20
+
+
+@virtual
+async def test_a_heartbeat_that_dies_goes_on_with_the_same_lease() -> None:
+    """Its successor renews the lease of its predecessor, and who waits for a lease gets it."""
+    async with Cluster() as cluster:
+        client = await cluster.client()
+        waiting = client.actor("heartbeat").lease.remote()
+        client.kill("heartbeat")
+        lease = await waiting
+        for _ in range(5):
+            client.kill("heartbeat")
+            await asyncio.sleep(5.0)
+            assert await client.actor("heartbeat").lease.remote() == lease
+        with pytest.raises(LeaseNotFound):
+            await cluster.meta.renew_lease(lease + 1000)
+        assert await cluster.meta.renew_lease(lease)
+
+
+@virtual
+async def test_a_volume_can_be_opened_right_after_its_lease_ran_out() -> None:
+    """The lease the heartbeat knows has ended, which it has not noticed: opening waits for it."""
+    async with Cluster() as cluster:
+        await cluster.meta.create_volume("v", SIZE)
+        client = await cluster.client()
+        lease = await client.actor("heartbeat").lease.remote()
+        await cluster.meta.revoke_lease(lease)
+        device = await client.open("v")
+        await device.write(0, b"x", fua=True)
+        lock, _ = await cluster.meta.lock_status(client.session("v").volume_id)
+        assert lock is not None
+        await asyncio.sleep(30.0)
+        lock, _ = await cluster.meta.lock_status(client.session("v").volume_id)
+        assert lock is not None
+
+
+@virtual
+async def test_a_client_back_from_a_long_sleep_is_fenced_by_its_heartbeat() -> None:
+    """Another opened the volume while this one slept: it is told before it writes anything."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"first")
+        await device.flush()
+        device.client.store.down = True
+        await asyncio.sleep(10.0)
+        other = await (await cluster.client()).open("v")
+        await other.write(0, b"other", fua=True)
+        device.client.store.down = False
+        session = device.client.session("v")
+        await until(lambda: session.file.failure is not None)
+        with pytest.raises(DeviceError) as failed:
+            await device.write(0, b"late")
+        assert failed.value.errno == Errno.ESHUTDOWN
+        assert await other.read(0, 5) == b"other"
+        await device.release()

@@ -1,0 +1,227 @@
+"""What changed in a volume since it was last written to the journal, and the records made of it.
+
+A record holds, for the writes since the last one, in this order: blocks that were put on the ring
+and entered in the map, then extents that are in no block yet. Replaying all records after a head,
+in order, over that head gives everything that was flushed.
+
+A block carries the number of the last record that was cut before its content was fixed. What older
+records say of its place is in it, so a replay forgets that; what newer ones say lies over it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import msgpack
+
+from torus_actors.errors import Corruption
+from torus_actors.model.checksums import Buffer
+from torus_actors.model.extents import ExtentMap
+from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
+
+INLINE_MAX = 4 << 20
+"""Bytes of extents in one record. A flush with more to say commits instead: it costs the peers no
+more, and the journal stays small."""
+
+_HEAD = struct.Struct("<4sI")
+_MAGIC = b"TJr1"
+
+LoggedBlock = tuple[int, BlockRef | None, int, int]
+"""Position, ref (None: a hole), root checksum, number of the last record that it covers."""
+
+LoggedExtent = tuple[int, int, int, Buffer | None]
+"""Position, offset in the block, length, data (None: zeros)."""
+
+
+class ChangeLog:
+    """Collects changes of one volume; told of every change of its layers.
+
+    Attributes:
+        seq: number of the last record that was cut.
+        needs_commit: something happened that records do not tell, such as a trim of a large range,
+            or a record was cut and could not be stored; the next flush must commit.
+        recording: whether anything is collected.
+    """
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self.needs_commit = False
+        self.recording = False
+        self._extents: dict[int, ExtentMap] = {}
+        self._frozen: dict[int, ExtentMap] = {}
+        self._frozen_after: dict[int, int] = {}
+        self._blocks: dict[int, tuple[BlockRef | None, int, int]] = {}
+
+    def start(self, seq: int = 0) -> None:
+        """Begin to collect, with nothing to tell."""
+        self.recording = True
+        self.seq = seq
+        self._extents.clear()
+        self._frozen.clear()
+        self._blocks.clear()
+
+    # -- changes, as they happen -------------------------------------------------------------------
+
+    def wrote(self, index: int, offset: int, data: Buffer | None, length: int) -> None:
+        """Data, or zeros, came into the dirty layer of a block."""
+        if not self.recording:
+            return
+        extents = self._extents.get(index)
+        if extents is None:
+            extents = self._extents[index] = ExtentMap()
+        if data is None:
+            extents.zero(offset, length)
+        else:
+            extents.write(offset, data)
+
+    def froze(self, index: int) -> None:
+        """The dirty layer of a block was fixed, to be put on the ring."""
+        self._frozen_after[index] = self.seq
+        extents = self._extents.pop(index, None)
+        if extents is not None:
+            self._frozen[index] = extents
+
+    def thawed(self, index: int) -> None:
+        """The put failed: what was fixed is below what was written since."""
+        self._frozen_after.pop(index, None)
+        extents = self._frozen.pop(index, None)
+        if extents is not None:
+            newer = self._extents.get(index)
+            if newer is not None:
+                extents.merge_from(newer)
+            self._extents[index] = extents
+
+    def settled(self, index: int, ref: BlockRef | None, root: int) -> None:
+        """The fixed layer is in the map now, as a block or a hole."""
+        after = self._frozen_after.pop(index, self.seq)
+        self._frozen.pop(index, None)
+        if self.recording:
+            self._blocks[index] = (ref, root, after)
+
+    def dropped(self, first: int, last: int) -> None:
+        """A range of blocks was trimmed at once, layers and all."""
+        for table in (self._extents, self._frozen, self._frozen_after, self._blocks):
+            for index in [i for i in table if first <= i < last]:
+                del table[index]  # type: ignore[attr-defined]
+        self.needs_commit = True
+
+    # -- records -----------------------------------------------------------------------------------
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to tell."""
+        return not (self._extents or self._frozen or self._blocks)
+
+    def refs(self) -> list[BlockRef]:
+        """The blocks that the next record will name."""
+        return [ref for ref, _, _ in self._blocks.values() if ref is not None]
+
+    def inline_bytes(self) -> int:
+        """Bytes of extents that the next record will hold."""
+        return sum(
+            extents.data_bytes
+            for table in (self._extents, self._frozen)
+            for extents in table.values()
+        )
+
+    def cut(self) -> list[Buffer]:
+        """Make a record of all that was not told, and count it as told."""
+        blocks = [
+            [index, ref or b"", root, after] for index, (ref, root, after) in self._blocks.items()
+        ]
+        places: list[list[int]] = []
+        data: list[Buffer] = []
+        for table in (self._frozen, self._extents):
+            for index, extents in table.items():
+                for offset, length, buffer in extents.items():
+                    # A negative length is a run of zeros, for which nothing follows.
+                    places.append([index, offset, -length if buffer is None else length])
+                    if buffer is not None:
+                        data.append(buffer)
+        self._blocks.clear()
+        self._frozen.clear()
+        self._extents.clear()
+        self.seq += 1
+        head = msgpack.packb([blocks, places])
+        return [_HEAD.pack(_MAGIC, len(head)) + head, *data]
+
+
+def read_record(payload: Buffer) -> tuple[list[LoggedBlock], list[LoggedExtent]]:
+    """Read a record.
+
+    Args:
+        payload: what ``cut`` gave, in one buffer; extents are views of it.
+
+    Raises:
+        Corruption: it is none.
+    """
+    view = memoryview(payload)
+    try:
+        magic, size = _HEAD.unpack_from(view, 0)
+        if magic != _MAGIC:
+            raise ValueError("wrong magic")
+        at = _HEAD.size + size
+        packed_blocks, places = msgpack.unpackb(view[_HEAD.size : at])
+        blocks: list[LoggedBlock] = [
+            (int(index), _ref(ref), int(root), int(after))
+            for index, ref, root, after in packed_blocks
+        ]
+        extents: list[LoggedExtent] = []
+        for index, offset, length in places:
+            if length < 0:
+                extents.append((index, offset, -length, None))
+                continue
+            if at + length > len(view):
+                raise ValueError("cut short")
+            extents.append((index, offset, length, view[at : at + length]))
+            at += length
+        if at != len(view):
+            raise ValueError("bytes are left over")
+    except (struct.error, ValueError, TypeError, msgpack.UnpackException) as error:
+        raise Corruption(f"a journal record cannot be read: {error}") from error
+    return blocks, extents
+
+
+def _ref(ref: bytes) -> BlockRef | None:
+    if not ref:
+        return None
+    if len(ref) != BLOCK_REF_SIZE:
+        raise ValueError("not a block ref")
+    return BlockRef(ref)
+
+
+class Replay:
+    """What records add up to.
+
+    Memory is bounded by the size of the journal, which its session bounds.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[BlockRef | None, int]] = {}
+        self._extents: dict[int, list[tuple[int, int, int, Buffer | None]]] = {}
+        self.records = 0
+
+    def add(self, seq: int, payload: Buffer) -> None:
+        """Take in the next record.
+
+        Raises:
+            Corruption: it cannot be read.
+        """
+        blocks, extents = read_record(payload)
+        for index, ref, root, after in blocks:
+            self.blocks[index] = (ref, root)
+            kept = [each for each in self._extents.get(index, ()) if each[0] > after]
+            if kept:
+                self._extents[index] = kept
+            else:
+                self._extents.pop(index, None)
+        for index, offset, length, buffer in extents:
+            self._extents.setdefault(index, []).append((seq, offset, length, buffer))
+        self.records += 1
+
+    def extents(self) -> Iterator[LoggedExtent]:
+        """Writes to do over the blocks, in order."""
+        for index, found in self._extents.items():
+            for _, offset, length, buffer in found:
+                yield index, offset, length, buffer

@@ -1,0 +1,256 @@
+"""A session's journal: appending records to all members of its ensemble, and reading a tail back.
+
+The rule: a flush is acknowledged by the journal only when every member recorded in the metadata
+has the record on its disk. So any one member has all that was acknowledged, and one member that is
+fenced keeps an older session from getting anything acknowledged ever again. A member is known by
+the identity of its journal too: one that lost its disk has no records, which is not "none".
+
+A member that does not answer ends the journal: the flush becomes a commit, whose head covers all
+records, and a new ensemble is recorded before the next one is used. An ensemble never shrinks
+silently, and a journal never waits for the metadata while its members live.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgpack
+
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.errors import (
+    BlockUnavailable,
+    CompareFailed,
+    Fenced,
+    NotExist,
+    OutcomeUnknown,
+    TorusError,
+)
+from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.records import Head, Journal
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model.checksums import Buffer
+from torus_actors.model.refs import BlockRef
+from torus_actors.runtime import ActorSystem
+from torus_actors.volume.change_log import Replay
+
+log = logging.getLogger(__name__)
+
+APPEND_TIMEOUT_S = 2.0
+"""A member that has not stored a record by then is given up: the flush commits instead."""
+
+RECOVER_PATIENCE_S = 15.0
+"""How long opening a volume waits for one member of the last session's journal."""
+
+READ_BYTES = 4 << 20
+
+COMMIT_BYTES = 64 << 20
+"""A journal of this size is due to be folded into blocks."""
+
+COMMIT_AGE_S = 30.0
+"""And one of this age: a crash then has little to replay."""
+
+
+class SessionJournal:
+    """The journal of one session.
+
+    Args:
+        volume_id: the volume.
+        epoch: of the session.
+        revision: of the journal record in the metadata, as last read.
+
+    Attributes:
+        active: whether records can be appended.
+        size: bytes appended since the last cut.
+        broken: why there is no ensemble now; empty if there is one or none was wanted yet.
+    """
+
+    def __init__(
+        self,
+        system: ActorSystem,
+        meta: MetadataService,
+        view: ClusterView,
+        *,
+        volume_id: int,
+        epoch: int,
+        revision: int,
+    ) -> None:
+        self._system = system
+        self._meta = meta
+        self._view = view
+        self._volume_id = volume_id
+        self._epoch = epoch
+        self._revision = revision
+        self._members: tuple[str, ...] = ()
+        self._homes: dict[str, Any] = {}
+        self._identities: dict[str, int] = {}
+        self.active = False
+        self.size = 0
+        self.began_at = 0.0
+        self.broken = ""
+
+    async def form(self) -> None:
+        """Choose an ensemble and record it; only right after a commit that covers all records.
+
+        Raises:
+            BlockUnavailable: fewer peers are up than copies are wanted.
+            Fenced: another session has begun.
+            Again, OutcomeUnknown: the metadata cannot be reached; nothing is active.
+        """
+        self.active = False
+        ring = self._view.ring
+        transport: Any = self._system.transport
+        order = ring.permutation(BlockRef.of(self._volume_id, 0, 0))
+        wanted = min(ring.replication, len(order))
+        up = [p for p in order if transport is not None and not transport.is_down(p)]
+        if not wanted or len(up) < wanted:
+            raise BlockUnavailable(f"{len(up)} of {len(order)} peers are up, {wanted} are wanted")
+        members = tuple(up[:wanted])
+        homes = {p: self._system.actor("journal", node=p) for p in members}
+        identities: dict[str, int] = {}
+        for member, home in homes.items():
+            # Also the member's promise to refuse older sessions.
+            fenced = await home.fence.remote(
+                self._volume_id, self._epoch, timeout_s=APPEND_TIMEOUT_S
+            )
+            identities[member] = fenced[4]
+        extra: bytes = msgpack.packb(identities)
+        record = Journal(epoch=self._epoch, ensemble=members, extra=extra)
+        try:
+            self._revision = await self._meta.set_journal(
+                self._volume_id, self._epoch, self._revision, record
+            )
+        except CompareFailed:
+            # An attempt of ours whose answer was lost: nobody else writes under this epoch.
+            found, revision = await self._meta.journal(self._volume_id)
+            self._revision = revision
+            if found != record:
+                raise BlockUnavailable("the journal's record changed meanwhile") from None
+        self._members = members
+        self._homes = homes
+        self._identities = identities
+        self.active = True
+        self.broken = ""
+        self.size = 0
+        self.began_at = self._system.loop.time()
+
+    def may_form(self) -> bool:
+        """Whether enough peers are up for an ensemble."""
+        transport: Any = self._system.transport
+        ring = self._view.ring
+        up = [p for p in ring.members if transport is not None and not transport.is_down(p)]
+        return bool(up) and len(up) >= min(ring.replication, len(ring.members))
+
+    async def append(self, seq: int, record: list[Buffer]) -> None:
+        """Have every member store a record durably.
+
+        Raises:
+            Fenced: another session has begun.
+            BlockUnavailable: a member did not store it; the journal is not active any more.
+        """
+        refs = [
+            home.append.remote(
+                self._volume_id, self._epoch, seq, payload=record, timeout_s=APPEND_TIMEOUT_S
+            )
+            for home in self._homes.values()
+        ]
+        failure: TorusError | None = None
+        for member, ref in zip(self._members, refs, strict=True):
+            try:
+                identity = await ref
+                if self._identities[member] != identity:
+                    failure = BlockUnavailable(f"peer {member[:8]} has lost its journal")
+            except Fenced:
+                self.active = False
+                raise
+            except TorusError as error:
+                failure = error
+        if failure is not None:
+            self.active = False
+            self.broken = str(failure)
+            raise BlockUnavailable(f"the journal lost a member: {failure}") from failure
+        self.size += sum(len(part) for part in record)
+
+    def cut(self, upto_seq: int) -> None:
+        """A head covers these records: the members may forget them."""
+        if upto_seq:
+            for home in self._homes.values():
+                home.cut.tell(self._volume_id, self._epoch, upto_seq)
+        self.size = 0
+        self.began_at = self._system.loop.time()
+
+
+async def recover(
+    system: ActorSystem,
+    meta: MetadataService,
+    volume_id: int,
+    epoch: int,
+    head: Head | None,
+) -> tuple[Replay, int]:
+    """Fence the last session's journal, and read what its head does not cover.
+
+    Args:
+        system: whose bridge reaches the members.
+        meta: the metadata service.
+        volume_id: the volume.
+        epoch: of the new session, already recorded: the older one can form no new ensemble.
+        head: the volume's, read after that.
+
+    Returns:
+        The replay, and the revision of the journal record.
+
+    Raises:
+        BlockUnavailable: no member can be reached, or none has its records whole.
+        Fenced: a still newer session has begun.
+    """
+    replay = Replay()
+    journal, revision = await meta.journal(volume_id)
+    head_epoch = head.epoch if head is not None else 0
+    if journal is None or journal.epoch < head_epoch or not journal.ensemble:
+        return replay, revision
+    first = head.journal_seq + 1 if head is not None and head.epoch == journal.epoch else 1
+    identities: dict[str, int] = msgpack.unpackb(journal.extra) if journal.extra else {}
+    end = system.loop.time() + RECOVER_PATIENCE_S
+    backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
+    failure: TorusError | None = None
+    while True:
+        for member in journal.ensemble:
+            try:
+                home = system.actor("journal", node=member)
+                newest, _, last, lost, identity = await home.fence.remote(
+                    volume_id, epoch, timeout_s=APPEND_TIMEOUT_S
+                )
+                if lost or identities.get(member) != identity:
+                    raise BlockUnavailable(f"peer {member[:8]} has lost records")
+                if newest == journal.epoch and last >= first:
+                    replay = await _read_tail(home, volume_id, journal.epoch, first, last)
+                return replay, revision
+            except Fenced:
+                raise
+            except TorusError as error:
+                failure = error
+                log.warning("journal on peer %s: %s", member[:8], error)
+        if not await backoff.wait(end):
+            names = ", ".join(member[:8] for member in journal.ensemble)
+            raise BlockUnavailable(
+                f"no member of the volume's journal ({names}) can be read: {failure}"
+            )
+
+
+async def _read_tail(home: Any, volume_id: int, epoch: int, first: int, last: int) -> Replay:
+    replay = Replay()
+    following = first
+    while following <= last:
+        answer = await home.read_tail.remote(volume_id, epoch, following, READ_BYTES)
+        lengths = answer.result
+        if not lengths:
+            raise NotExist(f"record {following} of {last} is not there")
+        payload = memoryview(answer.joined())
+        at = 0
+        for seq, length in lengths:
+            if seq != following:
+                raise OutcomeUnknown(f"record {seq} came where {following} was due")
+            replay.add(seq, payload[at : at + length])
+            at += length
+            following += 1
+    return replay
