@@ -74,7 +74,7 @@ class Bridge(LoopActor):
         self._listening: tuple[str, int] | None = None
         self._closed = False
         self.changes = 0
-        """Counts connections made and lost: what is derived from who is up is good until it moves."""
+        """Counts connections made and lost: what was derived from them is good until it moves."""
 
     async def setup(self) -> None:
         """Listen, and connect again to the peers the predecessor knew."""

@@ -1,7 +1,7 @@
 """The garbage collector of a node: deletes blocks that nothing can reach any more.
 
-A pass reads all metadata, walks the trees of all heads and snapshots, and looks at each block stored
-here. A block is a candidate when
+A pass reads all metadata, walks the trees of all heads and snapshots, and looks at each block
+stored here. A block is a candidate when
 
 - its volume has a tombstone, or it is older than its volume's head (a smaller INode number: what an
   open session has not committed yet is never older), and
@@ -187,10 +187,20 @@ class Collector(LoopActor):
         if dead_twice:
             await store.flush.remote(timeout_s=120.0)  # their room is free only after that
             log.info("%d dead blocks deleted", len(dead_twice))
+        await self._drop_journals(tombs)
         self._suspects = suspects
         self._suspected_at = began
         self._counts["passes"] += 1
         self._counts["garbage"] = len(suspects)
+
+    async def _drop_journals(self, tombs: set[int]) -> None:
+        """Forget what the journal here holds of deleted volumes."""
+        if "journal" not in self.system.cells:
+            return
+        journal = self.system.actor("journal")
+        for volume in await journal.volumes.remote():
+            if volume in tombs:
+                await journal.drop.remote(volume)
 
     async def _read_metadata(self) -> tuple[dict[int, int], set[int], list[Head]]:
         """All that roots blocks, in an order that makes a concurrent snapshot visible.

@@ -181,7 +181,7 @@ class JournalActor(LoopActor):
             volume: whose log.
             epoch: the session's; a higher one than before fences those below.
             seq: one more than the last of the epoch; any for its first record.
-            payload: the record; its buffer is the journal's until the answer.
+            payload: the record; copied.
 
         Raises:
             Fenced: a later session has begun.

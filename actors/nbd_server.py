@@ -1,8 +1,8 @@
 """The NBD server actor: listens for NBD clients and passes their requests to volume actors.
 
-Messages in: ``replies`` from volume actors, ``addresses``. Messages out: ``submit`` to volume actors,
-``open`` and ``release`` to the volumes actor. Sockets and connections outlive it, so its death costs
-no client anything: requests wait until the successor has adopted them.
+Messages in: ``replies`` from volume actors, ``addresses``. Messages out: ``submit`` to volume
+actors, ``open`` and ``release`` to the volumes actor. Sockets and connections outlive it, so its
+death costs no client anything: requests wait until the successor has adopted them.
 """
 
 from __future__ import annotations

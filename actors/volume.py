@@ -1,9 +1,9 @@
 """The volume actor: serves one open volume.
 
-Messages in: ``submit`` (a batch of NBD requests), ``flush``, ``status``. Messages out: answers to the
-NBD server, blocks to the replicator, heads to the metadata. What the volume holds lives in its
-``Session``, which outlives the actor: after its death the successor puts again what was on its way,
-and no client notices.
+Messages in: ``submit`` (a batch of NBD requests), ``flush``, ``status``. Messages out: answers to
+the NBD server, blocks to the replicator, heads to the metadata. What the volume holds lives in its
+``Session``, which outlives the actor: after its death the successor puts again what was on its
+way, and no client notices.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The volumes actor: opens volumes when a client asks for them, and closes them after the last one.
 
-Messages in: ``list_names``, ``open``, ``release``, ``status``. For each open volume it has one child,
-a volume actor. Its death costs nothing: which volumes are open, and how often, outlives it.
+Messages in: ``list_names``, ``open``, ``release``, ``status``. For each open volume it has one
+child, a volume actor. Its death costs nothing: which volumes are open, and how often, outlives it.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ class Volumes(LoopActor):
             block_spec=self._view.gmd.block_spec,
             read_cache=self._cache,
             write_cache_bytes=self._caches.write_bytes,
+            view=self._view,
             read_only=self._read_only,
         )
 

@@ -83,8 +83,7 @@ def run(scenario: Scenario, seed: int, trace_file: TextIO | None = None) -> Resu
             virtual_s = loop.time() - began
             for context in loop.errors:
                 if not any(known in str(context["message"]) for known in NOT_OUR_BUG):
-                    error = context.get("exception")
-                    play.cluster.fail(f"{context['message']}: {error!r}")
+                    play.cluster.fail(f"{context['message']}: {context.get('exception')!r}")
             play.finish()
             loop.close()
     result.failures = play.cluster.failures

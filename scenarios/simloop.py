@@ -209,7 +209,9 @@ class SimLoop(asyncio.BaseEventLoop):
         """See asyncio."""
         return self.call_at(self._now + max(delay, 0.0), callback, *args, context=context)
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> Any:
         """Run it here and now, and tell the result a little later."""
         future: asyncio.Future[Any] = self.create_future()
 
@@ -228,13 +230,13 @@ class SimLoop(asyncio.BaseEventLoop):
         """A name is its own address."""
         return [(2, 1, 6, "", (host, port))]
 
-    async def create_connection(  # type: ignore[override]
+    async def create_connection(
         self, protocol_factory: Callable[[], Any], host: Any = None, port: Any = None, **kwargs: Any
     ) -> Any:
         """Connect over the simulated network."""
         return await self.network.connect(protocol_factory, host, port)
 
-    async def create_server(  # type: ignore[override]
+    async def create_server(
         self, protocol_factory: Callable[[], Any], host: Any = None, port: Any = None, **kwargs: Any
     ) -> Any:
         """Listen on the simulated network."""

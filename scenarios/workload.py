@@ -161,7 +161,7 @@ class Driver:
         self.sessions += 1
         self._busy = []
         volume = system.actor(f"volume:{self.name}")
-        if await self._verify(volume, session):
+        if await self._verify(volume, session) and await self._first_write(volume, session, who):
             workers = [
                 asyncio.ensure_future(self._work(volume, session, who))
                 for _ in range(self.workload.workers)
@@ -173,6 +173,12 @@ class Driver:
             await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
         except TorusError as error:
             self._failed("closing", error, who, session)
+
+    async def _first_write(self, volume: Any, session: Session, who: str) -> bool:
+        """A write and a flush, so that there is something for later crashes to threaten."""
+        length = min(self.cluster.shape.block_size, self.oracle.size)
+        written = await self._operate("write", volume, session, who, 0, length)
+        return written and await self._flush(volume, session, who)
 
     async def last_session(self, host: Host) -> None:
         """Read everything, write a little, flush, close. No fault is left: nothing may fail."""

@@ -1,8 +1,8 @@
 """The journal against power cuts, kills and disk errors at every point, on the simulated disk.
 
-A run is a seeded workload on a few volumes; a model keeps what was acknowledged, what was only asked
-for, and what is no longer needed. Mutants, that is stores with one rule of safety broken, show that
-the runs can fail at all.
+A run is a seeded workload on a few volumes; a model keeps what was acknowledged, what was only
+asked for, and what is no longer needed. Mutants, that is stores with one rule of safety broken,
+show that the runs can fail at all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torus_actors.errors import (
 )
 from torus_actors.storage import journal, journal_format, journal_open, journal_steps
 from torus_actors.storage.journal import JournalStore
-from torus_actors.storage.journal_format import Position, SegmentHeader
+from torus_actors.storage.journal_format import START, Position, SegmentHeader
 from torus_actors.storage.journal_index import Log, Segment, Ticket
 from torus_actors.storage.journal_space import JournalLimits
 from torus_actors.storage.journal_steps import Commit, Reuse, Step
@@ -65,7 +65,7 @@ class Expected:
     following: int | None = None
     acked: dict[Position, bytes] = dataclasses.field(default_factory=dict)
     asked: dict[Position, bytes] = dataclasses.field(default_factory=dict)
-    cut: Position = Position(0, 0)
+    cut: Position = START
     drops: int = 0
     before_drop: list[dict[Position, bytes]] = dataclasses.field(default_factory=list)
     """What a drop that was not acknowledged may leave behind."""

@@ -106,6 +106,19 @@ def test_payload_of_several_buffers_and_none(store: JournalStore) -> None:
     assert tail(store, 1, 1, 1) == {1: b"abcd", 2: b""}
 
 
+def test_buffers_are_copied(store: JournalStore, disk: SimDisk) -> None:
+    """A caller may change its buffer as soon as it was handed over: it may have given up."""
+    buffer = bytearray(b"as it was")
+    ticket = store.append(1, 1, 1, [buffer])
+    put_later = store.append(2, 1, 1, [b"of another"])
+    buffer[:] = b"otherwise"
+    assert outcome(store, ticket) is None
+    assert put_later is not None
+    again = open_store(disk.crash())
+    assert tail(again, 1, 1, 1) == {1: b"as it was"}
+    assert tail(again, 2, 1, 1) == {1: b"of another"}
+
+
 def test_gap_is_refused(store: JournalStore) -> None:
     """The next record has the next number, also while the one before is under way."""
     store.append(1, 1, 5, [b"x"])

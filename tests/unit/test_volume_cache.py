@@ -421,6 +421,6 @@ def test_the_layers_account_for_what_they_hold() -> None:
     )
     assert layers.freeze(1) is frozen
     layers.write(2, 0, b"z")
-    layers.settle(1, frozen)
+    layers.settle(1, frozen, None, 0)
     layers.drop(2, 3)
     assert layers.size == 0 and not list(layers.indexes())

@@ -86,12 +86,18 @@ async def test_a_lost_block_is_placed_again_from_the_read_cache() -> None:
 
 @virtual
 async def test_a_trimmed_block_that_was_lost_fails_no_flush() -> None:
-    """A block is lost with its node, and trimmed: no flush has to fail because of it."""
+    """A block is lost with its node, and trimmed, alone or with many others at once: no flush has to
+    fail because of it.
+    """
     async with Cluster(nodes=1, replication=1) as cluster:
-        device = await cluster.volume(SIZE, read_bytes=0)
+        device = await cluster.volume(200 * BLOCK, read_bytes=0)
         await put_only(device, b"x" * BLOCK)
         await cluster.node(0).restart()
-        await device.trim(0, SIZE)
+        await device.trim(0, 200 * BLOCK)
+        await device.flush()
+        await put_only(device, b"x" * BLOCK)
+        await cluster.node(0).restart()
+        await device.trim(0, BLOCK)
         await device.write(BLOCK, b"z")
         await device.flush()
         assert await device.read(0, BLOCK + 1) == bytes(BLOCK) + b"z"

@@ -97,6 +97,29 @@ async def test_a_volume_can_be_opened_right_after_its_lease_ran_out() -> None:
 
 
 @virtual
+async def test_a_lease_that_is_replaced_while_a_volume_is_opened_takes_no_lock_along() -> None:
+    """The lease ends right after the lock was hung on it, before the heartbeat knows of the volume:
+    the lock hangs on the new lease all the same.
+    """
+    async with Cluster() as cluster:
+        await cluster.meta.create_volume("v", SIZE)
+        client = await cluster.client()
+        attach = client.meta.attach
+
+        async def unlucky(volume_id: int, holder: str, lease: int) -> int:
+            epoch = await attach(volume_id, holder, lease)
+            await cluster.meta.revoke_lease(lease)
+            await asyncio.sleep(5.0)
+            return epoch
+
+        client.meta.attach = unlucky  # type: ignore[method-assign]
+        await client.open("v")
+        await asyncio.sleep(10.0)
+        lock, _ = await cluster.meta.lock_status(client.session("v").volume_id)
+        assert lock is not None
+
+
+@virtual
 async def test_a_client_back_from_a_long_sleep_is_fenced_by_its_heartbeat() -> None:
     """Another opened the volume while this one slept: it is told before it writes anything."""
     async with Cluster() as cluster:

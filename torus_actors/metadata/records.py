@@ -148,7 +148,8 @@ class Head(Record):
     """The last committed version of a volume.
 
     ``root`` is the block ref of the INode's root block, ``root_crc`` that block's checksum,
-    ``epoch`` the session that committed it, ``extra`` is opaque here.
+    ``epoch`` the session that committed it, ``extra`` is opaque here. ``journal_seq`` is the last
+    record of that session's journal which the version includes.
     """
 
     inode: int
@@ -157,6 +158,7 @@ class Head(Record):
     size: int
     epoch: int
     extra: bytes = b""
+    journal_seq: int = 0
 
     def __post_init__(self) -> None:
         if len(self.root) != BLOCK_REF_SIZE:

@@ -96,7 +96,7 @@ class JournalStore(JournalSpace):
             volume: whose log.
             epoch: the session's; one that is higher than promised is promised with it.
             seq: number of the record: one more than the last of the epoch, any if it is the first.
-            payload: buffers; not to be changed until the ticket is settled.
+            payload: buffers; copied, so that they may be changed afterwards.
 
         Raises:
             Fenced: a higher epoch was promised.
@@ -108,10 +108,10 @@ class JournalStore(JournalSpace):
         """
         self._check_usable()
         _check_numbers(volume, epoch, seq)
-        length, crc = 0, 0
-        for buffer in payload:
-            length += len(buffer)
-            crc = crc32c(buffer, crc)
+        # A copy: a caller that has given up may change its buffers, and a group with one payload
+        # that does not match its checksum would count as torn, with the records of all others.
+        data = b"".join(payload)
+        length, crc = len(data), crc32c(data)
         at = Position(epoch, seq)
         log = self._logs.get(volume)
         expected: int | None = None
@@ -130,7 +130,7 @@ class JournalStore(JournalSpace):
         check_gap(at, expected)
         self._check_room(length)
         log = self._log(volume)
-        ticket = Ticket(RECORD, log, at, payload, length, crc, expected is None)
+        ticket = Ticket(RECORD, log, at, data, length, crc, expected is None)
         log.promised = epoch
         log.tail = at
         log.waiting[at] = ticket

@@ -6,7 +6,7 @@ All of it is changed by one thread only, the owner of the store. It is rebuilt w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torus_actors.model.checksums import Buffer
@@ -209,7 +209,7 @@ class Ticket:
         kind: RECORD, COPY or STATE.
         log: whose it is.
         at: epoch and number of a record; the promise of a fence.
-        payload: buffers; not to be changed until the ticket is settled.
+        payload: its bytes; nobody else's.
         length: of the payload.
         crc: of the payload.
         first: see `Stored`.
@@ -221,7 +221,7 @@ class Ticket:
     kind: int
     log: Log
     at: Position = START
-    payload: Sequence[Buffer] = ()
+    payload: Buffer = b""
     length: int = 0
     crc: int = 0
     first: bool = False

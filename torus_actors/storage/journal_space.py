@@ -257,7 +257,7 @@ class JournalSpace:
                 )
             )
             placed.append(Placed(ticket, start + at, log.cut))
-            buffers += ticket.payload
+            buffers.append(ticket.payload)
             at += ticket.length
         length = pages(at)
         buffers.append(memoryview(_ZERO_PAGE)[: length - at])
@@ -451,7 +451,7 @@ class JournalSpace:
     def _read_to_move(self, step: ReadRecords) -> None:
         for (log, at, stored, _), payload in zip(step.items, step.payloads, strict=True):
             self._urgent.append(
-                Ticket(COPY, log, at, [payload], stored.length, stored.crc, stored.first, stored)
+                Ticket(COPY, log, at, payload, stored.length, stored.crc, stored.first, stored)
             )
 
     def _cannot_move(self, step: ReadRecords) -> None:

@@ -103,7 +103,7 @@ class ChangeLog:
         """A range of blocks was trimmed at once, layers and all."""
         for table in (self._extents, self._frozen, self._frozen_after, self._blocks):
             for index in [i for i in table if first <= i < last]:
-                del table[index]  # type: ignore[attr-defined]
+                del table[index]
         self.needs_commit = True
 
     # -- records -----------------------------------------------------------------------------------

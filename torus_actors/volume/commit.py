@@ -48,7 +48,7 @@ SUPERSEDED_MAX = 5
 """Plans made anew because a block of the last one was both lost and overwritten meanwhile."""
 
 
-class _Superseded(Exception):
+class Superseded(Exception):
     """A lost block that the map does not name any more: the next plan does without it."""
 
 
@@ -77,6 +77,8 @@ class Committer:
         self._next_inode_ref = next_inode_ref
         self._next_inode = next_inode
         self._record = record
+        self.complete = False
+        """Whether the head being recorded has everything that was there when the commit began."""
 
     @property
     def clean(self) -> bool:
@@ -96,8 +98,12 @@ class Committer:
             raise file.failure
         if self.clean:
             return
-        await self._write_out()
-        await self._checkpoint()
+        await self.write_out(list(file.layers.indexes()), self._checkpoint)
+        self.complete = True
+        try:
+            await self._checkpoint()
+        finally:
+            self.complete = False
 
     async def _checkpoint(self) -> None:
         """Commit the map as it is: steps 2 to 5."""
@@ -105,7 +111,7 @@ class Committer:
             try:
                 await self._commit_map()
                 return
-            except _Superseded:
+            except Superseded:
                 log.info("a lost block was overwritten meanwhile: committing without it")
         raise BlockUnavailable("nodes lose blocks faster than they can be made durable")
 
@@ -130,7 +136,7 @@ class Committer:
             )
             for (ref, data), (root, placed) in zip(plan.blocks, pages, strict=True):
                 covered[ref] = Stored(root, placed, data=data)
-            await self._make_durable(covered)
+            await self.make_durable(covered)
             if file.failure is not None:
                 raise file.failure
             await self._record(plan, inode)
@@ -139,16 +145,23 @@ class Committer:
             raise
         file.map.commit_done(plan)
 
-    async def _write_out(self) -> None:
-        """Wait until the layers that are there now are in the map."""
+    async def write_out(
+        self, indexes: list[int], checkpoint: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Wait until the layers that these blocks have now are in the map.
+
+        Args:
+            indexes: the blocks.
+            checkpoint: commits the map as it is, if the caller may; for when the cluster is full.
+
+        Raises:
+            OutOfSpace, BlockUnavailable: they could not be stored.
+        """
         file = self._file
         layers = file.layers
-        targets = {
-            index: {id(layer) for layer in (layers.dirty.get(index), layers.frozen.get(index))}
-            for index in layers.indexes()
-        }
-        # The layers themselves are kept alive here, so that no other can take over their id.
-        keep = [*layers.dirty.values(), *layers.frozen.values()]
+        both = {index: (layers.dirty.get(index), layers.frozen.get(index)) for index in indexes}
+        # The layers themselves are kept alive by ``both``, so that no other takes over their id.
+        targets = {index: {id(layer) for layer in pair} for index, pair in both.items()}
         for index in targets:
             file.want(index)
         file.put_error = None
@@ -172,10 +185,10 @@ class Committer:
                 raise BlockUnavailable(
                     f"{len(left)} blocks could not be stored in time: {file.last_error}"
                 )
-            if file.reclaiming and (file.unsynced or file.map.is_dirty):
+            if checkpoint and file.reclaiming and (file.unsynced or file.map.is_dirty):
                 # The cluster is full, and what these blocks replace becomes garbage only once a
                 # head names them: that may be the very room that is missing.
-                await self._checkpoint()
+                await checkpoint()
             file.want(index)
             file.pump()
             try:
@@ -183,9 +196,8 @@ class Committer:
                     await file.progress()
             except TimeoutError:
                 pass
-        del keep
 
-    async def _make_durable(self, pending: dict[BlockRef, Stored]) -> None:
+    async def make_durable(self, pending: dict[BlockRef, Stored]) -> None:
         """Flush the peers that hold these blocks until all of them have confirmed."""
         file = self._file
         replicator = self._system.actor("replicator")
@@ -239,7 +251,7 @@ class Committer:
             if isinstance(result, (BlockUnavailable, OutOfSpace)):
                 if await self._is_superseded(ref, lost[ref].index):
                     self._file.unsynced.pop(ref, None)
-                    raise _Superseded
+                    raise Superseded
                 failure = result
             elif isinstance(result, TorusError):
                 failure = failure or result

@@ -228,7 +228,7 @@ class File:
         for index in list(self.layers.frozen):
             self.layers.thaw(index)
         for index, layer in self.layers.dirty.items():
-            if layer.is_full(self._block_length(index)):
+            if layer.is_full(self.block_length(index)):
                 self._wanted.add(index)
                 self._ready.append(index)
         if self._retry_timer is not None:
@@ -255,7 +255,7 @@ class File:
                 timer.cancel()
         self._send_discards()
 
-    def _block_length(self, index: int) -> int:
+    def block_length(self, index: int) -> int:
         """Bytes of the file in a block; less than a block only at its end."""
         return min(self.block_size, self.size - index * self.block_size)
 
@@ -546,9 +546,7 @@ class File:
         length = len(data)
         if start + length <= block_size:
             layer = self.layers.write(index, start, data)
-            if layer.covered_bytes == block_size or layer.covered_bytes == self._block_length(
-                index
-            ):
+            if layer.covered_bytes == block_size or layer.covered_bytes == self.block_length(index):
                 self._now_full(index)
             elif self.layers.size > self.layers.size_max * PRESSURE:
                 self.pump()
@@ -558,7 +556,7 @@ class File:
         while at < length:
             size = min(block_size - start, length - at)
             layer = self.layers.write(index, start, view[at : at + size])
-            if layer.is_full(self._block_length(index)):
+            if layer.is_full(self.block_length(index)):
                 self._now_full(index)
             at += size
             index, start = index + 1, 0
@@ -642,7 +640,7 @@ class File:
             index, start = divmod(offset, block_size)
             size = min(block_size - start, end - offset)
             layer = self.layers.zero(index, start, size)
-            if layer.is_full(self._block_length(index)):
+            if layer.is_full(self.block_length(index)):
                 self._now_full(index)
             offset += size
         self.pump()
@@ -740,7 +738,7 @@ class File:
         ref: BlockRef | None = None
         block: Buffer | None = None
         try:
-            if layer.is_all_zero and layer.is_full(self._block_length(index)):
+            if layer.is_all_zero and layer.is_full(self.block_length(index)):
                 await self.with_pages(lambda: self._settle(index, layer, None))
             else:
                 block = await self._assemble(index, layer)
@@ -796,7 +794,10 @@ class File:
             self.blockset.put(index, ref, stored.root)
             self.unsynced[ref] = stored
             self.fresh[ref] = None
-        self.layers.settle(index, layer)
+        if block is None:
+            self.layers.settle(index, layer, None, 0)
+        else:
+            self.layers.settle(index, layer, block[0], block[1].root)
         if before is not None:
             # If a plan names it, that plan has its own note of it; if not, it need not last.
             stored_before = self.unsynced.pop(before.ref, None)
@@ -827,7 +828,7 @@ class File:
             if buffer is not None:
                 return buffer
         block = bytearray(self.block_size)
-        if not layer.is_full(self._block_length(index)):
+        if not layer.is_full(self.block_length(index)):
             entry = await self.with_pages(lambda: self.blockset.get(index))
             if entry is not None:
                 cached = self.cache.get(entry.ref, 0, self.block_size)

@@ -12,6 +12,7 @@ silently, and a journal never waits for the metadata while its members live.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -89,8 +90,11 @@ class SessionJournal:
         self.began_at = 0.0
         self.broken = ""
 
-    async def form(self) -> None:
+    async def form(self, covered_seq: int) -> None:
         """Choose an ensemble and record it; only right after a commit that covers all records.
+
+        Args:
+            covered_seq: number of the last record so far; what comes next follows it.
 
         Raises:
             BlockUnavailable: fewer peers are up than copies are wanted.
@@ -114,6 +118,9 @@ class SessionJournal:
                 self._volume_id, self._epoch, timeout_s=APPEND_TIMEOUT_S
             )
             identities[member] = fenced[4]
+            if covered_seq:
+                # A member that missed the last ones need not have them, nor refuse what follows.
+                await home.cut.remote(self._volume_id, self._epoch, covered_seq)
         extra: bytes = msgpack.packb(identities)
         record = Journal(epoch=self._epoch, ensemble=members, extra=extra)
         try:
@@ -133,13 +140,6 @@ class SessionJournal:
         self.broken = ""
         self.size = 0
         self.began_at = self._system.loop.time()
-
-    def may_form(self) -> bool:
-        """Whether enough peers are up for an ensemble."""
-        transport: Any = self._system.transport
-        ring = self._view.ring
-        up = [p for p in ring.members if transport is not None and not transport.is_down(p)]
-        return bool(up) and len(up) >= min(ring.replication, len(ring.members))
 
     async def append(self, seq: int, record: list[Buffer]) -> None:
         """Have every member store a record durably.
@@ -171,6 +171,22 @@ class SessionJournal:
             raise BlockUnavailable(f"the journal lost a member: {failure}") from failure
         self.size += sum(len(part) for part in record)
 
+    async def retire(self) -> None:
+        """A head covers everything, and the session ends: the next one need ask no member."""
+        was_active, self.active = self.active, False
+        if not was_active:
+            return
+        try:
+            async with asyncio.timeout(APPEND_TIMEOUT_S):
+                await self._meta.set_journal(
+                    self._volume_id,
+                    self._epoch,
+                    self._revision,
+                    Journal(epoch=self._epoch, ensemble=()),
+                )
+        except (TorusError, TimeoutError) as error:
+            log.info("the journal's record stays: %s", error)
+
     def cut(self, upto_seq: int) -> None:
         """A head covers these records: the members may forget them."""
         if upto_seq:
@@ -193,7 +209,8 @@ async def recover(
         system: whose bridge reaches the members.
         meta: the metadata service.
         volume_id: the volume.
-        epoch: of the new session, already recorded: the older one can form no new ensemble.
+        epoch: of the new session, already recorded: the older one can form no new ensemble. 0 for
+            a reader, which fences nobody.
         head: the volume's, read after that.
 
     Returns:
@@ -217,8 +234,9 @@ async def recover(
         for member in journal.ensemble:
             try:
                 home = system.actor("journal", node=member)
+                # A reader, of epoch 0, asks by the epoch that the member has promised already.
                 newest, _, last, lost, identity = await home.fence.remote(
-                    volume_id, epoch, timeout_s=APPEND_TIMEOUT_S
+                    volume_id, epoch or journal.epoch, timeout_s=APPEND_TIMEOUT_S
                 )
                 if lost or identities.get(member) != identity:
                     raise BlockUnavailable(f"peer {member[:8]} has lost records")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
     Again,
     BlockUnavailable,
@@ -37,8 +38,15 @@ from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.nbd.protocol import STATE_HOLE, STATE_ZERO, errno_of
 from torus_actors.nbd.requests import Op, Piece, Reply, Request
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.commit import Committer
+from torus_actors.volume.change_log import INLINE_MAX, Replay
+from torus_actors.volume.commit import Committer, Superseded
 from torus_actors.volume.file import File, Spawn
+from torus_actors.volume.journal import (
+    COMMIT_AGE_S,
+    COMMIT_BYTES,
+    SessionJournal,
+    recover,
+)
 from torus_actors.volume.read_cache import ReadCache
 
 log = logging.getLogger(__name__)
@@ -63,6 +71,9 @@ DETACH_PATIENCE_S = 5.0
 
 CLOSE_FLUSH_S = 60.0
 """How long the last flush of a volume may take."""
+
+WRITE_OUT_ROUNDS = 3
+"""How often a flush waits for whole blocks that were filled while it waited; then it commits."""
 
 UNSYNCED_MAX = 1024
 """Blocks that may be stored and not committed before a commit is due without being asked for: what
@@ -100,6 +111,7 @@ class Session:
         block_size: int,
         read_cache: ReadCache,
         write_cache_bytes: int,
+        journal: SessionJournal,
     ) -> None:
         self.system = system
         self.name = record.name
@@ -124,7 +136,11 @@ class Session:
             next_ref=self._data_ref,
             read_only=not epoch,
         )
-        self.file.commit_soon = lambda: self.flush_soon(lambda _: None)
+        self.file.commit_soon = lambda: self.commit_soon(lambda _: None)
+        self.journal = journal
+        self.log = self.file.layers.log
+        self._covered_seq = 0
+        self._covering_seq = 0
         self.committer = Committer(
             system, self.file, self._inode_ref, self._next_inode, self._record_head
         )
@@ -135,6 +151,9 @@ class Session:
         self._flush_waiting: list[Callable[[TorusError | None], None]] = []
         self._flushing: list[Callable[[TorusError | None], None]] = []
         self._flush_wake = asyncio.Event()
+        self._commit_waiting: list[Callable[[TorusError | None], None]] = []
+        self._committing: list[Callable[[TorusError | None], None]] = []
+        self._commit_wake = asyncio.Event()
         self._written_at = 0.0
         self.commits = 0
         self._handlers: dict[int, Callable[[int, Request, list[Reply]], None]] = {
@@ -190,13 +209,18 @@ class Session:
         self._flush_waiting = self._flushing + self._flush_waiting
         self._flushing = []
         self._flush_wake.set()
+        self._commit_waiting = self._committing + self._commit_waiting
+        self._committing = []
         self.file.resume(spawn)
-        spawn(self._flusher())
+        if self.epoch:
+            spawn(self._flusher())
+            spawn(self._committer_loop())
 
     def fence(self, error: Fenced) -> None:
         """Another session has begun: nothing is written any more."""
         self.file.fail(error)
         self._flush_wake.set()
+        self._commit_wake.set()
 
     def flush_soon(self, done: Callable[[TorusError | None], None]) -> None:
         """Make everything acknowledged so far durable, then call ``done``."""
@@ -206,32 +230,33 @@ class Session:
         self._flush_waiting.append(done)
         self._flush_wake.set()
 
+    def commit_soon(self, done: Callable[[TorusError | None], None]) -> None:
+        """Fold everything acknowledged so far into blocks and a new head, then call ``done``."""
+        if isinstance(self.file.failure, Closed):
+            done(self.file.failure)
+            return
+        self._commit_waiting.append(done)
+        self._commit_wake.set()
+
     def close(self) -> None:
-        """Take no more requests; flush before. A flush that has not ended by now fails."""
+        """Take no more requests; commit before. A flush that has not ended by now fails."""
         self.file.close()
-        waiting = self._flushing + self._flush_waiting
+        waiting = self._flushing + self._flush_waiting + self._committing + self._commit_waiting
         self._flushing, self._flush_waiting = [], []
+        self._committing, self._commit_waiting = [], []
         for done in waiting:
             done(self.file.failure)
 
     async def _flusher(self) -> None:
         """One flush after the other; those that come while one runs share the next."""
-        loop = self.system.loop
         while True:
-            if not self._flush_waiting:
+            while not self._flush_waiting:
                 self._flush_wake.clear()
-                try:
-                    async with asyncio.timeout(IDLE_CHECK_S):
-                        await self._flush_wake.wait()
-                except TimeoutError:
-                    quiet = loop.time() - self._written_at > IDLE_FLUSH_S
-                    due = quiet or len(self.file.unsynced) > UNSYNCED_MAX
-                    if not due or self.committer.clean or self.file.failure is not None:
-                        continue
+                await self._flush_wake.wait()
             self._flushing, self._flush_waiting = self._flush_waiting, []
             error: TorusError | None = None
             try:
-                await self.committer.commit()
+                await self._flush()
             except TorusError as failed:
                 error = failed
                 log.warning("volume %s: flush failed: %s", self.name, failed)
@@ -240,6 +265,139 @@ class Session:
             flushed, self._flushing = self._flushing, []
             for done in flushed:
                 done(error)
+
+    async def _flush(self) -> None:
+        """Make everything acknowledged so far durable: by the journal, or else by a commit."""
+        if self.file.failure is not None:
+            raise self.file.failure
+        if self.committer.clean or await self._flush_by_journal():
+            return
+        committed: asyncio.Future[TorusError | None] = self.system.loop.create_future()
+
+        def done(error: TorusError | None) -> None:
+            if not committed.done():
+                committed.set_result(error)
+
+        self.commit_soon(done)
+        error = await committed
+        if error is not None:
+            raise error
+
+    def _may_journal(self) -> bool:
+        return self.journal.active and not self.log.needs_commit
+
+    async def _flush_by_journal(self) -> bool:
+        """Flush by appending a record; whether that was possible.
+
+        A record may name blocks, so those are made durable first. From the cut of the record to its
+        acknowledgement nothing else vouches for what is in it: whatever goes wrong in between makes
+        the next flush a commit.
+
+        Raises:
+            OutOfSpace, BlockUnavailable: what was written cannot be stored at all.
+            Fenced: another session has begun.
+        """
+        changes, file = self.log, self.file
+        if not self._may_journal():
+            return False
+        for _ in range(WRITE_OUT_ROUNDS):
+            # Whole blocks bypass the journal.
+            await self.committer.write_out(file.layers.full(file.block_length))
+            if changes.inline_bytes() <= INLINE_MAX:
+                break
+        else:
+            return False
+        if not self._may_journal():
+            return False
+        if changes.empty:
+            return True
+        covered = dict(file.unsynced)
+        for ref in changes.refs():
+            file.fresh.pop(ref, None)  # from here on a record may name it
+        record = changes.cut()
+        seq = changes.seq
+        acknowledged = False
+        try:
+            await self.committer.make_durable(covered)
+            await self.journal.append(seq, record)
+            acknowledged = file.failure is None
+        except Fenced:
+            raise
+        except (TorusError, Superseded) as error:
+            log.info("volume %s: committing instead of journaling: %s", self.name, error)
+        finally:
+            if not acknowledged:
+                changes.needs_commit = True
+        return acknowledged
+
+    async def _committer_loop(self) -> None:
+        """One commit after the other: when asked for, and when the journal is large or old."""
+        while True:
+            if not self._commit_waiting:
+                self._commit_wake.clear()
+                try:
+                    async with asyncio.timeout(IDLE_CHECK_S):
+                        await self._commit_wake.wait()
+                except TimeoutError:
+                    self._flush_if_quiet()
+                    if not self._commit_is_due():
+                        continue
+            self._committing, self._commit_waiting = self._commit_waiting, []
+            error: TorusError | None = None
+            try:
+                await self._commit()
+            except TorusError as failed:
+                error = failed
+                log.warning("volume %s: commit failed: %s", self.name, failed)
+                if isinstance(failed, Fenced):
+                    self.file.fail(failed)
+            committed, self._committing = self._committing, []
+            for done in committed:
+                done(error)
+
+    def _commit_is_due(self) -> bool:
+        if self.file.failure is not None or self.committer.clean:
+            return False
+        journal = self.journal
+        old = self.system.loop.time() - journal.began_at > COMMIT_AGE_S
+        return bool(
+            journal.size > COMMIT_BYTES
+            or (journal.size and old)
+            or len(self.file.unsynced) > UNSYNCED_MAX
+        )
+
+    def _flush_if_quiet(self) -> None:
+        quiet = self.system.loop.time() - self._written_at > IDLE_FLUSH_S
+        told = self.journal.active and self.log.empty and not self.log.needs_commit
+        if quiet and not told and not self._flush_waiting and not self._flushing:
+            if not self.committer.clean and self.file.failure is None:
+                self.flush_soon(lambda _: None)
+
+    async def _commit(self) -> None:
+        """Commit, then cut the journal, or begin one."""
+        changes, journal = self.log, self.journal
+        if not journal.active:
+            # What is in the layers now will be in the head; what comes from here on is told by the
+            # records that follow it.
+            changes.start(changes.seq)
+        changes.needs_commit = False
+        self._covering_seq = changes.seq
+        try:
+            await self.committer.commit()
+        except BaseException:
+            changes.needs_commit = True
+            raise
+        self._covered_seq = self._covering_seq
+        if journal.active:
+            journal.cut(self._covered_seq)
+            return
+        try:
+            await journal.form(self._covered_seq)
+        except Fenced:
+            raise
+        except TorusError as error:
+            changes.needs_commit = True
+            log.info("volume %s: no journal for now: %s", self.name, error)
 
     async def _record_head(self, plan: CommitPlan, inode: int) -> None:
         """Store the new head, however long the metadata is away."""
@@ -250,6 +408,7 @@ class Session:
             size=self.size,
             epoch=self.epoch,
             extra=self.file.blockset.marshal(plan.root),
+            journal_seq=self._covering_seq if self.committer.complete else self._covered_seq,
         )
         backoff = Backoff(self.system.rng, max_s=1.0)
         while True:
@@ -420,6 +579,8 @@ class Session:
             "size": self.size,
             "epoch": self.epoch,
             "commits": self.commits,
+            "journal_bytes": self.journal.size,
+            "journal": "active" if self.journal.active else self.journal.broken or "none yet",
             "dirty_bytes": file.layers.size,
             "unsynced_blocks": len(file.unsynced),
             "read_cache_bytes": file.cache.size,
@@ -443,14 +604,16 @@ async def open_session(
     block_spec: str,
     read_cache: ReadCache,
     write_cache_bytes: int,
+    view: ClusterView,
     read_only: bool = False,
 ) -> Session:
-    """Attach a volume.
+    """Attach a volume: fence the session before, and take over what its journal holds.
 
     Raises:
         NotExist: there is no such volume.
         Locked: another client has it open; the text says who.
         Again: the metadata cannot be reached.
+        BlockUnavailable: no member of the last session's journal can be reached.
     """
     record = await meta.volume(name)
     epoch = lease = 0
@@ -462,6 +625,8 @@ async def open_session(
             first = await meta.mint_inode(record.id, MINTED)
             inodes = list(range(first, first + MINTED))
         head, revision = await meta.head(record.id)
+        # Only the journal of an older session is fenced; a reader leaves the writer alone.
+        replay, journal_revision = await recover(system, meta, record.id, epoch, head)
         nblocks = -(-record.size // block_size)
         if head is None:
             blockset = blocksets.create_blockset(block_spec, nblocks)
@@ -479,9 +644,20 @@ async def open_session(
             block_size=block_size,
             read_cache=read_cache,
             write_cache_bytes=write_cache_bytes,
+            journal=SessionJournal(
+                system,
+                meta,
+                view,
+                volume_id=record.id,
+                epoch=epoch,
+                revision=journal_revision,
+            ),
         )
         if blockset.length != nblocks:
             await session.file.with_pages(lambda: blockset.truncate(nblocks))
+        await _apply(session, replay)
+        if replay.records and epoch:
+            session.commit_soon(lambda _: None)
         if epoch:
             # If another lease was made meanwhile, it does not know of this lock.
             now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
@@ -492,6 +668,30 @@ async def open_session(
             _detach_later(system, meta, record.id, epoch)
         raise
     return session
+
+
+async def _apply(session: Session, replay: Replay) -> None:
+    """Put what the last session had flushed and not committed back into the file."""
+    file, blockset = session.file, session.file.blockset
+    for index, (ref, root) in replay.blocks.items():
+        if index < blockset.length:
+            await file.with_pages(partial(_enter, blockset, index, ref, root))
+    for index, offset, length, buffer in replay.extents():
+        if index >= blockset.length:
+            continue
+        if buffer is None:
+            file.layers.zero(index, offset, length)
+        else:
+            file.layers.write(index, offset, buffer)
+    if replay.records:
+        log.info("volume %s: %d journal records replayed", session.name, replay.records)
+
+
+def _enter(blockset: blocksets.Blockset, index: int, ref: BlockRef | None, root: int) -> None:
+    if ref is None:
+        blockset.trim(index, index + 1)
+    else:
+        blockset.put(index, ref, root)
 
 
 async def _attach(
@@ -567,13 +767,15 @@ async def close_session(session: Session, meta: MetadataService) -> None:
             if not flushed.done():
                 flushed.set_result(failed)
 
-        session.flush_soon(done)
+        session.commit_soon(done)
         try:
             async with asyncio.timeout(CLOSE_FLUSH_S):
                 error = await flushed
         except TimeoutError:
             error = BlockUnavailable("the last flush did not end in time")
     session.close()
+    if session.epoch and error is None:
+        await session.journal.retire()
     if session.epoch:
         detaching = _detach_later(system, meta, session.volume_id, session.epoch)
         await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)

@@ -7,10 +7,12 @@ moment it is in a layer; a layer is dropped only after the block that holds it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torus_actors.model.checksums import Buffer
 from torus_actors.model.extents import MISSING, ExtentMap, Piece
+from torus_actors.model.refs import BlockRef
+from torus_actors.volume.change_log import ChangeLog
 
 EXTENT_OVERHEAD_BYTES = 64
 """Bookkeeping of one extent, counted so that a flood of tiny writes cannot outgrow the bound."""
@@ -25,6 +27,7 @@ class WriteBack:
     Attributes:
         size: bytes of memory in use.
         dirty, frozen: layers by block number, the oldest first.
+        log: is told of every change, for the journal.
     """
 
     def __init__(self, size_max: int) -> None:
@@ -32,6 +35,7 @@ class WriteBack:
         self.size = 0
         self.dirty: dict[int, ExtentMap] = {}
         self.frozen: dict[int, ExtentMap] = {}
+        self.log = ChangeLog()
 
     def write(self, index: int, offset: int, data: Buffer) -> ExtentMap:
         """Write into the dirty layer of a block; returns the layer."""
@@ -41,6 +45,8 @@ class WriteBack:
         before = _cost(layer)
         layer.write(offset, data)
         self.size += _cost(layer) - before
+        if self.log.recording:
+            self.log.wrote(index, offset, data, len(data))
         return layer
 
     def zero(self, index: int, offset: int, length: int) -> ExtentMap:
@@ -51,6 +57,8 @@ class WriteBack:
         before = _cost(layer)
         layer.zero(offset, length)
         self.size += _cost(layer) - before
+        if self.log.recording:
+            self.log.wrote(index, offset, None, length)
         return layer
 
     def read(self, index: int, offset: int, length: int) -> list[Piece]:
@@ -77,6 +85,7 @@ class WriteBack:
         assert index not in self.frozen
         layer = self.dirty.pop(index)
         self.frozen[index] = layer
+        self.log.froze(index)
         return layer
 
     def thaw(self, index: int) -> None:
@@ -88,12 +97,14 @@ class WriteBack:
             layer.merge_from(newer)
             self.size += _cost(layer) - before
         self.dirty[index] = layer
+        self.log.thawed(index)
 
-    def settle(self, index: int, layer: ExtentMap) -> None:
-        """The frozen layer is in the volume's map now, or was overwritten altogether."""
-        if self.frozen.get(index) is layer:
-            del self.frozen[index]
-            self.size -= _cost(layer)
+    def settle(self, index: int, layer: ExtentMap, ref: BlockRef | None, root: int) -> None:
+        """The frozen layer is in the volume's map now, as a block or (no ref) a hole."""
+        assert self.frozen.get(index) is layer
+        del self.frozen[index]
+        self.size -= _cost(layer)
+        self.log.settled(index, ref, root)
 
     def drop(self, first: int, last: int) -> None:
         """Forget both layers of blocks ``first`` to ``last`` (not included)."""
@@ -104,6 +115,16 @@ class WriteBack:
                 gone = [i for i in layers if first <= i < last]
             for index in gone:
                 self.size -= _cost(layers.pop(index))
+        self.log.dropped(first, last)
+
+    def full(self, length_of: Callable[[int], int]) -> list[int]:
+        """Blocks that are filled completely and not in the map yet: they are on their way."""
+        return [
+            index
+            for layers in (self.dirty, self.frozen)
+            for index, layer in layers.items()
+            if layer.covered_bytes >= length_of(index)
+        ]
 
     def indexes(self) -> Iterator[int]:
         """Every block with a layer, each once."""

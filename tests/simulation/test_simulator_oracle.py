@@ -1,0 +1,152 @@
+"""The oracle: what it allows, and what it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from torus_actors.scenarios.oracle import SECTOR, Session, VolumeOracle, stamp
+
+SIZE = 16 * SECTOR
+
+
+class Judged:
+    """An oracle with one volume, and what it complained of."""
+
+    def __init__(self) -> None:
+        self.complaints: list[str] = []
+        self.oracle = VolumeOracle(3, SIZE, self.complaints.append)
+
+    def open(self, name: str, content: bytes = bytes(SIZE)) -> Session:
+        session = self.oracle.open(name)
+        session.verify(0, content)
+        return session
+
+
+@pytest.fixture
+def judged() -> Judged:
+    return Judged()
+
+
+def write(session: Session, sector: int, done: bool = True) -> bytes:
+    begun = session.begin_write(sector * SECTOR, SECTOR)
+    if done:
+        session.write_done(begun)
+    return begun.data
+
+
+def flush(session: Session) -> None:
+    session.flush_done(session.begin_flush())
+
+
+def content(**sectors: bytes) -> bytes:
+    data = bytearray(SIZE)
+    for name, sector in sectors.items():
+        at = int(name[1:]) * SECTOR
+        data[at : at + SECTOR] = sector
+    return bytes(data)
+
+
+def test_what_was_written_last_is_read(judged: Judged) -> None:
+    """The acknowledged write is right, the one before it is not, nor is a torn sector."""
+    session = judged.open("a")
+    old, new = write(session, 1), write(session, 1)
+    session.check_read(SECTOR, new)
+    assert judged.complaints == []
+    session.check_read(SECTOR, old)
+    session.check_read(SECTOR, new[:256] + old[256:])
+    session.check_read(0, new)
+    assert len(judged.complaints) == 3 and "torn" in judged.complaints[1]
+
+
+def test_a_write_without_answer_may_or_may_not_be_there(judged: Judged) -> None:
+    """Both the value before and the attempted one are right, until the next acknowledged one."""
+    session = judged.open("a")
+    first = write(session, 1)
+    lost = write(session, 1, done=False)
+    session.check_read(SECTOR, first)
+    session.check_read(SECTOR, lost)
+    write(session, 1)
+    assert judged.complaints == []
+    session.check_read(SECTOR, lost)
+    assert len(judged.complaints) == 1
+
+
+def test_zeros_are_a_value_like_others(judged: Judged) -> None:
+    """After an acknowledged trim zeros are read and nothing else."""
+    session = judged.open("a")
+    data = write(session, 1)
+    session.write_done(session.begin_write(SECTOR, SECTOR, zeros=True))
+    session.check_read(SECTOR, bytes(SECTOR))
+    assert judged.complaints == []
+    session.check_read(SECTOR, data)
+    assert len(judged.complaints) == 1
+
+
+def test_after_a_crash_the_flushed_value_or_a_later_one(judged: Judged) -> None:
+    """The next client may find any value since the flush; what was before it is lost data."""
+    session = judged.open("a")
+    before = write(session, 1)
+    flushed = write(session, 1)
+    flush(session)
+    later = [write(session, 1) for _ in range(3)]
+    for value in (flushed, *later):
+        assert judged.oracle.after_crash(1)[0] == 2
+        judged.oracle.check(SECTOR, value, judged.oracle.after_crash, "b")
+    assert judged.complaints == []
+    judged.oracle.check(SECTOR, before, judged.oracle.after_crash, "b")
+    judged.oracle.check(SECTOR, bytes(SECTOR), judged.oracle.after_crash, "b")
+    assert len(judged.complaints) == 2
+
+
+def test_what_the_next_client_finds_becomes_the_truth(judged: Judged) -> None:
+    """Of the values that were possible only the one found is right from then on."""
+    session = judged.open("a")
+    values = [write(session, 1) for _ in range(3)]
+    second = judged.open("b", content(s1=values[1]))
+    second.check_read(SECTOR, values[1])
+    assert judged.complaints == []
+    second.check_read(SECTOR, values[2])
+    assert len(judged.complaints) == 1
+
+
+def test_a_flush_covers_what_was_acknowledged_when_it_was_asked_for(judged: Judged) -> None:
+    """A write acknowledged while the flush was under way may still be lost."""
+    session = judged.open("a")
+    covered = write(session, 1)
+    begun = session.begin_flush()
+    write(session, 1)
+    unanswered = write(session, 2, done=False)
+    session.flush_done(begun)
+    judged.open("b", content(s1=covered))
+    assert judged.complaints == []
+    assert unanswered != bytes(SECTOR)
+
+
+def test_a_fenced_client_changes_nothing(judged: Judged) -> None:
+    """What it writes after another client came may not be seen, and its flush may not succeed."""
+    first = judged.open("a")
+    second = judged.open("b")
+    data = write(first, 1)
+    begun = first.begin_flush()
+    second.check_read(SECTOR, data)
+    assert len(judged.complaints) == 1
+    first.flush_done(begun)
+    assert len(judged.complaints) == 2 and "fenced" in judged.complaints[1]
+
+
+def test_a_late_answer_to_a_flush_must_be_true(judged: Judged) -> None:
+    """A flush answered after another client came: that one must have found what it covers."""
+    for found, complaints in ((1, 0), (0, 1)):
+        judged = Judged()
+        first = judged.open("a")
+        values = [write(first, 1)]
+        begun = first.begin_flush()
+        judged.open("b", content(s1=values[0]) if found else content())
+        first.flush_done(begun)
+        assert len(judged.complaints) == complaints
+
+
+def test_stamps_differ_by_volume_sector_and_write() -> None:
+    """A sector in the wrong place, or of another volume, is not taken for the right one."""
+    made = {stamp(v, s, n) for v in range(3) for s in range(3) for n in range(1, 4)}
+    assert len(made) == 27 and all(len(data) == SECTOR for data in made)
