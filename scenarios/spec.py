@@ -145,6 +145,13 @@ _LIST = (
         {"crash_node": (2, 8)},
     ),
     Scenario(
+        "many_crashes",
+        "However many nodes crash, what was flushed is there when they are back",
+        {"crash_node": (0.5, 2), "freeze_node": (4, 10)},
+        errors_allowed=True,
+        broken_max=9,
+    ),
+    Scenario(
         "node_lost",
         "A node that is gone for good is replaced; its blocks are copied from the others",
         {"lose_node": (4, 8)},

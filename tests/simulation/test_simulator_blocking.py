@@ -1,5 +1,7 @@
 """Blocking actors without threads: on the simulated loop they behave as they do on a thread."""
 
+# ruff: noqa: D102, D103 - what is no test needs none
+
 from __future__ import annotations
 
 import asyncio
@@ -69,9 +71,7 @@ def play(loop: SimLoop, act: Callable[[ActorSystem, list[Any]], Awaitable[None]]
         system = ActorSystem(
             loop, rng=random.Random(1), blocking_delay_s=lambda actor, method: DELAY_S
         )
-        await system.start(
-            SupervisorSpec("root", (ChildSpec("worker", lambda: Worker(seen)),))
-        )
+        await system.start(SupervisorSpec("root", (ChildSpec("worker", lambda: Worker(seen)),)))
         assert threading.active_count() == threads
         await act(system, seen)
         await system.stop()

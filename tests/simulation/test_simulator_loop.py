@@ -1,5 +1,7 @@
 """The simulated event loop: virtual time, and processes that are paused and killed."""
 
+# ruff: noqa: D102, D103 - what is no test needs none
+
 from __future__ import annotations
 
 import asyncio

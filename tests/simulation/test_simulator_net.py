@@ -1,5 +1,7 @@
 """The simulated network: streams in order, and every way in which they can break."""
 
+# ruff: noqa: D102, D103 - what is no test needs none
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,7 @@
 """The oracle: what it allows, and what it does not."""
 
+# ruff: noqa: D102, D103 - what is no test needs none
+
 from __future__ import annotations
 
 import pytest

@@ -404,17 +404,20 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
             if type(envelope) is not Call:
                 self._handle_foreign(envelope)
                 continue
-            await asyncio.sleep(delay_s(self.cell.name, envelope.method))
-            crash = self._handle(envelope)
+            # A call that has begun is made, even if its caller gives it up meanwhile.
+            begun = envelope.reply_to is None or not envelope.reply_to.done()
+            if begun:
+                await asyncio.sleep(delay_s(self.cell.name, envelope.method))
+            crash = self._handle(envelope, begun)
             if crash is not None:
                 return crash
 
-    def _handle(self, call: Call) -> BaseException | None:
+    def _handle(self, call: Call, begun: bool = False) -> BaseException | None:
         reply_to = call.reply_to
         handler = self.handlers.get(call.method)
         failure: TorusError | None = None
         result: Any = None
-        if reply_to is not None and reply_to.done():
+        if not begun and reply_to is not None and reply_to.done():
             pass  # given up while it waited: nobody would see the answer
         elif handler is None:
             failure = Invalid(f"{self.cell.name} has no method {call.method}")
