@@ -15,7 +15,7 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.actors.volume import VolumeActor
 from torus_actors.errors import NotExist, TorusError, WrongVolumeType
 from torus_actors.metadata.service import MetadataService
-from torus_actors.runtime import Cell, ChildSpec, LoopActor, expose
+from torus_actors.runtime import Cell, ChildSpec, LoopActor, State, expose
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import CacheSizes, Session, close_session, open_session
 
@@ -88,14 +88,16 @@ class Volumes(LoopActor):
         """Stop the volume actors; when this is for good, flush and unlock the volumes."""
         final = not self.cell.will_restart
         for name, volume in list(self._open.items()):
+            cell = self.system.cells.get(_actor_name(name))
             if final:
+                if cell is not None and cell.state is not State.RUNNING:
+                    await cell.start()  # it has just died, and the last flush is its work
                 try:
                     await close_session(volume.session, self._meta)
                 except TorusError as error:
                     log.error("closing volume %s: %s", name, error)
                 self._open.pop(name, None)
                 self._sessions.pop(name, None)
-            cell = self.system.cells.get(_actor_name(name))
             if cell is not None:
                 await cell.stop(final=final)
 
@@ -190,6 +192,8 @@ class Volumes(LoopActor):
         await cell.start()
 
     def _volume_died(self, cell: Cell, error: BaseException | None) -> None:
+        if self.actor_stopped.is_set() or self.system.cells.get(cell.name) is not cell:
+            return  # the successor starts it, or it was removed
         now = self.system.loop.time()
         self._deaths = [at for at in self._deaths if at > now - RESTART_PERIOD_S] + [now]
         if len(self._deaths) > RESTARTS_MAX:
@@ -198,8 +202,9 @@ class Volumes(LoopActor):
         self.spawn(self._restart(cell))
 
     async def _restart(self, cell: Cell) -> None:
-        await cell.start()
-        cell.restarts += 1
+        if self.system.cells.get(cell.name) is cell:
+            await cell.start()
+            cell.restarts += 1
 
     @expose()
     def status(self) -> list[dict[str, Any]]:

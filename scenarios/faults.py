@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from torus_actors.metadata.ring_changes import change_ring
 from torus_actors.model import rings
@@ -455,8 +456,9 @@ async def change_members(field: Field) -> None:
     async with field._changing:
         cluster, rng = field.cluster, field.rng
         ring = await cluster.ring()
-        if len(ring.members) > cluster.shape.replication + 1 and rng.random() < 0.5:
-            host = rng.choice([h for h in cluster.members_up if h.node_id in ring.members])
+        members = [h for h in cluster.members_up if h.node_id in ring.members]
+        if members and len(ring.members) > cluster.shape.replication + 1 and rng.random() < 0.5:
+            host = rng.choice(members)
             field.say(f"{host.name} is taken out of the ring")
             await change_ring(cluster.meta, _without(host.node_id), rng)
         else:
@@ -487,6 +489,8 @@ async def kill_actor(field: Field) -> None:
     """An actor anywhere dies; its supervisor sees to the rest."""
     cluster, rng = field.cluster, field.rng
     hosts = [h for h in [*cluster.nodes, *cluster.clients] if h.up]
+    if not hosts:
+        return
     host = rng.choice(hosts)
     cells = host.tree.system.cells
     names = [n for n, c in cells.items() if c.state is State.RUNNING and n not in ("node",)]
@@ -508,7 +512,7 @@ async def _start_pass(host: Host) -> None:
     host.tree.system.actor("collector").start_pass.tell()
 
 
-Fault = Callable[[Field], Awaitable[None]]
+Fault = Callable[[Field], Coroutine[Any, Any, None]]
 
 FAULTS: dict[str, Fault] = {
     "crash_node": crash_node,
@@ -535,3 +539,6 @@ FAULTS: dict[str, Fault] = {
     "kill_actor": kill_actor,
     "collect_now": collect_now,
 }
+
+OVERLAPPING = {"crash_node", "cut_peers", "cut_one_way", "freeze_node", "slow_disk", "disk_errors"}
+"""Those of which one may begin before the last has ended: each takes a node that is not broken."""

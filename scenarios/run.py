@@ -17,7 +17,7 @@ import pykka
 
 from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import Cluster, Host
-from torus_actors.scenarios.faults import FAULTS, Field
+from torus_actors.scenarios.faults import FAULTS, OVERLAPPING, Field
 from torus_actors.scenarios.oracle import VolumeOracle
 from torus_actors.scenarios.simloop import SimLoop, Stuck, current_process
 from torus_actors.scenarios.spec import KNOBS, Drawn, Scenario, draw
@@ -171,13 +171,18 @@ class _Play:
     async def _strike(self, kind: str, every_s: float, end: float) -> None:
         rng: random.Random = self.cluster.rng(f"fault/{kind}")
         fault = FAULTS[kind]
+        under_way: list[asyncio.Task[None]] = []
         while True:
             pause = min(rng.expovariate(1 / every_s), 4 * every_s)
             if self.loop.time() + pause >= end:
+                await asyncio.gather(*under_way)
                 return
             await asyncio.sleep(pause)
             self.result.counts[kind] = self.result.counts.get(kind, 0) + 1
-            await fault(self.field)
+            if kind in OVERLAPPING:
+                under_way.append(self.loop.create_task(fault(self.field)))
+            else:
+                await fault(self.field)
 
     async def _heal(self) -> None:
         """End all faults that are still on."""

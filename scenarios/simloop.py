@@ -85,20 +85,29 @@ class SimProcess:
             tasks = asyncio.all_tasks(self._loop)
             self._graveyard = [t for t in tasks if isinstance(t, SimTask) and t.process is self]
 
+    def take(self, task: asyncio.Task[Any]) -> None:
+        """Keep a task that a callback made in which the process was killed."""
+        self._graveyard.append(task)
+
     def hold(self, handle: SimHandle) -> None:
         """Keep a callback that came up while the process was paused."""
         self._held.append(handle)
 
     def bury(self) -> None:
         """The loop is being closed: let the suspended coroutines go."""
-        graveyard, self._graveyard = self._graveyard, []
-        for task in graveyard:
-            try:
-                coroutine = task.get_coro()
-                if coroutine is not None:
-                    coroutine.close()
-            except BaseException as error:  # whatever a dead process still wants to say
-                log.debug("a coroutine of %s as it was closed: %r", self.name, error)
+        # Clean-up code may make further tasks.
+        while self._graveyard:
+            close_quietly(self._graveyard.pop(0))
+
+
+def close_quietly(task: asyncio.Task[Any]) -> None:
+    """End a task that will never run again, whatever its coroutine still wants to say."""
+    coroutine = task.get_coro()
+    try:
+        if coroutine is not None:
+            coroutine.close()
+    except BaseException as error:
+        log.debug("a coroutine as it was closed: %r", error)
 
 
 def current_process() -> SimProcess | None:
@@ -115,6 +124,8 @@ class SimTask(asyncio.Task[Any]):
         self.process: SimProcess | None = process
         # Those of a killed process stay pending for ever.
         self._log_destroy_pending = False
+        if process is not None and not process.alive:
+            process.take(self)
 
 
 class SimHandle(asyncio.TimerHandle):
@@ -165,6 +176,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers: list[tuple[float, int, SimHandle]] = []
         self._order = 0
         self._processes: list[SimProcess] = []
+        self._leftovers: list[asyncio.Task[Any]] | None = None
+        """While the loop is being closed: tasks that clean-up code still makes."""
         self.set_exception_handler(lambda _, context: self.errors.append(context))
         self.set_task_factory(_make_task)
 
@@ -300,20 +313,18 @@ class SimLoop(asyncio.BaseEventLoop):
         """Forget everything; suspended coroutines are closed with nobody listening."""
         for process in self._processes:
             process.kill()
-        self._stopping = True
-        for task in asyncio.all_tasks(self):
-            coroutine = task.get_coro()
-            try:
-                if coroutine is not None:
-                    coroutine.close()
-            except BaseException as error:
-                log.debug("a coroutine as it was closed: %r", error)
+        self._leftovers = list(asyncio.all_tasks(self))
         for process in self._processes:
             process.bury()
+        while self._leftovers:
+            close_quietly(self._leftovers.pop())
         self._ready.clear()
         self._timers.clear()
         super().close()
 
 
 def _make_task(loop: Any, coro: Any, context: Any = None) -> SimTask:
-    return SimTask(coro, loop=loop, name=None, context=context)
+    task = SimTask(coro, loop=loop, name=None, context=context)
+    if loop._leftovers is not None:
+        loop._leftovers.append(task)
+    return task

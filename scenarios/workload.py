@@ -175,7 +175,9 @@ class Driver:
             self._failed("closing", error, who, session)
 
     async def _first_write(self, volume: Any, session: Session, who: str) -> bool:
-        """A write and a flush, so that there is something for later crashes to threaten."""
+        """Mostly a write and a flush, so that there is something for later crashes to threaten."""
+        if self._rng.random() < 0.3:
+            return True
         length = min(self.cluster.shape.block_size, self.oracle.size)
         written = await self._operate("write", volume, session, who, 0, length)
         return written and await self._flush(volume, session, who)

@@ -636,8 +636,9 @@ class DeviceError(Exception):
 
 
 class Device:
-    """One NBD connection to a volume, without the protocol; checks that each request is answered
-    exactly once.
+    """One NBD connection to a volume, without the protocol.
+
+    Checks that each request is answered exactly once.
     """
 
     def __init__(self, client: Client, name: str, size: int, conn: int) -> None:

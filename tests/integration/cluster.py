@@ -259,10 +259,12 @@ class Cluster:
         """Make a node and start it."""
         return self.node(index, *options, size=size).start()
 
-    def start_nodes(self, count: int, replication: int | None = None) -> None:
+    def start_nodes(
+        self, count: int, replication: int | None = None, size: str = NODE_SIZE
+    ) -> None:
         """Start several at once; set the replication."""
         for index in range(count):
-            self.node(index).launch()
+            self.node(index, size=size).launch()
         for index in range(count):
             self.nodes[index].wait_ready()
         if replication is not None:
@@ -356,8 +358,10 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def small_cluster(directory: Path, nodes: int, replication: int) -> Iterator[Cluster]:
+def small_cluster(
+    directory: Path, nodes: int, replication: int, size: str = NODE_SIZE
+) -> Iterator[Cluster]:
     """A running cluster of a few nodes."""
     with Cluster(directory) as cluster:
-        cluster.start_nodes(nodes, replication)
+        cluster.start_nodes(nodes, replication, size)
         yield cluster

@@ -22,6 +22,10 @@ SLOWEST_S = 3.0
 """No operation may take longer while a node fails."""
 
 
+LOADED_SIZE = "1GiB"
+"""Disk of a node under load: overwriting makes garbage faster than small nodes can collect it."""
+
+
 class Fio:
     """An fio job in the background that must end without an error."""
 
@@ -73,7 +77,7 @@ def on_etcd(tmp_path: Path, etcd: EtcdServer) -> Iterator[Cluster]:
     """Three nodes on etcd with replication 2 and a volume ``vol``."""
     with Cluster(tmp_path, metadata=f"etcd://{etcd.endpoint}") as cluster:
         cluster.ctl("init", "--replication", "2")
-        cluster.start_nodes(3)
+        cluster.start_nodes(3, size=LOADED_SIZE)
         cluster.ctl("volume", "create", "vol", "256MiB")
         yield cluster
 
@@ -81,7 +85,7 @@ def on_etcd(tmp_path: Path, etcd: EtcdServer) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three nodes with replication 2, for tests that leave them whole."""
-    with small_cluster(tmp_path_factory.mktemp("shared"), nodes=3, replication=2) as cluster:
+    with small_cluster(tmp_path_factory.mktemp("shared"), 3, 2, LOADED_SIZE) as cluster:
         yield cluster
 
 
@@ -91,10 +95,10 @@ def test_a_node_killed_under_load_is_not_noticed(on_etcd: Cluster) -> None:
     Afterwards every block has two valid copies again, read and compared with their checksums.
     """
     client = on_etcd.serve("vol")
-    load = Fio(client.uri, *VERIFIED, seconds=14)
-    time.sleep(4)  # the load has to be under way
+    load = Fio(client.uri, *VERIFIED, seconds=10)
+    time.sleep(2)  # the load has to be under way
     on_etcd.nodes[1].kill()
-    time.sleep(4)  # and to go on without the node
+    time.sleep(3)  # and to go on without the node
     on_etcd.nodes[1].start()
     report = load.result()
     assert slowest_s(report) < SLOWEST_S
@@ -184,7 +188,7 @@ def test_killing_any_actor_of_a_node_costs_no_error(shared: Cluster) -> None:
     client = shared.serve("node-actors")
     target = f"@{shared.address(1)}"
     names = [name for name in actors_of(shared, target) if name != "node"]
-    load = Fio(client.uri, *VERIFIED, seconds=6 + 2 * len(names))
+    load = Fio(client.uri, *VERIFIED, seconds=len(names) + 4)
     time.sleep(1)
     for name in names:
         kill_actor(shared, target, name)
@@ -202,7 +206,7 @@ def test_killing_any_actor_of_the_client_costs_no_error(shared: Cluster) -> None
     target = f"@{listen}"
     names = [name for name in actors_of(shared, target) if name != "node"]
     assert {"volumes", "nbd_server", "volume:client-actors", "replicator"} <= set(names)
-    load = Fio(client.uri, *VERIFIED, seconds=6 + 2 * len(names))
+    load = Fio(client.uri, *VERIFIED, seconds=len(names) + 4)
     time.sleep(1)
     for name in names:
         kill_actor(shared, target, name)
@@ -339,10 +343,10 @@ def test_a_silent_node_does_not_stall_operations(shared: Cluster) -> None:
     """A node that neither answers nor closes (SIGSTOP, as if powered off) is soon passed over."""
     shared.ctl("volume", "create", "silent", "128MiB")
     client = shared.serve("silent")
-    load = Fio(client.uri, *VERIFIED, seconds=12)
-    time.sleep(2)
+    load = Fio(client.uri, *VERIFIED, seconds=8)
+    time.sleep(1)
     shared.nodes[2].pause()
-    time.sleep(5)
+    time.sleep(4)
     shared.nodes[2].resume()
     assert slowest_s(load.result()) < SLOWEST_S
     client.stop()

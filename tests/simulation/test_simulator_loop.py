@@ -1,6 +1,6 @@
 """The simulated event loop: virtual time, and processes that are paused and killed."""
 
-# ruff: noqa: D102, D103 - what is no test needs none
+# ruff: noqa: D103 - what is no test needs none
 
 from __future__ import annotations
 

@@ -84,8 +84,10 @@ async def test_put_read_check_flush_delete() -> None:
 
 @virtual
 async def test_a_second_put_is_the_same_block_or_refused() -> None:
-    """The same content again is fine; other content is refused while the stored copy is right, and
-    takes its place when that one is damaged.
+    """The same content again is fine.
+
+    Other content is refused while the stored copy is right, and takes its place when that one is
+    damaged.
     """
     async with Cluster(nodes=1) as cluster:
         node = cluster.node(0)
@@ -134,7 +136,10 @@ async def test_a_reserved_slot_is_given_back_whatever_happens() -> None:
 
 @virtual
 async def test_torus_401_a_full_store_says_so_and_works_again_after_deletes() -> None:
-    """torus#401: OutOfSpace on a put; reads and deletes work; after a delete there is room again."""
+    """torus#401: OutOfSpace on a put.
+
+    Reads and deletes work; after a delete there is room again.
+    """
     async with Cluster(nodes=1, blocks=4) as cluster:
         node = cluster.node(0)
         stored = 0
@@ -280,7 +285,10 @@ async def test_a_request_for_too_much_is_refused_before_anything_is_read() -> No
 
 @virtual
 async def test_a_vouched_block_is_not_dropped_and_a_stale_word_is_no_word() -> None:
-    """Who was asked to keep a block does not drop it for a while; an old confirmation drops none."""
+    """Who was asked to keep a block does not drop it for a while.
+
+    An old confirmation drops none.
+    """
     async with Cluster(nodes=1) as cluster:
         node = cluster.node(0)
         loop = asyncio.get_running_loop()

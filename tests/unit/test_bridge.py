@@ -217,8 +217,10 @@ async def test_errors_keep_their_class_and_harm_nobody() -> None:
 
 @on_uvloop
 async def test_an_oversized_call_is_refused_by_its_sender_and_by_the_receiver() -> None:
-    """A payload over the limit is not sent; an answer over the limit is an error, not a lost link;
-    and a frame that announces too much ends its connection before anything is allocated.
+    """A payload over the limit is not sent.
+
+    An answer over the limit is an error, not a lost link; and a frame that announces too much ends
+    its connection before anything is allocated.
     """
     async with pair() as (caller, server):
         with pytest.raises(Invalid):
@@ -241,7 +243,10 @@ async def test_an_oversized_call_is_refused_by_its_sender_and_by_the_receiver() 
 
 @on_uvloop
 async def test_a_lost_peer_fails_what_is_in_flight_at_once() -> None:
-    """The connection breaks with calls under way: all fail with PeerLost, long before their time."""
+    """The connection breaks with calls under way.
+
+    All fail with PeerLost, long before their time.
+    """
     async with pair() as (caller, server):
         calls = [caller.at(server).gated.remote(payload=b"x", timeout_s=60.0) for _ in range(50)]
         await until(lambda: server.echo.waiting == 50)
@@ -298,7 +303,10 @@ async def test_who_slept_itself_does_not_blame_the_other() -> None:
 
 @on_uvloop
 async def test_what_a_dialer_left_half_open_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dialer that was switched off says nothing any more: its connection does not stay for ever."""
+    """A dialer that was switched off says nothing any more.
+
+    Its connection does not stay for ever.
+    """
     monkeypatch.setattr(links, "DIALER_SILENCE_MAX_S", 1.0)
     async with pair() as (_, server):
         _, writer = await shaken(server)

@@ -44,8 +44,9 @@ async def status(node: StorageNode) -> dict[str, Any]:
 
 @virtual
 async def test_after_a_ring_change_all_blocks_are_at_their_owners() -> None:
-    """A node joins, another leaves: every block, data and pages, ends at its owners only, and can
-    be read all the time.
+    """A node joins, another leaves.
+
+    Every block, data and pages, ends at its owners only, and can be read all the time.
     """
     async with Cluster(nodes=3, replication=2) as cluster:
         client = await started(cluster)

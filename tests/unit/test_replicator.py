@@ -1,4 +1,4 @@
-"""The replicator: copies where they belong, truth about them, reads around slow and bad replicas."""
+"""The replicator: copies where they belong, truth about them, reads around bad replicas."""
 
 from __future__ import annotations
 
@@ -73,8 +73,10 @@ async def test_torus_250_a_write_that_no_peer_took_is_an_error() -> None:
 @pytest.mark.parametrize("nodes", [1, 2])
 @virtual
 async def test_torus_219_fewer_peers_than_replicas(nodes: int) -> None:
-    """torus#219, 246, 427: with fewer peers than replicas blocks go to those there are, and the
-    state says that it is degraded.
+    """torus#219, 246, 427.
+
+    With fewer peers than replicas blocks go to those there are, and the state says that it is
+    degraded.
     """
     async with Cluster(nodes=nodes, replication=3) as cluster:
         client = await cluster.client()
@@ -142,8 +144,9 @@ async def test_write_level_all_waits_for_all_copies() -> None:
 
 @virtual
 async def test_write_level_one_waits_for_one_and_the_others_follow() -> None:
-    """At level one the first copy answers, and the other is made all the same; those on their way
-    are bounded.
+    """At level one the first copy answers, and the other is made all the same.
+
+    Those on their way are bounded.
     """
     async with Cluster(nodes=2, replication=2) as cluster:
         client = await cluster.client(write_level=WriteLevel.ONE)

@@ -26,8 +26,9 @@ SIZE = 64 * BLOCK
 
 @virtual
 async def test_writes_wait_for_room_and_then_go_on() -> None:
-    """With the peers hanging the cache fills to its bound and no further; when they are back all
-    writes are answered, and the accounting returns to zero.
+    """With the peers hanging the cache fills to its bound and no further.
+
+    When they are back all writes are answered, and the accounting returns to zero.
     """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE, write_bytes=4 * BLOCK)
@@ -98,8 +99,9 @@ async def test_zeros_wait_for_room_like_data() -> None:
 
 @virtual
 async def test_torus_401_out_of_space_reaches_the_writer_and_goes_away() -> None:
-    """torus#401: on a full cluster writers and flushes hear ENOSPC, those that wait for room too;
-    reads and trims work; after room was made, writes and flushes do again.
+    """torus#401: on a full cluster writers and flushes hear ENOSPC, those that wait for room too.
+
+    Reads and trims work; after room was made, writes and flushes do again.
     """
     async with Cluster(nodes=1, replication=1, blocks=8, collect_s=1.0) as cluster:
         device = await cluster.volume(SIZE, write_bytes=4 * BLOCK)
@@ -185,8 +187,9 @@ async def test_all_trimmed_while_the_cluster_is_full_makes_it_writable() -> None
 
 @virtual
 async def test_a_trim_does_not_bring_back_what_was_overwritten() -> None:
-    """While a trim waits for a page of the map, reads see the newest data, never what is below it;
-    if the page cannot be had the trim fails and the data stays.
+    """While a trim waits for a page of the map, reads see the newest data, never what is below it.
+
+    If the page cannot be had the trim fails and the data stays.
     """
     async with Cluster(nodes=1, replication=1) as cluster:
         size = 3000 * BLOCK
@@ -243,8 +246,9 @@ async def test_every_request_of_a_batch_is_answered_once_though_the_volume_dies(
 
 @virtual
 async def test_a_bug_in_one_request_is_an_error_for_that_batch_and_nothing_else() -> None:
-    """A request that makes the volume actor crash: each of its batch is answered, exactly once, and
-    the successor serves on.
+    """A request that makes the volume actor crash.
+
+    Each of its batch is answered, exactly once, and the successor serves on.
     """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE)
@@ -284,8 +288,10 @@ async def test_full_blocks_are_put_again_after_the_volume_died() -> None:
 
 @virtual
 async def test_no_put_is_on_its_way_when_a_commit_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block that a head names has an INode number of that head or an older one, and none
-    enters the map later under a number that a head has ended: a collector would take it for dead.
+    """Every block that a head names has an INode number of that head or an older one.
+
+    None enters the map later under a number that a head has ended: a collector would take it for
+    dead.
     """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE, write_bytes=8 * BLOCK)
@@ -323,8 +329,9 @@ async def test_no_put_is_on_its_way_when_a_commit_is_cut(monkeypatch: pytest.Mon
 
 @virtual
 async def test_a_block_read_just_after_it_was_written_is_right() -> None:
-    """Write 1 MiB, write the next MiB, read the first, from pooled receive buffers: a buffer that
-    is still looked at must not be filled again.
+    """Write 1 MiB, write the next MiB, read the first, from pooled receive buffers.
+
+    A buffer that is still looked at must not be filled again.
     """
     async with Cluster(nodes=2, block_size=64 << 10, blocks=400) as cluster:
         device = await cluster.volume(4 << 20, write_bytes=2 << 20, read_bytes=4 << 20)
@@ -377,8 +384,10 @@ async def test_reads_are_never_stale_after_overwrites_and_discards() -> None:
 
 
 def test_the_read_cache_keeps_its_bound() -> None:
-    """Whole blocks and pages, small and large: the accounted size never exceeds the bound by more
-    than one entry, and is right when all is replaced.
+    """Whole blocks and pages, small and large.
+
+    The accounted size never exceeds the bound by more than one entry, and is right when all is
+    replaced.
     """
     cache = ReadCache(100_000)
     for n in range(500):

@@ -55,8 +55,9 @@ async def test_a_block_lost_by_a_restarted_node_is_placed_again_before_flush_ret
 
 @virtual
 async def test_flush_fails_when_all_replicas_are_lost_and_nobody_has_the_data() -> None:
-    """Both copies were lost before the flush, and no cache has the block: the flush fails, each
-    time; and works again once the block was overwritten.
+    """Both copies were lost before the flush, and no cache has the block.
+
+    The flush fails, each time; and works again once the block was overwritten.
     """
     async with Cluster(nodes=2, replication=2) as cluster:
         device = await cluster.volume(SIZE, read_bytes=0)
@@ -75,7 +76,10 @@ async def test_flush_fails_when_all_replicas_are_lost_and_nobody_has_the_data() 
 
 @virtual
 async def test_a_lost_block_is_placed_again_from_the_read_cache() -> None:
-    """The only copy is lost before the flush, but the client still has the data: nothing is lost."""
+    """The only copy is lost before the flush, but the client still has the data.
+
+    Nothing is lost.
+    """
     async with Cluster(nodes=1, replication=1) as cluster:
         device = await cluster.volume(SIZE, read_bytes=1 << 20)
         await put_only(device, b"x" * BLOCK)
@@ -86,8 +90,9 @@ async def test_a_lost_block_is_placed_again_from_the_read_cache() -> None:
 
 @virtual
 async def test_a_trimmed_block_that_was_lost_fails_no_flush() -> None:
-    """A block is lost with its node, and trimmed, alone or with many others at once: no flush has to
-    fail because of it.
+    """A block is lost with its node, and trimmed, alone or with many others at once.
+
+    No flush has to fail because of it.
     """
     async with Cluster(nodes=1, replication=1) as cluster:
         device = await cluster.volume(200 * BLOCK, read_bytes=0)
@@ -105,7 +110,10 @@ async def test_a_trimmed_block_that_was_lost_fails_no_flush() -> None:
 
 @virtual
 async def test_a_head_is_recorded_only_after_all_its_blocks_are_durable() -> None:
-    """In the order of calls: every put, then the flush of every peer that took one, then the head."""
+    """In the order of calls.
+
+    Every put, then the flush of every peer that took one, then the head.
+    """
     async with Cluster(nodes=3, replication=2) as cluster:
         device = await cluster.volume(SIZE)
         session = device.client.session("v")
@@ -167,8 +175,9 @@ async def test_a_head_whose_answer_was_lost_is_recorded_once(fault: str) -> None
 
 @virtual
 async def test_the_volume_actor_dies_as_its_head_is_recorded() -> None:
-    """The head was recorded, but the actor that recorded it is dead: its successor's flush goes on
-    from there and succeeds.
+    """The head was recorded, but the actor that recorded it is dead.
+
+    Its successor's flush goes on from there and succeeds.
     """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE)
@@ -195,8 +204,10 @@ async def test_the_volume_actor_dies_as_its_head_is_recorded() -> None:
 
 @virtual
 async def test_a_fenced_session_reads_and_writes_no_more() -> None:
-    """Another session has begun: writes and flushes fail with ESHUTDOWN, reads still work, what
-    waits for room is answered too, and the other session's data is untouched.
+    """Another session has begun.
+
+    Writes and flushes fail with ESHUTDOWN, reads still work, what waits for room is answered too,
+    and the other session's data is untouched.
     """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE, write_bytes=2 * BLOCK)
@@ -246,8 +257,9 @@ async def test_fua_is_durable_when_it_is_answered() -> None:
 
 @virtual
 async def test_torus_120_the_commit_of_a_huge_thin_volume_stays_small() -> None:
-    """torus#120: a volume of 1 PiB costs its metadata some hundred bytes, and one write a few pages
-    on the ring, whatever was written before.
+    """torus#120: a volume of 1 PiB costs its metadata some hundred bytes.
+
+    One write a few pages on the ring, whatever was written before.
     """
     async with Cluster(nodes=1, replication=1) as cluster:
         device = await cluster.volume(1 << 50)
@@ -312,3 +324,17 @@ async def test_an_opener_that_dies_leaves_no_lock_behind() -> None:
         await asyncio.sleep(1.0)
         device = await client.open("v")
         await device.write(0, b"x", fua=True)
+
+
+@virtual
+async def test_a_client_that_stops_as_its_volume_actor_dies_still_flushes() -> None:
+    """The volume actor is killed, and at once the client is stopped: nothing is lost, or waits."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"last words")
+        started = asyncio.get_running_loop().time()
+        device.client.kill("volume:v")
+        await device.client.stop()
+        assert asyncio.get_running_loop().time() - started < 10
+        device = await (await cluster.client()).open("v")
+        assert await device.read(0, 10) == b"last words"

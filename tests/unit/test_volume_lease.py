@@ -36,8 +36,9 @@ async def test_torus_257_the_heartbeat_beats_while_the_data_path_hangs() -> None
 
 @virtual
 async def test_torus_132_a_lease_that_ran_out_is_made_again_with_what_hung_on_it() -> None:
-    """torus#132: the metadata was away for longer than the lease: there is a new one, the volume's
-    lock hangs on it, and nobody else can open the volume; I/O went on all the time.
+    """torus#132: the metadata was away for longer than the lease: there is a new one.
+
+    The volume's lock hangs on it, and nobody else can open the volume; I/O went on all the time.
     """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE)
@@ -98,8 +99,9 @@ async def test_a_volume_can_be_opened_right_after_its_lease_ran_out() -> None:
 
 @virtual
 async def test_a_lease_that_is_replaced_while_a_volume_is_opened_takes_no_lock_along() -> None:
-    """The lease ends right after the lock was hung on it, before the heartbeat knows of the volume:
-    the lock hangs on the new lease all the same.
+    """The lease ends right after the lock was hung on it.
+
+    Before the heartbeat knows of the volume: the lock hangs on the new lease all the same.
     """
     async with Cluster() as cluster:
         await cluster.meta.create_volume("v", SIZE)

@@ -54,6 +54,9 @@ RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 2.0
 """Pause before a failed write-back is tried again."""
 
+WARN_EVERY_S = 5.0
+"""Pause between warnings that blocks cannot be stored: they fail by the dozen."""
+
 WHOLE_READ_MIN = 128 << 10
 """Reads from this size on fetch and keep whole blocks."""
 
@@ -207,6 +210,7 @@ class File:
         """Blocks put on the ring so far."""
         self.put_error: TorusError | None = None
         """What the last write-back failed with; None after one succeeded."""
+        self._warned_at: float | None = None
         self.last_error: TorusError | None = None
         """The same, but kept: for telling why it takes so long."""
 
@@ -844,7 +848,9 @@ class File:
         if self.layers.frozen.get(index) is layer:
             self.layers.thaw(index)
             self.want(index)
-        if self.put_error is None or type(self.put_error) is not type(error):
+        now = self.loop.time()
+        if self._warned_at is None or now - self._warned_at > WARN_EVERY_S:
+            self._warned_at = now
             log.warning("volume %s: block %d cannot be stored now: %s", self.name, index, error)
         self.last_error = error
         if isinstance(error, Fenced):

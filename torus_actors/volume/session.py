@@ -369,9 +369,9 @@ class Session:
     def _flush_if_quiet(self) -> None:
         quiet = self.system.loop.time() - self._written_at > IDLE_FLUSH_S
         told = self.journal.active and self.log.empty and not self.log.needs_commit
-        if quiet and not told and not self._flush_waiting and not self._flushing:
-            if not self.committer.clean and self.file.failure is None:
-                self.flush_soon(lambda _: None)
+        waiting = self._flush_waiting or self._flushing or self.file.failure is not None
+        if quiet and not told and not waiting and not self.committer.clean:
+            self.flush_soon(lambda _: None)
 
     async def _commit(self) -> None:
         """Commit, then cut the journal, or begin one."""
