@@ -4,8 +4,8 @@
 
 Both are reached by fio's nbd engine over a unix socket. The figures of the cluster are for three
 storage nodes with replication 2 and a volume four times the read cache; nbdkit keeps one copy in
-memory and does nothing else, so it is the yardstick for the machine and the protocol. Jobs alternate
-between the two, because machines drift. Actor calls and memory are measured at the end.
+memory and does nothing else, so it is the yardstick for the machine and the protocol. Jobs
+alternate between the two, because machines drift. Actor calls and memory are measured at the end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The supervision trees: of a storage node, and of a client.
 
 A tree starts in two steps. First what needs no cluster: bridge and metadata. Then, once the
-cluster's metadata and ring are known (a node may be started before ``torusctl init``), the services.
+cluster's metadata and ring are known (a node may be started before ``torusctl init``), the
+services.
 
 Storage node::
 
