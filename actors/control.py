@@ -22,6 +22,7 @@ ASKED = (
     "replicator",
     "rebalancer",
     "collector",
+    "scrubber",
     "heartbeat",
     "volumes",
     "nbd_server",

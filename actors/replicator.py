@@ -526,18 +526,26 @@ class Replicator(LoopActor):
                 self.spawn(self._repair(read.ref, read.root, peer))
 
     async def _repair(self, ref: BlockRef, root: int, peer: str) -> None:
-        """Give a peer a good copy instead of its bad or missing one."""
         try:
-            sums, block = await self.fetch_whole(ref, root, avoid=peer)
-            await self._store(peer).put_block.remote(
-                ref, root, sums, True, payload=block, timeout_s=PUT_TIMEOUT_S
-            )
-            self._counts["repaired"] += 1
-            log.info("repaired block %s on peer %s", ref, peer[:8])
+            await self.repair(ref, root, peer)
         except TorusError as error:
             log.warning("could not repair block %s on peer %s: %s", ref, peer[:8], error)
         finally:
             self._repairing.discard((ref, peer))
+
+    @expose(idempotent=True)
+    async def repair(self, ref: BlockRef, root: int, peer: str) -> None:
+        """Give a peer a good copy instead of its bad or missing one.
+
+        Raises:
+            BlockUnavailable: no other peer has a good one.
+        """
+        sums, block = await self.fetch_whole(ref, root, avoid=peer)
+        await self._store(peer).put_block.remote(
+            ref, root, sums, True, payload=block, timeout_s=PUT_TIMEOUT_S
+        )
+        self._counts["repaired"] += 1
+        log.info("repaired block %s on peer %s", ref, peer[:8])
 
     async def fetch_whole(self, ref: BlockRef, root: int, avoid: str = "") -> tuple[bytes, Buffer]:
         """A whole block with its checksum list from any replica that has it right."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torus_actors.errors import TorusError
+from torus_actors.errors import Invalid, TorusError
 from torus_actors.machine import Machine
 from torus_actors.metadata import kv
 from torus_actors.metadata.memory import MemoryStore
@@ -196,7 +196,8 @@ class Cluster:
         await self.start_meta()
         for i, size in enumerate(shape.volume_bytes):
             await self.meta.create_volume(f"v{i}", size)
-        await asyncio.gather(*[self.start_node(host) for host in self.nodes])
+        if not all(await asyncio.gather(*[self.start_node(host) for host in self.nodes])):
+            raise Invalid("the cluster cannot be made as its shape says")
 
     async def ring(self) -> rings.Ring:
         """The ring as the metadata has it."""

@@ -51,7 +51,7 @@ class Scenario:
     volumes: Range = (1, 2)
     clients: Range = (1, 1)
     volume_bytes: Range = (256 << 10, 2 << 20)
-    store_bytes: Range = (64 << 20, 64 << 20)
+    store_bytes: Range = (160 << 20, 160 << 20)
     duration_s: Range = (15, 30)
     calm_s: float = 1.0
     workload: Workload = field(default_factory=Workload)
@@ -138,6 +138,16 @@ _LIST = (
     Scenario(
         "calm",
         "With nothing wrong, what was written is read, and nothing is left over",
+    ),
+    Scenario(
+        "overwrites",
+        "Overwriting a volume again and again does not fill the cluster",
+        store_bytes=(20 << 20, 24 << 20),
+        knobs={"torus_actors.actors.block_store.INODE_ROOM_MIN": 8 << 20},
+        volumes=(1, 1),
+        volume_bytes=(1 << 20, 2 << 20),
+        workload=Workload(whole_blocks=0.8, pause_s=0.05, flush=0.3),
+        duration_s=(30, 40),
     ),
     Scenario(
         "node_crash",

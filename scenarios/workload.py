@@ -192,13 +192,16 @@ class Driver:
         session = self.oracle.open(who)
         self.errors_allowed = False
         volume = system.actor(f"volume:{self.name}")
-        if await self._verify(volume, session):
-            # A new head, under which all that earlier sessions left behind is garbage.
-            write = session.begin_write(0, min(4096, self.oracle.size))
-            await volume.write.remote(0, write.data, timeout_s=OP_S_MAX)
-            session.write_done(write)
-            await self._flush(volume, session, who)
-        await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
+        try:
+            if await self._verify(volume, session):
+                # A new head, under which all that earlier sessions left behind is garbage.
+                write = session.begin_write(0, min(4096, self.oracle.size))
+                await volume.write.remote(0, write.data, timeout_s=OP_S_MAX)
+                session.write_done(write)
+                await self._flush(volume, session, who)
+            await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
+        except TorusError as error:
+            self.cluster.fail(f"{who}: the last session of {self.name} failed: {error!r}")
 
     async def _open(self, system: Any, who: str) -> bool:
         loop = self.cluster.loop

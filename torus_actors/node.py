@@ -16,12 +16,12 @@ Storage node::
         |   |-- block_store
     |   |-- journal_disk
     |   `-- journal            records of volume sessions
-        |-- replicator, inode_store, rebalancer, collector
+        |-- replicator, inode_store, rebalancer, collector, scrubber
         |-- heartbeat          lease and registration
         |-- control            questions and orders from torusctl
         `-- volumes, nbd_server   with --nbd: volumes for NBD clients
 
-A client is the same without ``storage``, ``rebalancer`` and ``collector``.
+A client is the same without what concerns stored blocks.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from torus_actors.actors.nbd_server import NbdAddress, NbdServer
 from torus_actors.actors.rebalancer import Rebalancer
 from torus_actors.actors.replicator import ReadLevel, Replicator, WriteLevel
 from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
+from torus_actors.actors.scrubber import Scrubber
 from torus_actors.actors.volumes import Volumes
 from torus_actors.errors import (
     Again,
@@ -417,6 +418,7 @@ class StorageNode(Process):
                 *services[1:],
                 ChildSpec("rebalancer", lambda: Rebalancer(view)),
                 ChildSpec("collector", lambda: Collector(self.meta)),
+                ChildSpec("scrubber", lambda: Scrubber(view.block_size)),
                 ChildSpec(
                     "heartbeat",
                     lambda: Heartbeat(self.meta, self.peer_info, config.lease_ttl_s),

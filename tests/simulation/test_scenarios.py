@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 SEEDS = {
     "calm": 3,
+    "overwrites": 2,
     "node_crash": 2,
     "rolling_restart": 2,
     "lease_wiped": 6,
@@ -150,7 +151,7 @@ def _eager_collector(monkeypatch: pytest.MonkeyPatch) -> None:
         (_no_sync, "torn_write", 1),
         (_no_fence, "two_clients", 1),
         (_one_copy, "calm", 3),
-        (_no_verify, "bit_rot", 2),
+        (_no_verify, "bit_rot", 3),
         (_eager_collector, "long_session", 4),
     ],
 )

@@ -127,6 +127,53 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
     click.echo(f"balanced: {moved['sent']} blocks sent, {moved['dropped']} dropped")
 
 
+@debug.command("scrub")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+)
+@click.pass_obj
+def debug_scrub(settings: Settings, timeout: float) -> None:
+    """Have all nodes verify every block they store now, and repair what is damaged."""
+    damaged, failed = run(settings, _scrub(settings, timeout))
+    click.echo(f"scrubbed: {damaged} damaged copies found, {damaged - failed} repaired")
+    if failed:
+        raise Failed(f"{failed} damaged copies could not be repaired: no good copy was found")
+
+
+async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
+    from torus_actors.cli.connect import connect
+
+    try:
+        async with asyncio.timeout(timeout_s), connect(settings) as connection:
+            await connection.cluster()
+            addresses = {i.peer_id: i.address for i in await connection.meta.peers()}
+            if not addresses:
+                raise Failed("no node is up: start one with torus-node start")
+            names, where = list(addresses), list(addresses.values())
+            before = _all_of(names, await connection.ask_all(where, "scrubber", "status"))
+            wanted = [each["passes"] + (2 if each["running"] else 1) for each in before]
+            while True:
+                now = _all_of(names, await connection.ask_all(where, "scrubber", "status"))
+                pairs = list(zip(now, wanted, before, strict=True))
+                if all(each["passes"] >= count for each, count, _ in pairs):
+                    found = sum(each["damaged"] - was["damaged"] for each, _, was in pairs)
+                    failed = sum(each["failed"] - was["failed"] for each, _, was in pairs)
+                    return found, failed
+                late = [
+                    w
+                    for w, (each, count, _) in zip(where, pairs, strict=True)
+                    if each["passes"] < count
+                ]
+                await connection.ask_all(late, "scrubber", "start_pass")
+                await asyncio.sleep(POLL_S)
+    except TimeoutError as error:
+        raise Failed(f"not scrubbed within {timeout_s:g} s") from error
+
+
 _COUNTS = ("sent", "dropped", "failed", "waiting")
 
 

@@ -1,0 +1,123 @@
+"""The scrubber: reads every block of this node again and again, and repairs what has rotted.
+
+Walks the stored blocks slowly, has each verified byte by byte, and replaces a damaged copy by a
+good one from another peer. Messages in: ``start_pass``, ``status``; out: to the block store here
+and to the replicator. Its death costs the place it had come to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+from torus_actors.actors.block_messages import (
+    CHECK_STATUS,
+    Status,
+    split_records,
+    split_refs,
+)
+from torus_actors.errors import TorusError
+from torus_actors.model.refs import BlockRef
+from torus_actors.runtime import LoopActor, expose
+
+log = logging.getLogger(__name__)
+
+BATCH = 8
+"""Blocks verified in one call: 4 MiB, so that reads of clients come in between."""
+
+RATE_BYTES_S = 16 << 20
+"""What it reads in a second: a terabyte in 18 hours, and unnoticed beside clients."""
+
+PAUSE_S = 3600.0
+"""Pause between passes."""
+
+FIRST_PASS_AFTER_S = 60.0
+"""A node that has just started has better things to do."""
+
+
+class Scrubber(LoopActor):
+    """See the module.
+
+    Args:
+        block_size: bytes of a data block.
+        rate_bytes_s: what it may read, bytes a second.
+        pause_s: between passes.
+    """
+
+    def __init__(
+        self, block_size: int, rate_bytes_s: int = RATE_BYTES_S, pause_s: float = PAUSE_S
+    ) -> None:
+        super().__init__()
+        self._block_size = block_size
+        self._rate = rate_bytes_s
+        self._pause_s = pause_s
+        self._asked = asyncio.Event()
+        self._hurry = False
+        self._counts = {"passes": 0, "checked": 0, "damaged": 0, "repaired": 0, "failed": 0}
+        self._running = False
+
+    async def setup(self) -> None:
+        """Start scrubbing."""
+        self.spawn(self._work())
+
+    @expose(remote=True)
+    def start_pass(self) -> None:
+        """Run a pass now, as fast as the disk allows."""
+        self._hurry = True
+        self._asked.set()
+
+    @expose(remote=True)
+    def status(self) -> dict[str, Any]:
+        """Counts of blocks since the start; ``failed`` are damaged ones with no good copy found."""
+        return {**self._counts, "running": self._running}
+
+    async def _work(self) -> None:
+        wait_s = FIRST_PASS_AFTER_S
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._asked.wait()
+            self._asked.clear()
+            wait_s = self._pause_s
+            self._running = True
+            try:
+                await self._pass()
+                self._counts["passes"] += 1
+            except TorusError as error:
+                log.warning("scrubbing: %s", error)
+            finally:
+                self._running = False
+                self._hurry = False
+
+    async def _pass(self) -> None:
+        store = self.system.actor("block_store")
+        for kind in (0, 1):
+            slot: int | None = 0
+            while slot is not None:
+                packed, slot = await store.list_blocks.remote(kind, slot, BATCH)
+                if not packed:
+                    continue
+                refs = list(split_refs(packed))
+                answer = await store.check_blocks.remote(packed, True, timeout_s=60.0)
+                statuses = split_records(CHECK_STATUS, answer)
+                for ref, (status, root) in zip(refs, statuses, strict=True):
+                    self._counts["checked"] += 1
+                    if status == Status.CORRUPT:
+                        self._counts["damaged"] += 1
+                        await self._repair(ref, root)
+                if not self._hurry:
+                    await asyncio.sleep(len(refs) * self._block_size / self._rate)
+
+    async def _repair(self, ref: BlockRef, root: int) -> None:
+        log.warning("block %s is damaged on this node", ref)
+        try:
+            # Its checksum is in the index, which has one of its own: so what is right is known.
+            await self.system.actor("replicator").repair.remote(
+                ref, root, self.system.node_id, timeout_s=30.0
+            )
+            self._counts["repaired"] += 1
+        except TorusError as error:
+            self._counts["failed"] += 1
+            log.error("block %s cannot be repaired: %s", ref, error)
