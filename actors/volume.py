@@ -9,6 +9,7 @@ way, and no client notices.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from torus_actors.errors import TorusError
@@ -36,6 +37,14 @@ class VolumeActor(LoopActor):
     @expose(idempotent=True)
     async def flush(self) -> None:
         """Make everything acknowledged so far durable."""
+        await self._until(self._session.flush_soon)
+
+    @expose(idempotent=True)
+    async def commit(self) -> None:
+        """Fold everything acknowledged so far into a new head."""
+        await self._until(self._session.commit_soon)
+
+    async def _until(self, ask: Callable[[Callable[[TorusError | None], None]], None]) -> None:
         flushed: asyncio.Future[None] = self.system.loop.create_future()
 
         def done(error: TorusError | None) -> None:
@@ -46,7 +55,7 @@ class VolumeActor(LoopActor):
             else:
                 flushed.set_exception(error)
 
-        self._session.flush_soon(done)
+        ask(done)
         await flushed
 
     @expose(idempotent=True)

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 VOLUME_KINDS = {"block"}
 """Kinds of volume that can be served."""
 
+REPLAY_COMMIT_S = 30.0
+"""How long opening a volume waits for the commit of what the last session left in its journal."""
+
 RESTARTS_MAX = 20
 RESTART_PERIOD_S = 10.0
 """A volume actor that dies more often than this takes its supervisor with it."""
@@ -133,12 +136,26 @@ class Volumes(LoopActor):
                 if session.epoch:
                     self._sessions[name] = session
                 await self._start_actor(name, session)
+                if session.replayed and session.epoch:
+                    await self._commit_replay(name)
             elif volume.session.file.failure is not None:
                 # Fenced: those who have it open may read on, but it is not what the volume is now.
                 raise volume.session.file.failure
             volume.users += 1
             session = volume.session
         return [name, session.size, f"torus volume {name}", not session.epoch]
+
+    async def _commit_replay(self, name: str) -> None:
+        """Make what was replayed the volume's version before anybody reads it.
+
+        Where that cannot be done (a full cluster) the volume opens all the same, for what was
+        flushed must be readable; the journal stays as it is until a commit succeeds.
+        """
+        volume = self.system.actor(_actor_name(name))
+        try:
+            await volume.commit.remote(timeout_s=REPLAY_COMMIT_S)
+        except TorusError as error:
+            log.warning("volume %s: its journal cannot be folded in now: %s", name, error)
 
     def _resolve(self, name: str) -> str:
         if not name:

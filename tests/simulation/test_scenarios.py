@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 SEEDS = {
     "calm": 3,
-    "overwrites": 2,
+    "overwrites": 4,
     "node_crash": 2,
     "rolling_restart": 2,
     "lease_wiped": 6,

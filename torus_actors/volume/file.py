@@ -72,6 +72,11 @@ DISCARDED_MAX = 4096
 RECLAIM_PATIENCE_S = 20.0
 """How long a full cluster is given to collect garbage before writers are told that it is full."""
 
+RECLAIM_EMPTY_MAX = 4
+"""So often in a row must collectors know of no garbage before the cluster counts as full of data.
+What they answer is from their last pass: two answers may be from before the commit that made the
+garbage, and a third from a pass that ran beside it."""
+
 STREAMS_MAX = 16
 """Sequential readers told apart."""
 
@@ -871,7 +876,7 @@ class File:
             end = self.loop.time() + RECLAIM_PATIENCE_S
             empty = 0
             self.commit_soon()
-            while self.loop.time() < end and empty < 2:
+            while self.loop.time() < end and empty < RECLAIM_EMPTY_MAX:
                 self._send_discards()
                 stored = self.stored
                 try:

@@ -148,9 +148,10 @@ class SessionJournal:
             Fenced: another session has begun.
             BlockUnavailable: a member did not store it; the journal is not active any more.
         """
+        payload = b"".join(record)
         refs = [
             home.append.remote(
-                self._volume_id, self._epoch, seq, payload=record, timeout_s=APPEND_TIMEOUT_S
+                self._volume_id, self._epoch, seq, payload=payload, timeout_s=APPEND_TIMEOUT_S
             )
             for home in self._homes.values()
         ]
@@ -169,7 +170,7 @@ class SessionJournal:
             self.active = False
             self.broken = str(failure)
             raise BlockUnavailable(f"the journal lost a member: {failure}") from failure
-        self.size += sum(len(part) for part in record)
+        self.size += len(payload)
 
     async def retire(self) -> None:
         """A head covers everything, and the session ends: the next one need ask no member."""

@@ -156,6 +156,9 @@ class Session:
         self._commit_wake = asyncio.Event()
         self._written_at = 0.0
         self.commits = 0
+        self.replayed = 0
+        """Records of the last session's journal that are in the layers: to be committed before the
+        first read, since another replay might end with fewer of those nobody acknowledged."""
         self._handlers: dict[int, Callable[[int, Request, list[Reply]], None]] = {
             Op.READ: self._on_read,
             Op.WRITE: self._on_write,
@@ -656,8 +659,7 @@ async def open_session(
         if blockset.length != nblocks:
             await session.file.with_pages(lambda: blockset.truncate(nblocks))
         await _apply(session, replay)
-        if replay.records and epoch:
-            session.commit_soon(lambda _: None)
+        session.replayed = replay.records
         if epoch:
             # If another lease was made meanwhile, it does not know of this lock.
             now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
