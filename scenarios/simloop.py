@@ -266,7 +266,7 @@ class SimLoop(asyncio.BaseEventLoop):
         if not ready:
             self._advance()
         count = 0
-        while ready and not self._stopping:
+        while ready and not self._stopping:  # type: ignore[attr-defined]
             handle = ready.popleft()
             if handle._cancelled:
                 continue

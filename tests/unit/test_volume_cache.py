@@ -50,6 +50,23 @@ async def test_writes_wait_for_room_and_then_go_on() -> None:
 
 
 @virtual
+async def test_truncation_forgets_what_it_cuts_off() -> None:
+    """A file cut in the middle of a block and grown again has zeros where it was cut."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        file = device.client.session("v").file
+        await device.write(0, b"x" * (3 * BLOCK))
+        await device.flush()
+        await file.truncate(BLOCK + 100)
+        assert file.size == BLOCK + 100 and file.blockset.length == 2
+        await file.truncate(SIZE)
+        assert await device.read(0, BLOCK + 100) == b"x" * (BLOCK + 100)
+        assert await device.read(BLOCK + 100, 2 * BLOCK) == bytes(2 * BLOCK)
+        await device.flush()
+        assert await device.read(BLOCK + 90, 20) == b"x" * 10 + bytes(10)
+
+
+@virtual
 async def test_small_writes_are_counted_with_what_they_cost() -> None:
     """A flood of one-byte writes does not outgrow the bound either."""
     async with Cluster() as cluster:

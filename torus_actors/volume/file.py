@@ -577,6 +577,33 @@ class File:
             self._ready.append(index)
         self.pump()
 
+    def trim_at(self, offset: int, length: int, done: Done) -> bool:
+        """Give a range back: it reads as zeros, and whole blocks of it take no space.
+
+        Arguments, result and errors are those of ``zero_at``.
+        """
+        return self.zero_at(offset, length, False, done)
+
+    async def truncate(self, size: int) -> None:
+        """Change the size; what lies behind a smaller one is gone, what a larger one adds is zeros.
+
+        Args:
+            size: bytes.
+
+        Raises:
+            BlockUnavailable, Corruption: a page of the map cannot be loaded; nothing was changed.
+        """
+        before = self.size
+        nblocks = -(-size // self.block_size)
+        await self.with_pages(partial(self.blockset.truncate, nblocks))
+        if size < before:
+            self.layers.drop(nblocks, -(-before // self.block_size))
+        self.size = size
+        tail = -before % self.block_size
+        if size > before and tail:
+            # The last block may hold what was there before an earlier truncation.
+            self._zero(before, min(tail, size - before))
+
     def zero_at(self, offset: int, length: int, keep: bool, done: Done) -> bool:
         """Make a range read as zeros.
 

@@ -515,7 +515,12 @@ class Session:
         keep = request.op == Op.WRITE_ZEROES and request.no_hole
         if keep and request.fast_zero:
             raise NotSupported("zeros that stay allocated are written like data")
-        if self.file.zero_at(request.offset, request.length, keep, done):
+        file = self.file
+        if (
+            file.zero_at(request.offset, request.length, keep, done)
+            if request.op == Op.WRITE_ZEROES
+            else file.trim_at(request.offset, request.length, done)
+        ):
             if request.fua:
                 self.flush_soon(partial(self._flush_done, conn, request))
             else:
@@ -656,8 +661,9 @@ async def open_session(
                 revision=journal_revision,
             ),
         )
-        if blockset.length != nblocks:
-            await session.file.with_pages(lambda: blockset.truncate(nblocks))
+        if head is not None and head.size != record.size:
+            session.file.size = head.size
+            await session.file.truncate(record.size)
         await _apply(session, replay)
         session.replayed = replay.records
         if epoch:
