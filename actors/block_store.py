@@ -57,7 +57,10 @@ POOLED_READ_MIN = 64 << 10
 """Reads from this size on come from the buffer pool; small ones are cheaper to allocate."""
 
 IDLE_FLUSH_S = 2.0
-"""Blocks that nobody flushed are made durable after this long all the same."""
+"""Blocks that nobody flushed are made durable once none came for this long."""
+
+UNFLUSHED_MAX_S = 30.0
+"""And after this long in any case."""
 
 PRESSED_FLUSH_S = 0.1
 """And after this long when the store is nearly full: what was deleted is free only then."""
@@ -106,6 +109,8 @@ class OpenStores:
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self._idle_flush: asyncio.TimerHandle | None = None
+        self._changed_at = 0.0
+        self._changed_since = 0.0
         self._vouched: dict[BlockRef, float] = {}
 
     @classmethod
@@ -230,12 +235,23 @@ class OpenStores:
         await waiter
 
     def flush_later(self) -> None:
-        """Flush soon even if nobody asks; sooner where room is short: it frees what was deleted."""
+        """Flush even if nobody asks: once it is quiet, or where room is short, to free the deleted.
+
+        Not while blocks keep coming: a disk that syncs all the time is half as fast, and who needs
+        them durable says so.
+        """
+        self._changed_at = self.system.loop.time()
         if self._idle_flush is None:
+            self._changed_since = self._changed_at
             pause = IDLE_FLUSH_S if self.level is Level.OK else PRESSED_FLUSH_S
             self._idle_flush = self.system.loop.call_later(pause, self._flush_idle)
 
     def _flush_idle(self) -> None:
+        now = self.system.loop.time()
+        quiet_at = self._changed_at + IDLE_FLUSH_S
+        if self.level is Level.OK and now < min(quiet_at, self._changed_since + UNFLUSHED_MAX_S):
+            self._idle_flush = self.system.loop.call_at(quiet_at, self._flush_idle)
+            return
         self._idle_flush = None
         task = self.system.loop.create_task(self._flush_quietly())
         self.system.background.add(task)

@@ -75,7 +75,7 @@ CLOSE_FLUSH_S = 60.0
 WRITE_OUT_ROUNDS = 3
 """How often a flush waits for whole blocks that were filled while it waited; then it commits."""
 
-UNSYNCED_MAX = 1024
+UNSYNCED_MAX = 2048
 """Blocks that may be stored and not committed before a commit is due without being asked for: what
 they replace cannot be collected before it."""
 
