@@ -34,8 +34,9 @@ BACKOFF_MAX_S = 1.0
 """Pause between attempts to reach a peer: a restarted one is back soon, and one attempt a second to
 each dead peer costs nothing."""
 
-POOL_BYTES = 16 << 20
-"""Receive buffers kept for reuse: what a reader or a store usually has in use at a time."""
+POOL_BYTES = 32 << 20
+"""Receive buffers kept for reuse: what a reader or a store usually has in use at a time. More would
+be memory beside the read cache, whose blocks it cannot tell from idle ones."""
 
 WAITING_CALLS_MAX = 512
 """Calls that may wait for a connection being made."""
@@ -49,15 +50,11 @@ class BridgeConfig:
         identity: of this node; the cluster may become known later.
         listen: ``(host, port)``, or None for a client, which nobody calls.
         secret: of the cluster, or None.
-        pool_bytes: receive buffers remembered for reuse. Where what arrives is kept (a client's
-            read cache), as much as is kept: a buffer that falls out of the cache is then the next
-            to be filled, instead of being freed and allocated anew.
     """
 
     identity: Identity
     listen: tuple[str, int] | None = None
     secret: bytes | None = None
-    pool_bytes: int = POOL_BYTES
 
 
 class Bridge(LoopActor):
@@ -67,7 +64,7 @@ class Bridge(LoopActor):
         super().__init__()
         self._config = config
         self._identity = config.identity
-        self._pool = BufferPool(config.pool_bytes)
+        self._pool = BufferPool(POOL_BYTES)
         self._peers: dict[str, _Peer] = {}
         self._in_links: dict[InLink, None] = {}
         self._server: asyncio.Server | None = None

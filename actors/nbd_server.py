@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torus_actors.errors import TorusError
+from torus_actors.model.buffers import BufferPool
 from torus_actors.nbd.connection import NbdConnection, NbdState, TlsSettings
 from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
 from torus_actors.nbd.server import serve
@@ -21,6 +22,9 @@ from torus_actors.runtime import ActorSystem, LoopActor, expose
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 60.0
+
+POOL_BYTES = 32 << 20
+"""Payload buffers kept for reuse; those that the caches hold come on top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class NbdServer(LoopActor):
             state.adopt(self)
             self._state = state
             return
-        self._state = NbdState(self)
+        self._state = NbdState(self, BufferPool(POOL_BYTES))
         for address in self._listen:
             if address.tcp is not None:
                 host, port = address.tcp

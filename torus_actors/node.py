@@ -41,7 +41,7 @@ import uvloop
 
 from torus_actors import __version__
 from torus_actors.actors.block_store import BlockStoreActor, OpenStores, StoreConfig
-from torus_actors.actors.bridge import POOL_BYTES, Bridge, BridgeConfig
+from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.collector import Collector
 from torus_actors.actors.control import Control
 from torus_actors.actors.disk import worker_factory
@@ -226,7 +226,6 @@ class Process:
         return ActorStore(self.system.actor("metadata"))
 
     embedded = False
-    receive_pool_bytes: int = POOL_BYTES
 
     async def start_base(
         self, listen: Addr | None, open_store: Callable[[], Awaitable[KeyValueStore]] | None
@@ -235,7 +234,7 @@ class Process:
         identity = Identity(
             None, self.system.node_id, self.role, self.incarnation, f"torus-actors/{__version__}"
         )
-        bridge = BridgeConfig(identity, listen, self.secret, self.receive_pool_bytes)
+        bridge = BridgeConfig(identity, listen, self.secret)
         children = [ChildSpec("bridge", lambda: Bridge(bridge))]
         if open_store is not None:
             children.append(
@@ -479,8 +478,6 @@ class Client(Process):
 
     def __init__(self, config: ClientConfig, rng: random.Random) -> None:
         self.config = config
-        if config.nbd is not None:
-            self.receive_pool_bytes += config.nbd.caches.read_bytes
         node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
         super().__init__(node_id, Role.CLIENT, config.metadata, config.secret, rng, config.machine)
 
