@@ -34,7 +34,7 @@ BACKOFF_MAX_S = 1.0
 """Pause between attempts to reach a peer: a restarted one is back soon, and one attempt a second to
 each dead peer costs nothing."""
 
-POOL_BYTES = 32 << 20
+POOL_BYTES = 16 << 20
 """Receive buffers kept for reuse: what a reader or a store usually has in use at a time. More would
 be memory beside the read cache, whose blocks it cannot tell from idle ones."""
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 60.0
 
-POOL_BYTES = 32 << 20
+POOL_BYTES = 16 << 20
 """Payload buffers kept for reuse; those that the caches hold come on top."""
 
 

@@ -14,9 +14,11 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -315,6 +317,52 @@ CALL_FLOORS = {
 }
 
 
+def plain_writes(folder: Path) -> float:
+    """MB/s of user data that one process gets into the page cache as two new files.
+
+    What a cluster on one machine has to do at the least for two copies, before anything is sent.
+    """
+    block = os.urandom(512 << 10)
+    count = VOLUME_BYTES // len(block)
+    start = time.perf_counter()
+    files = [os.open(folder / f"plain-{n}", os.O_RDWR | os.O_CREAT) for n in range(2)]
+    for n in range(count):
+        for file in files:
+            os.pwrite(file, block, n * len(block))
+    elapsed = time.perf_counter() - start
+    for n, file in enumerate(files):
+        os.close(file)
+        (folder / f"plain-{n}").unlink()
+    return VOLUME_BYTES / elapsed / 1e6
+
+
+def _pong(port: multiprocessing.connection.Connection) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    port.send(listener.getsockname())
+    peer, _ = listener.accept()
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while data := peer.recv(256):
+        peer.sendall(data)
+
+
+def ping_pong(seconds: float) -> float:
+    """Round trips a second of two processes with blocking sockets: no call can be faster."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_pong, args=(theirs,), daemon=True)
+    process.start()
+    with socket.create_connection(ours.recv()) as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            for _ in range(50):
+                peer.sendall(bytes(64))
+                peer.recv(256)
+            count += 50
+        rate = count / (time.perf_counter() - start)
+    process.join(5)
+    return rate
+
+
 def resident(parent: int) -> dict[str, float]:
     """Resident MiB of each process of the cluster."""
     found: dict[str, float] = {}
@@ -332,6 +380,20 @@ def resident(parent: int) -> dict[str, float]:
         size = int(status.split("VmRSS:")[1].split()[0]) / 1024
         found[f"{kind} {entry.name}"] = size
     return found
+
+
+def yardstick(title: str, unit: str, value: float) -> dict[str, Any]:
+    """A row that says what the machine does without this system."""
+    return {
+        "name": title,
+        "title": title,
+        "unit": unit,
+        "torus": value,
+        "nbdkit": 0.0,
+        "floor": 0.0,
+        "floor_ratio": 0.0,
+        "met": None,
+    }
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
@@ -375,6 +437,12 @@ def main() -> int:
         folder = Path(name)
         with nbdkit(folder) as kit, cluster(folder) as (torus, process):
             idle = resident(process.pid)
+            if not arguments.only:
+                rows.append(
+                    yardstick(
+                        "two plain files written anew, page cache", "MB/s", plain_writes(folder)
+                    )
+                )
             for job in jobs:
                 with console.status(job.title):
                     other = measure(job, kit, arguments.seconds) if kit else 0.0
@@ -398,6 +466,7 @@ def main() -> int:
                 )
             used = resident(process.pid)
     if not arguments.only:
+        rows.append(yardstick("TCP round trip between processes, no actors", "/s", ping_pong(2.0)))
         for title, rate in call_rates(2.0).items():
             floor = CALL_FLOORS[title]
             rows.append(
