@@ -16,8 +16,9 @@ from torus_actors.actors.volume import VolumeActor
 from torus_actors.errors import NotExist, TorusError, WrongVolumeType
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import Cell, ChildSpec, LoopActor, State, expose
+from torus_actors.volume.opening import close_session, open_session
 from torus_actors.volume.read_cache import ReadCache
-from torus_actors.volume.session import CacheSizes, Session, close_session, open_session
+from torus_actors.volume.session import CacheSizes, Session
 
 log = logging.getLogger(__name__)
 

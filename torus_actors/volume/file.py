@@ -1,4 +1,4 @@
-"""A file over immutable blocks: reads, writes, trims, and writing back in the background.
+"""A file over immutable blocks: writes, trims, and writing back; ``read_side`` has the reads.
 
 One ``File`` belongs to one volume actor and runs on its loop. It is a plain object on purpose: it
 holds acknowledged writes, so it must outlive the actor, whose successor calls ``resume``.
@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
@@ -23,21 +22,20 @@ from typing import Any
 from torus_actors.errors import (
     BlockUnavailable,
     Closed,
-    Corruption,
     Fenced,
     Invalid,
     OutOfSpace,
     TorusError,
 )
 from torus_actors.model.blocksets import Blockset
-from torus_actors.model.checksums import PAGE_SIZE, Buffer, root_of, sums_of
-from torus_actors.model.extents import MISSING, ExtentMap
-from torus_actors.model.inode_tree import BlockMap
+from torus_actors.model.checksums import Buffer, root_of, sums_of
+from torus_actors.model.extents import ExtentMap
 from torus_actors.model.inode_tree_walk import PageNeeded
 from torus_actors.model.refs import BlockRef
-from torus_actors.nbd.requests import Hole, Piece
+from torus_actors.nbd.requests import Piece
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.read_side import Done, ReadSide, ignore
 from torus_actors.volume.write_back import EXTENT_OVERHEAD_BYTES, WriteBack
 
 log = logging.getLogger(__name__)
@@ -57,12 +55,6 @@ RETRY_MAX_S = 2.0
 WARN_EVERY_S = 5.0
 """Pause between warnings that blocks cannot be stored: they fail by the dozen."""
 
-WHOLE_READ_MIN = 128 << 10
-"""Reads from this size on fetch and keep whole blocks."""
-
-REREADS_MAX = 5
-"""How often a read is started anew because its block was overwritten and discarded under it."""
-
 DISCARD_S = 0.25
 """Blocks overwritten before any head named them are discarded in batches this often."""
 
@@ -77,53 +69,15 @@ RECLAIM_EMPTY_MAX = 4
 What they answer is from their last pass: two answers may be from before the commit that made the
 garbage, and a third from a pass that ran beside it."""
 
-STREAMS_MAX = 16
-"""Sequential readers told apart."""
-
-SEQUENTIAL_AFTER = 2
-"""Reads in a row, each beginning where one ended, that make a sequential reader."""
-
-READAHEAD_MAX = 8
-"""Blocks fetched ahead of a sequential reader."""
-
 CLEAR_RANGE_MIN = 64
 """Trims of this many whole blocks clear the map at once instead of block by block."""
-
-MAP_PAGES_MAX = 2048
-"""Pages of the block map kept in memory: 56 MiB, which map 1 TiB of the default block size."""
 
 WAITING_WRITES_MAX = 4096
 """Writes that may wait for room in the cache; the NBD connections bound them too."""
 
-Done = Callable[[TorusError | None, Sequence[Piece]], None]
 Spawn = Callable[[Coroutine[Any, Any, Any]], Any]
 
 _ZEROS = memoryview(bytes(1 << 20))
-
-
-class _ReadOp:
-    """A read of which parts are still to come.
-
-    ``done`` gets the error of a part, if there was one: the file may read again then, because the
-    block may have been overwritten and discarded meanwhile.
-    """
-
-    __slots__ = ("done", "error", "left", "pieces")
-
-    def __init__(self, pieces: list[Any], left: int, done: Done) -> None:
-        self.pieces = pieces
-        self.left = left
-        self.done = done
-        self.error: TorusError | None = None
-
-    def arrived(self, at: int, buffer: Buffer | None, error: TorusError | None) -> None:
-        if error is not None:
-            self.error = error
-        else:
-            self.pieces[at] = buffer
-        self.left -= 1
-        if not self.left:
-            self.done(self.error, self.pieces if self.error is None else ())
 
 
 class Stored:
@@ -147,7 +101,7 @@ class Stored:
         self.data = data
 
 
-class File:
+class File(ReadSide):
     """See the module.
 
     Args:
@@ -173,14 +127,15 @@ class File:
         next_ref: Callable[[], BlockRef],
         read_only: bool = False,
     ) -> None:
-        self.system = system
-        self.loop = system.loop
-        self.name = name
-        self.size = size
-        self.block_size = block_size
-        self.blockset = blockset
-        self.cache = read_cache
-        self.layers = WriteBack(write_cache_bytes)
+        super().__init__(
+            system,
+            name=name,
+            size=size,
+            block_size=block_size,
+            blockset=blockset,
+            cache=read_cache,
+            layers=WriteBack(write_cache_bytes),
+        )
         self.next_ref = next_ref
         self.read_only = read_only
         self.failure: TorusError | None = None
@@ -189,18 +144,12 @@ class File:
         """Blocks in the map that no flush has made durable yet."""
         self.fresh: dict[BlockRef, None] = {}
         """Blocks in the map that no plan of a commit has named yet: once overwritten, nobody's."""
-        self.discarded: dict[BlockRef, None] = {}
         self._discards: dict[str, list[BlockRef]] = {}
         self._discard_timer: asyncio.TimerHandle | None = None
         self.reclaiming = False
         """Whether the cluster is full and garbage is being looked for."""
-        self.commit_soon: Callable[[], None] = _ignore
+        self.commit_soon: Callable[[], None] = ignore
         self.spawn: Spawn | None = None
-        self._replicator = system.actor("replicator")
-        self._fetching: dict[BlockRef, list[Callable[[Buffer | None, TorusError | None], None]]]
-        self._fetching = {}
-        self._loading: dict[tuple[int, int], list[Callable[[TorusError | None], None]]] = {}
-        self._streams: dict[int, int] = {}
         self._ready: deque[int] = deque()
         self._wanted: set[int] = set()
         self._waiting: deque[tuple[int, Buffer | None, int, Done]] = deque()
@@ -218,11 +167,6 @@ class File:
         self._warned_at: float | None = None
         self.last_error: TorusError | None = None
         """The same, but kept: for telling why it takes so long."""
-
-    @property
-    def map(self) -> BlockMap:
-        """The paged tree under the blockset."""
-        return self.blockset.block_map
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -263,244 +207,6 @@ class File:
             if timer is not None:
                 timer.cancel()
         self._send_discards()
-
-    def block_length(self, index: int) -> int:
-        """Bytes of the file in a block; less than a block only at its end."""
-        return min(self.block_size, self.size - index * self.block_size)
-
-    def _check_range(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise Invalid(f"bytes {offset} to {offset + length} are outside volume {self.name}")
-
-    # -- reading -----------------------------------------------------------------------------------
-
-    def read_at(self, offset: int, length: int, done: Done, attempt: int = 0) -> list[Piece] | None:
-        """Read.
-
-        Args:
-            offset: bytes.
-            length: bytes.
-            done: called later with the pieces, unless they are returned.
-            attempt: how often this read found its blocks gone already.
-
-        Returns:
-            Buffers and holes in order, if all is in memory; they must not be changed. None if
-            ``done`` will be called.
-
-        Raises:
-            Invalid: outside the file.
-        """
-        self._check_range(offset, length)
-        pieces: list[Any] = []
-        missing: list[tuple[int, BlockRef, int, int, int]] = []
-        block_size = self.block_size
-        position, end = offset, offset + length
-        try:
-            while position < end:
-                index, start = divmod(position, block_size)
-                size = min(block_size - start, end - position)
-                self._plan(index, start, size, pieces, missing)
-                position += size
-        except PageNeeded as need:
-            self.load_page(need, partial(self._read_again, offset, length, done))
-            return None
-        sequential = self._note_stream(offset, end, length)
-        if not missing:
-            return pieces
-        if attempt < REREADS_MAX:
-            again = partial(self._reread, offset, length, done, attempt, [m[1] for m in missing])
-            op = _ReadOp(pieces, len(missing), again)
-        else:
-            op = _ReadOp(pieces, len(missing), done)
-        whole = sequential or length >= WHOLE_READ_MIN
-        for at, ref, root, start, size in missing:
-            if whole:
-                self._fetch_whole(ref, root, partial(_slice_whole, op, at, start, size))
-            else:
-                self._fetch_pages(ref, root, start, size, op, at)
-        return None
-
-    def _read_again(self, offset: int, length: int, done: Done, error: TorusError | None) -> None:
-        if error is not None:
-            done(error, ())
-            return
-        pieces = self.read_at(offset, length, done)
-        if pieces is not None:
-            done(None, pieces)
-
-    def _reread(
-        self,
-        offset: int,
-        length: int,
-        done: Done,
-        attempt: int,
-        refs: list[BlockRef],
-        error: TorusError | None,
-        pieces: Sequence[Piece],
-    ) -> None:
-        """End a read; where a block is gone because it was overwritten meanwhile, read again."""
-        if isinstance(error, BlockUnavailable) and any(ref in self.discarded for ref in refs):
-            found = self.read_at(offset, length, done, attempt + 1)
-            if found is not None:
-                done(None, found)
-            return
-        done(error, pieces)
-
-    def _plan(
-        self,
-        index: int,
-        start: int,
-        size: int,
-        pieces: list[Any],
-        missing: list[tuple[int, BlockRef, int, int, int]],
-    ) -> None:
-        """Find a range of one block in the layers, then the map and the cache."""
-        layers = self.layers
-        if index in layers.dirty or index in layers.frozen:
-            for at, length, buffer in layers.read(index, start, size):
-                if buffer is MISSING:
-                    self._plan_below(index, at, length, pieces, missing)
-                else:
-                    pieces.append(Hole(length) if buffer is None else buffer)
-        else:
-            self._plan_below(index, start, size, pieces, missing)
-
-    def _plan_below(
-        self,
-        index: int,
-        start: int,
-        size: int,
-        pieces: list[Any],
-        missing: list[tuple[int, BlockRef, int, int, int]],
-    ) -> None:
-        entry = self.blockset.get(index)
-        if entry is None:
-            pieces.append(Hole(size))
-            return
-        found = self.cache.get(entry.ref, start, size)
-        if found is None:
-            missing.append((len(pieces), entry.ref, entry.root, start, size))
-        pieces.append(found)
-
-    def _fetch_pages(
-        self, ref: BlockRef, root: int, start: int, size: int, op: _ReadOp, at: int
-    ) -> None:
-        first = start & -PAGE_SIZE
-        last = min(-(-(start + size) // PAGE_SIZE) * PAGE_SIZE, self.block_size)
-
-        def arrived(future: asyncio.Future[Any]) -> None:
-            error = _error_of(future)
-            if error is not None:
-                op.arrived(at, None, error)
-                return
-            data = future.result()
-            if len(data) != last - first:
-                op.arrived(at, None, Corruption(f"block {ref} is shorter than a block"))
-                return
-            self.cache.put_pages(ref, first, data)
-            op.arrived(at, data[start - first : start - first + size], None)
-
-        self._replicator.read.remote(ref, root, first, last - first).add_done_callback(arrived)
-
-    def _fetch_whole(
-        self,
-        ref: BlockRef,
-        root: int,
-        then: Callable[[Buffer | None, TorusError | None], None],
-    ) -> None:
-        waiters = self._fetching.get(ref)
-        if waiters is not None:
-            waiters.append(then)
-            return
-        self._fetching[ref] = [then]
-
-        def arrived(future: asyncio.Future[Any]) -> None:
-            error = _error_of(future)
-            data = None if error is not None else future.result()
-            if data is not None and len(data) != self.block_size:
-                data, error = None, Corruption(f"block {ref} is shorter than a block")
-            if data is not None:
-                self.cache.put_whole(ref, data)
-            for waiter in self._fetching.pop(ref, ()):
-                waiter(data, error)
-
-        self._replicator.read.remote(ref, root, 0, self.block_size).add_done_callback(arrived)
-
-    def _note_stream(self, offset: int, end: int, length: int) -> bool:
-        """Whether this read continues others; fetches ahead if it does."""
-        streams = self._streams
-        count = streams.pop(offset, -1) + 1
-        streams[end] = count
-        if len(streams) > STREAMS_MAX:
-            del streams[next(iter(streams))]
-        if count < SEQUENTIAL_AFTER or self.cache.size_max < READAHEAD_MAX * self.block_size:
-            return False
-        index = -(-end // self.block_size)
-        ahead = min(1 << (count - SEQUENTIAL_AFTER), READAHEAD_MAX)
-        for following in range(index, min(index + ahead, -(-self.size // self.block_size))):
-            try:
-                entry = self.blockset.get(following)
-            except PageNeeded as need:
-                self.load_page(need, _ignore)
-                break
-            if (
-                entry is not None
-                and following not in self.layers.dirty
-                and following not in self.layers.frozen
-                and entry.ref not in self._fetching
-                and not self.cache.has_whole(entry.ref)
-            ):
-                self._fetch_whole(entry.ref, entry.root, _ignore)
-        return True
-
-    # -- pages of the map --------------------------------------------------------------------------
-
-    def load_page(self, need: PageNeeded, then: Callable[[TorusError | None], None]) -> None:
-        """Fetch a page of the block map; several callers share one fetch."""
-        key = (need.level, need.page_number)
-        waiters = self._loading.get(key)
-        if waiters is not None:
-            waiters.append(then)
-            return
-        self._loading[key] = [then]
-
-        def arrived(future: asyncio.Future[Any]) -> None:
-            error = _error_of(future)
-            if error is None:
-                try:
-                    self.map.load(need, future.result())
-                    self.map.drop_clean_pages(MAP_PAGES_MAX)
-                except TorusError as broken:
-                    error = broken
-            for waiter in self._loading.pop(key, ()):
-                waiter(error)
-
-        self.system.actor("inode_store").get_page.remote(need.ref, need.crc).add_done_callback(
-            arrived
-        )
-
-    async def load(self, need: PageNeeded) -> None:
-        """As ``load_page``, for coroutines."""
-        future: asyncio.Future[None] = self.loop.create_future()
-
-        def then(error: TorusError | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
-
-        self.load_page(need, then)
-        await future
-
-    async def with_pages(self, call: Callable[[], Any]) -> Any:
-        """Call something on the map, loading pages until it can be answered."""
-        while True:
-            try:
-                return call()
-            except PageNeeded as need:
-                await self.load(need)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -959,65 +665,6 @@ class File:
         if self._progress is None:
             self._progress = self.loop.create_future()
         await asyncio.shield(self._progress)
-
-    # -- holes -------------------------------------------------------------------------------------
-
-    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Which parts of a range hold data.
-
-        Returns:
-            Lengths in bytes, each with whether it is data; in order, neighbours differ.
-
-        Raises:
-            PageNeeded: a page of the map must be loaded first.
-            Invalid: outside the file.
-        """
-        self._check_range(offset, length)
-        found: list[list[Any]] = []
-
-        def add(size: int, data: bool) -> None:
-            if found and found[-1][1] is data:
-                found[-1][0] += size
-            else:
-                found.append([size, data])
-
-        position, end = offset, offset + length
-        layered = sorted(self.layers.indexes())
-        blocks = -(-end // self.block_size)
-        while position < end:
-            index, start = divmod(position, self.block_size)
-            size = min(self.block_size - start, end - position)
-            if index in self.layers.dirty or index in self.layers.frozen:
-                for _, part, buffer in self.layers.read(index, start, size):
-                    below = buffer is MISSING and self.blockset.get(index) is not None
-                    add(part, below or (buffer is not None and buffer is not MISSING))
-            else:
-                behind = bisect_right(layered, index)
-                stop = min(blocks, layered[behind]) if behind < len(layered) else blocks
-                run, stored = self.map.run_end(index, stop)
-                size = min(run * self.block_size, end) - position
-                add(size, stored)
-            position += size
-        return [(size, data) for size, data in found]
-
-
-def _slice_whole(
-    op: _ReadOp, at: int, start: int, size: int, data: Buffer | None, error: TorusError | None
-) -> None:
-    op.arrived(at, None if data is None else memoryview(data)[start : start + size], error)
-
-
-def _ignore(*_: Any) -> None:
-    """Nobody waits for this."""
-
-
-def _error_of(future: asyncio.Future[Any]) -> TorusError | None:
-    if future.cancelled():
-        return Closed("given up")
-    error = future.exception()
-    if error is None or isinstance(error, TorusError):
-        return error
-    return TorusError(repr(error))
 
 
 def _digest(block: Buffer) -> bytes:

@@ -8,21 +8,18 @@ that is emptied once a turn of the loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
     Again,
     BlockUnavailable,
     Closed,
     CompareFailed,
     Fenced,
-    LeaseNotFound,
     NotSupported,
     OutcomeUnknown,
     Overloaded,
@@ -38,14 +35,13 @@ from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.nbd.protocol import STATE_HOLE, STATE_ZERO, errno_of
 from torus_actors.nbd.requests import Op, Piece, Reply, Request
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.change_log import INLINE_MAX, Replay
+from torus_actors.volume.change_log import INLINE_MAX
 from torus_actors.volume.commit import Committer, Superseded
 from torus_actors.volume.file import File, Spawn
 from torus_actors.volume.journal import (
     COMMIT_AGE_S,
     COMMIT_BYTES,
     SessionJournal,
-    recover,
 )
 from torus_actors.volume.read_cache import ReadCache
 
@@ -62,15 +58,6 @@ IDLE_CHECK_S = 1.0
 
 OUTBOX_RETRY_S = 0.05
 """Answers that the NBD server has no room for are offered again after this long."""
-
-ATTACH_PATIENCE_S = 10.0
-"""How long opening a volume waits for a lease that holds."""
-
-DETACH_PATIENCE_S = 5.0
-"""How long closing a volume waits for the metadata; then the lock is given up in the background."""
-
-CLOSE_FLUSH_S = 60.0
-"""How long the last flush of a volume may take."""
 
 WRITE_OUT_ROUNDS = 3
 """How often a flush waits for whole blocks that were filled while it waited; then it commits."""
@@ -600,192 +587,3 @@ class Session:
 
 def _failed(request: Request, error: TorusError) -> Reply:
     return Reply(request, error=errno_of(error), message=str(error))
-
-
-async def open_session(
-    system: ActorSystem,
-    meta: MetadataService,
-    name: str,
-    *,
-    holder: str,
-    block_size: int,
-    block_spec: str,
-    read_cache: ReadCache,
-    write_cache_bytes: int,
-    view: ClusterView,
-    read_only: bool = False,
-) -> Session:
-    """Attach a volume: fence the session before, and take over what its journal holds.
-
-    Raises:
-        NotExist: there is no such volume.
-        Locked: another client has it open; the text says who.
-        Again: the metadata cannot be reached.
-        BlockUnavailable: no member of the last session's journal can be reached.
-    """
-    record = await meta.volume(name)
-    epoch = lease = 0
-    inodes: list[int] = []
-    if not read_only:
-        epoch, lease = await _attach(system, meta, record.id, holder)
-    try:
-        if not read_only:
-            first = await meta.mint_inode(record.id, MINTED)
-            inodes = list(range(first, first + MINTED))
-        head, revision = await meta.head(record.id)
-        # Only the journal of an older session is fenced; a reader leaves the writer alone.
-        replay, journal_revision = await recover(system, meta, record.id, epoch, head)
-        nblocks = -(-record.size // block_size)
-        if head is None:
-            blockset = blocksets.create_blockset(block_spec, nblocks)
-        else:
-            blockset = blocksets.unmarshal_blockset(head.extra)
-        session = Session(
-            system,
-            meta,
-            record,
-            epoch=epoch,
-            holder=holder,
-            head_revision=revision,
-            inodes=inodes,
-            blockset=blockset,
-            block_size=block_size,
-            read_cache=read_cache,
-            write_cache_bytes=write_cache_bytes,
-            journal=SessionJournal(
-                system,
-                meta,
-                view,
-                volume_id=record.id,
-                epoch=epoch,
-                revision=journal_revision,
-            ),
-        )
-        if head is not None and head.size != record.size:
-            session.file.size = head.size
-            await session.file.truncate(record.size)
-        await _apply(session, replay)
-        session.replayed = replay.records
-        if epoch:
-            # If another lease was made meanwhile, it does not know of this lock.
-            now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
-            if now != lease:
-                await meta.renew_lock(record.id, epoch, holder, now)
-    except BaseException:
-        if epoch:
-            _detach_later(system, meta, record.id, epoch)
-        raise
-    return session
-
-
-async def _apply(session: Session, replay: Replay) -> None:
-    """Put what the last session had flushed and not committed back into the file."""
-    file, blockset = session.file, session.file.blockset
-    for index, (ref, root) in replay.blocks.items():
-        if index < blockset.length:
-            await file.with_pages(partial(_enter, blockset, index, ref, root))
-    for index, offset, length, buffer in replay.extents():
-        if index >= blockset.length:
-            continue
-        if buffer is None:
-            file.layers.zero(index, offset, length)
-        else:
-            file.layers.write(index, offset, buffer)
-    if replay.records:
-        log.info("volume %s: %d journal records replayed", session.name, replay.records)
-
-
-def _enter(blockset: blocksets.Blockset, index: int, ref: BlockRef | None, root: int) -> None:
-    if ref is None:
-        blockset.trim(index, index + 1)
-    else:
-        blockset.put(index, ref, root)
-
-
-async def _attach(
-    system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
-) -> tuple[int, int]:
-    """Take the lock; returns epoch and lease."""
-    backoff = Backoff(system.rng, max_s=0.5)
-    end = system.loop.time() + ATTACH_PATIENCE_S
-    while True:
-        lease = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
-        attaching = asyncio.ensure_future(meta.attach(volume_id, holder, lease))
-        try:
-            return await asyncio.shield(attaching), lease
-        except LeaseNotFound:
-            # It ran out, and the heartbeat has not noticed yet.
-            if not await backoff.wait(end):
-                raise
-        except asyncio.CancelledError:
-            # Whoever wanted the volume has died. A lock that is taken now would be nobody's.
-            _in_background(system, _undo_attach(meta, volume_id, attaching, system))
-            raise
-
-
-async def _undo_attach(
-    meta: MetadataService, volume_id: int, attaching: asyncio.Future[int], system: ActorSystem
-) -> None:
-    with contextlib.suppress(TorusError):
-        await _detach(system, meta, volume_id, await attaching)
-
-
-async def _detach(system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int) -> None:
-    """Give the lock up, however long the metadata is away: the lease would keep it for ever.
-
-    Another session cannot be harmed: it has another epoch.
-    """
-    backoff = Backoff(system.rng)
-    while True:
-        try:
-            await meta.detach(volume_id, epoch)
-            return
-        except (Fenced, Closed):
-            return
-        except (Again, OutcomeUnknown):
-            await backoff.wait()
-
-
-def _detach_later(
-    system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int
-) -> asyncio.Task[None]:
-    return _in_background(system, _detach(system, meta, volume_id, epoch))
-
-
-def _in_background(system: ActorSystem, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    task = system.loop.create_task(coroutine)
-    system.background.add(task)
-    task.add_done_callback(system.background.discard)
-    return task
-
-
-async def close_session(session: Session, meta: MetadataService) -> None:
-    """Flush, then give the lock up.
-
-    Raises:
-        TorusError: the flush failed; the lock is given up all the same, what was not flushed is
-            lost, as when a disk is unplugged.
-    """
-    error: TorusError | None = None
-    system = session.system
-    if session.epoch and session.file.failure is None:
-        flushed: asyncio.Future[TorusError | None] = system.loop.create_future()
-
-        def done(failed: TorusError | None) -> None:
-            if not flushed.done():
-                flushed.set_result(failed)
-
-        session.commit_soon(done)
-        try:
-            async with asyncio.timeout(CLOSE_FLUSH_S):
-                error = await flushed
-        except TimeoutError:
-            error = BlockUnavailable("the last flush did not end in time")
-    session.close()
-    if session.epoch and error is None:
-        await session.journal.retire()
-    if session.epoch:
-        detaching = _detach_later(system, meta, session.volume_id, session.epoch)
-        await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
-    if error is not None:
-        raise error
