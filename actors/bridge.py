@@ -96,7 +96,7 @@ class Bridge(LoopActor):
         if self.system.transport is self:
             self.system.transport = None
         for peer in list(self._peers.values()):
-            peer.close(Closed("this node's bridge stopped"))
+            peer.close(PeerLost("this node's bridge stopped"))
         self._peers.clear()
         for link in list(self._in_links):
             link.abort(Closed("this node's bridge stopped"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.actors.volume import VolumeActor
-from torus_actors.errors import NotExist, TorusError, WrongVolumeType
+from torus_actors.errors import Fenced, NotExist, TorusError, WrongVolumeType
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import Cell, ChildSpec, LoopActor, State, expose
 from torus_actors.volume.opening import close_session, open_session
@@ -138,7 +138,7 @@ class Volumes(LoopActor):
                     self._sessions[name] = session
                 await self._start_actor(name, session)
                 if session.replayed and session.epoch:
-                    await self._commit_replay(name)
+                    await self._commit_replay(name, session)
             elif volume.session.file.failure is not None:
                 # Fenced: those who have it open may read on, but it is not what the volume is now.
                 raise volume.session.file.failure
@@ -146,15 +146,24 @@ class Volumes(LoopActor):
             session = volume.session
         return [name, session.size, f"torus volume {name}", not session.epoch]
 
-    async def _commit_replay(self, name: str) -> None:
+    async def _commit_replay(self, name: str, session: Session) -> None:
         """Make what was replayed the volume's version before anybody reads it.
 
         Where that cannot be done (a full cluster) the volume opens all the same, for what was
         flushed must be readable; the journal stays as it is until a commit succeeds.
+
+        Raises:
+            Fenced: another client has opened the volume; it is closed here again.
         """
         volume = self.system.actor(_actor_name(name))
         try:
             await volume.commit.remote(timeout_s=REPLAY_COMMIT_S)
+        except Fenced:
+            self._open.pop(name, None)
+            self._sessions.pop(name, None)
+            session.close()
+            await self.system.remove(_actor_name(name))
+            raise
         except TorusError as error:
             log.warning("volume %s: its journal cannot be folded in now: %s", name, error)
 

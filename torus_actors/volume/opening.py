@@ -65,6 +65,7 @@ async def open_session(
         Locked: another client has it open; the text says who.
         Again: the metadata cannot be reached.
         BlockUnavailable: no member of the last session's journal can be reached.
+        Fenced: another client opened it in the meantime.
     """
     record = await meta.volume(name)
     epoch = lease = 0
@@ -114,6 +115,11 @@ async def open_session(
             now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
             if now != lease:
                 await meta.renew_lock(record.id, epoch, holder, now)
+            # The replay may have taken long, on nodes that are slow to answer. Whoever has begun a
+            # session meanwhile has written what this one does not know of.
+            _, newest = await meta.lock_status(record.id)
+            if newest != epoch:
+                raise Fenced(f"session {newest} of volume {name} began while it was being opened")
     except BaseException:
         if epoch:
             _detach_later(system, meta, record.id, epoch)
