@@ -52,6 +52,9 @@ RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 2.0
 """Pause before a failed write-back is tried again."""
 
+WAIT_FOR_ROOM_S = 60.0
+"""How long a write waits for room while nothing can be put on the ring, before it fails."""
+
 WARN_EVERY_S = 5.0
 """Pause between warnings that blocks cannot be stored: they fail by the dozen."""
 
@@ -153,6 +156,7 @@ class File(ReadSide):
         self._ready: deque[int] = deque()
         self._wanted: set[int] = set()
         self._waiting: deque[tuple[int, Buffer | None, int, Done]] = deque()
+        self._stuck_since = 0.0
         self._putting = 0
         self._holding = False
         self._failed_puts: dict[int, tuple[BlockRef, bytes]] = {}
@@ -195,10 +199,14 @@ class File(ReadSide):
             self.failure = error
             if not isinstance(error, Closed):
                 log.warning("volume %s takes no more writes: %s", self.name, error)
+        self._refuse_waiting(self.failure)
+        self._announce_progress()
+
+    def _refuse_waiting(self, error: TorusError) -> None:
+        """Nobody can say when there will be room: tell those who wait for it."""
         waiting, self._waiting = self._waiting, deque()
         for _, _, _, done in waiting:
-            done(self.failure, ())
-        self._announce_progress()
+            done(error, ())
 
     def close(self) -> None:
         """Let go of timers; flush before."""
@@ -251,6 +259,8 @@ class File(ReadSide):
             return True
         if len(self._waiting) >= WAITING_WRITES_MAX:
             raise BlockUnavailable("too many writes wait for room in the write cache")
+        if not self._waiting:
+            self._stuck_since = self.loop.time()
         self._waiting.append((offset, data, length, done))
         self.pump()
         return False
@@ -599,6 +609,8 @@ class File(ReadSide):
                 self.spawn(self._reclaim(error))
         else:
             self.put_error = error
+            if now - self._stuck_since > WAIT_FOR_ROOM_S:
+                self._refuse_waiting(error)
         if self._retry_timer is None:
             self._retry_timer = self.loop.call_later(self._retry_s, self._retry)
             self._retry_s = min(self._retry_s * 2, RETRY_MAX_S)
@@ -622,9 +634,7 @@ class File(ReadSide):
                 if self.stored != stored:
                     return
             self.put_error = error
-            waiting, self._waiting = self._waiting, deque()
-            for _, _, _, done in waiting:
-                done(error, ())
+            self._refuse_waiting(error)
             self._announce_progress()
         finally:
             self.reclaiming = False
@@ -649,6 +659,7 @@ class File(ReadSide):
             if layers.size + needed > layers.size_max and layers.size:
                 break
             waiting.popleft()
+            self._stuck_since = self.loop.time()
             if data is not None:
                 self._write(offset, data)
                 done(None, ())
