@@ -255,9 +255,9 @@ def test_a_full_cluster_says_enospc_and_recovers(tmp_path: Path) -> None:
         qemu_io(small, "read -P 6 0 16M")
 
 
-def qemu_io(uri: str, *commands: str) -> None:
+def qemu_io(uri: str, *commands: str, read_only: bool = False) -> None:
     """Run commands of qemu-io, all of which must succeed."""
-    options = [part for each in commands for part in ("-c", each)]
+    options = ["-r"] * read_only + [part for each in commands for part in ("-c", each)]
     done = subprocess.run(
         ["qemu-io", "-f", "raw", *options, uri], capture_output=True, text=True, timeout=120
     )
@@ -378,3 +378,30 @@ def test_a_damaged_copy_is_read_around_and_scrubbed(tmp_path: Path) -> None:
         assert "scrubbed" in told
         checked = cluster.ctl_json("volume", "check", "rotten", "--deep")
         assert checked["good"] and not checked["corrupt"], checked
+
+
+def test_what_a_killed_client_had_flushed_is_read_back(tmp_path: Path) -> None:
+    """A client that is killed leaves flushed writes in the journal.
+
+    A reader sees them at once, and the next client takes them over. The volume cannot be cloned
+    in between, because its head does not have them yet.
+    """
+    need("qemu-io", "fio")
+    with small_cluster(tmp_path, nodes=3, replication=2) as cluster:
+        cluster.ctl("volume", "create", "left", "16MiB")
+        client = cluster.serve("left")
+        # The first flush of a session commits, and later ones go to the journal.
+        qemu_io(client.uri, "write -P 1 0 4k", "flush", "write -P 2 4k 12k", "flush")
+        qemu_io(client.uri, "write -P 3 1M 1M", "write -P 4 3M 512", "flush")
+        client.kill()
+        until(lambda: not cluster.ctl_json("volume", "list")[0].get("holder"), "the lock let go")
+        assert "journal" in cluster.ctl("volume", "clone", "left", "twin", status=1)
+        for options in (["--read-only"], []):
+            again = cluster.serve("left", *options)
+            reads = ("read -P 1 0 4k", "read -P 2 4k 12k", "read -P 3 1M 1M", "read -P 4 3M 512")
+            qemu_io(again.uri, *reads, "read -P 0 4M 1M", read_only=bool(options))
+            assert again.stop() == 0
+        cluster.ctl("volume", "clone", "left", "twin")
+        twin = cluster.serve("twin")
+        qemu_io(twin.uri, "read -P 2 4k 12k", "write -P 5 0 4k", "flush", "read -P 5 0 4k")
+        assert twin.stop() == 0

@@ -151,7 +151,7 @@ def volume_resize(settings: Settings, name: str, size: int, shrink: bool) -> Non
 @click.argument("name")
 @click.pass_obj
 def volume_clone(settings: Settings, source: str, name: str) -> None:
-    """Make a volume with the content that SOURCE had at its last flush; they share blocks."""
+    """Make a volume with the content of SOURCE, which nobody may have open; they share blocks."""
 
     async def work() -> int:
         from torus_actors.cli.connect import connect
@@ -159,10 +159,20 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
         async with connect(settings) as connection:
             meta = connection.meta
             origin = await connection.patiently(meta.volume, source)
+            lock, _ = await meta.lock_status(origin.id)
+            if lock is not None:
+                raise Failed(f"volume {source} is held by {lock.holder}: close it there first")
             head, _ = await meta.head(origin.id)
+            journal, _ = await meta.journal(origin.id)
+            if journal is not None and journal.ensemble:
+                raise Failed(
+                    f"volume {source} was not closed in order, and its last flushes are in its "
+                    f"journal: open it once with torusblk serve {source}, then clone it"
+                )
             if head is not None:
-                # The clone has sessions of its own, and there was none yet.
-                head = dataclasses.replace(head, epoch=0)
+                # The clone has sessions and INode numbers of its own, and there were none yet: by
+                # the origin's number a collector would take its first blocks for old ones.
+                head = dataclasses.replace(head, epoch=0, inode=0, journal_seq=0)
             await meta.create_volume(name, origin.size, origin.kind, head=head)
             return origin.size
 

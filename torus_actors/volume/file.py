@@ -432,8 +432,8 @@ class File(ReadSide):
         layers = self.layers
         if self._holding or self._retry_timer is not None:
             return
-        if self.spawn is None or self.failure is not None:
-            return
+        if self.spawn is None or self.failure is not None or self.read_only:
+            return  # a reader's layers are what it found in the journal: they stay in memory
         blocked: list[int] = []
         while self._ready and self._putting < PUTS_MAX and self.spawn is not None:
             index = self._ready.popleft()
