@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torus_actors.errors import TorusError
-from torus_actors.nbd.requests import Request
+from torus_actors.nbd.requests import Hole, Request
 from torus_actors.runtime import LoopActor, expose
 from torus_actors.volume.session import Session
 
@@ -45,71 +45,46 @@ class VolumeActor(LoopActor):
         await self._until(self._session.commit_soon)
 
     async def _until(self, ask: Callable[[Callable[[TorusError | None], None]], None]) -> None:
-        flushed: asyncio.Future[None] = self.system.loop.create_future()
+        answered, done = self._waiter()
+        ask(done)
+        await answered
 
-        def done(error: TorusError | None) -> None:
-            if flushed.done():
+    def _waiter(self) -> tuple[asyncio.Future[Any], Callable[..., None]]:
+        """A future, and the callback of the data path that settles it."""
+        answered: asyncio.Future[Any] = self.system.loop.create_future()
+
+        def done(error: TorusError | None, result: Any = None) -> None:
+            if answered.done():
                 return
             if error is None:
-                flushed.set_result(None)
+                answered.set_result(result)
             else:
-                flushed.set_exception(error)
+                answered.set_exception(error)
 
-        ask(done)
-        await flushed
+        return answered, done
 
     @expose(idempotent=True)
     async def read(self, offset: int, length: int) -> bytes:
         """Read, for tools; the NBD server uses ``submit``."""
-        found: asyncio.Future[Any] = self.system.loop.create_future()
-
-        def done(error: TorusError | None, pieces: Any) -> None:
-            if found.done():
-                return
-            if error is None:
-                found.set_result(pieces)
-            else:
-                found.set_exception(error)
-
-        pieces = self._session.file.read_at(offset, length, done)
+        answered, done = self._waiter()
+        pieces: Any = self._session.file.read_at(offset, length, done)
         if pieces is None:
-            pieces = await found
-        return b"".join(
-            bytes(len(p)) if not isinstance(p, (bytes, bytearray, memoryview)) else p
-            for p in pieces
-        )
+            pieces = await answered
+        return b"".join(bytes(len(p)) if isinstance(p, Hole) else p for p in pieces)
 
     @expose(idempotent=True)
     async def write(self, offset: int, data: bytes) -> None:
         """Write, for tools; the NBD server uses ``submit``."""
-        taken: asyncio.Future[None] = self.system.loop.create_future()
-
-        def done(error: TorusError | None, _: Any) -> None:
-            if taken.done():
-                return
-            if error is None:
-                taken.set_result(None)
-            else:
-                taken.set_exception(error)
-
+        answered, done = self._waiter()
         if not self._session.file.write_at(offset, data, done):
-            await taken
+            await answered
 
     @expose(idempotent=True)
     async def zero(self, offset: int, length: int) -> None:
         """Make holes, for tools; the NBD server uses ``submit``."""
-        taken: asyncio.Future[None] = self.system.loop.create_future()
-
-        def done(error: TorusError | None, _: Any) -> None:
-            if taken.done():
-                return
-            if error is None:
-                taken.set_result(None)
-            else:
-                taken.set_exception(error)
-
-        if not self._session.file.zero_at(offset, length, False, done):
-            await taken
+        answered, done = self._waiter()
+        if not self._session.file.trim_at(offset, length, done):
+            await answered
 
     @expose(idempotent=True)
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
