@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,9 @@ INODE_ROOM_MIN = 16 << 20
 
 POOLED_READ_MIN = 64 << 10
 """Reads from this size on come from the buffer pool; small ones are cheaper to allocate."""
+
+POOLED_READ_BYTES = 16 << 20
+"""Memory for reads that is kept while none are under way."""
 
 IDLE_FLUSH_S = 2.0
 """Blocks that nobody flushed are made durable once none came for this long."""
@@ -116,11 +118,10 @@ class OpenStores:
     @classmethod
     def open(cls, system: ActorSystem, config: StoreConfig, rng: random.Random) -> OpenStores:
         """Open or make the stores; blocks, before the node does anything else."""
-        pool = BufferPool()
-        thread_id = system.thread_id
+        pool = BufferPool(POOLED_READ_BYTES)
 
         def allocate(size: int) -> memoryview:
-            if size >= POOLED_READ_MIN and threading.get_ident() == thread_id:
+            if size >= POOLED_READ_MIN:
                 return pool.take(size)
             return memoryview(bytearray(size))
 

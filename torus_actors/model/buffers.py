@@ -1,93 +1,97 @@
 """Reusable buffers for bulk payloads.
 
-A fresh buffer of a mebibyte costs a page fault for each 4 KiB of it, about as much time as filling
-it. A pool hands the same memory out again instead, once nobody looks at it any more. Nobody has to
-give a buffer back: CPython's reference count tells whether one is still seen, since every
-memoryview, slice, or pending system call over a bytearray holds a reference to it.
+Fresh memory costs a page fault for each 4 KiB, more time than filling it; and Python clears what it
+allocates. A pool hands the same memory out again instead, as soon as nobody looks at it any more.
+Nobody has to give a buffer back: every memoryview, slice, or pending system call holds a reference
+to the object through which it was handed out, and the death of that object is what the pool waits
+for.
+
+Buffers begin on a page of memory: what is received into one can go to the disk past the page cache.
 """
 
 from __future__ import annotations
 
-import sys
-from collections import deque
+import ctypes
+import functools
+import mmap
+import weakref
+from typing import Any
 
-GRAIN_BYTES = 4 << 10
-"""Buffers are allocated in multiples of this, so that nearly equal sizes share them."""
+GRAIN_BYTES = mmap.PAGESIZE
+"""Buffers are whole pages."""
+
+GRAINS = 32
+"""Sizes between a power of two and the next are rounded up to so many steps: nearly equal ones
+share their buffers, at 3 % of waste, and there are never many sizes to look after."""
 
 IDLE_BYTES_MAX = 64 << 20
-"""Default bound of what a pool remembers. Twice the largest NBD payload, so that even those are
-reused; beyond it, buffers still are handed out, but forgotten."""
-
-PROBES_MAX = 8
-"""Buffers of one size looked at in one ``take``. They are probed oldest first: when the eight
-oldest are still in use, the rest most likely are too, and allocating costs less than a long
-search."""
+"""Default bound of the memory that a pool keeps for nobody. Twice the largest NBD payload, so that
+even those are reused; what comes back beyond it is unmapped."""
 
 
-def _measure_idle_refcount() -> int:
-    probe = deque([bytearray(1)])
-    buffer = probe[0]
-    return sys.getrefcount(buffer)
+@functools.cache
+def _window(size: int) -> Any:
+    """The type of an object through which ``size`` bytes of a map are handed out."""
+    return ctypes.c_char * size
 
 
-_IDLE_REFCOUNT = _measure_idle_refcount()
-"""What getrefcount says of a buffer seen only by its pool and one local variable."""
+def aligned(size: int) -> memoryview:
+    """Fresh writable memory of ``size`` zero bytes that begins on a page."""
+    return memoryview(mmap.mmap(-1, size))
 
 
 class BufferPool:
-    """Hands out writable memory, and reuses it when its last reader has let go.
+    """Hands out writable memory, and reuses it when its last reader has let go; in any thread.
 
-    For one thread (an event loop's). What it hands out may be read, and dropped, in any thread.
+    What was let go of last is handed out first: it may still be in the processor's caches.
 
     Args:
-        idle_bytes_max: upper bound of the memory that the pool keeps alive by itself. Where
-            payloads stay in use for long (a write-back cache keeps them), choose it larger than
-            what is in use at a time, or buffers are forgotten before they come back.
+        idle_bytes_max: upper bound of the memory that is kept while nobody uses it.
     """
 
-    __slots__ = ("_buffers", "_bytes", "_idle_bytes_max")
+    __slots__ = ("_idle", "_idle_bytes_max", "_in_use")
 
     def __init__(self, idle_bytes_max: int = IDLE_BYTES_MAX) -> None:
-        self._buffers: dict[int, deque[bytearray]] = {}
-        self._bytes = 0
         self._idle_bytes_max = idle_bytes_max
+        # Threads need no lock: each step is one operation on a container.
+        self._idle: dict[int, list[mmap.mmap]] = {}
+        self._in_use: dict[int, tuple[weakref.ref[Any], mmap.mmap]] = {}
 
     @property
-    def pooled_bytes(self) -> int:
-        """Bytes of all remembered buffers, in use or idle."""
-        return self._bytes
+    def idle_bytes(self) -> int:
+        """Memory that nobody uses."""
+        return sum(size * len(idle) for size, idle in list(self._idle.items()))
+
+    @property
+    def in_use(self) -> int:
+        """Buffers that somebody holds."""
+        return len(self._in_use)
 
     def take(self, size: int) -> memoryview:
-        """A writable view of exactly ``size`` bytes, of undefined content.
+        """A writable view of exactly ``size`` bytes, of undefined content; begins on a page.
 
         The memory stays the caller's for as long as the view, or any slice of it, lives.
         """
-        room = -(-size // GRAIN_BYTES) * GRAIN_BYTES
-        buffers = self._buffers.get(room)
-        if buffers is not None:
-            for at in range(min(len(buffers), PROBES_MAX)):
-                buffer = buffers[at]
-                if sys.getrefcount(buffer) == _IDLE_REFCOUNT:
-                    del buffers[at]
-                    buffers.append(buffer)
-                    return memoryview(buffer)[:size]
-            # Who took first lets go first, mostly. One that is kept for long does not stay in front
-            # for ever: once the pool is full, each new buffer makes it forget the first.
-        buffer = bytearray(room)
-        self._remember(buffer)
-        return memoryview(buffer)[:size]
+        grain = max(GRAIN_BYTES, (1 << size.bit_length() - 1) // GRAINS)
+        room = -(-size // grain) * grain
+        try:
+            memory = self._idle[room].pop()
+        except (KeyError, IndexError):
+            memory = mmap.mmap(-1, room)
+        window = _window(room).from_buffer(memory)
+        watch = weakref.ref(window, self._let_go)
+        self._in_use[id(watch)] = (watch, memory)
+        view = memoryview(window).cast("B")
+        return view if size == room else view[:size]
 
-    def _remember(self, buffer: bytearray) -> None:
-        room = len(buffer)
-        # Taken out and put back, so that the sizes stand in order of their last new buffer.
-        buffers = self._buffers.pop(room, None) or deque()
-        buffers.append(buffer)
-        self._buffers[room] = buffers
-        self._bytes += room
-        while self._bytes > self._idle_bytes_max:
-            # Forgetting a buffer that is in use costs nothing now: it is freed by its last reader.
-            stalest = next(iter(self._buffers))
-            self._buffers[stalest].popleft()
-            self._bytes -= stalest
-            if not self._buffers[stalest]:
-                del self._buffers[stalest]
+    def _let_go(self, watch: weakref.ref[Any]) -> None:
+        """The last reference to a buffer has gone; may run in any thread."""
+        _, memory = self._in_use.pop(id(watch))
+        room = len(memory)
+        if self.idle_bytes + room > self._idle_bytes_max:
+            # It may be other sizes that lie idle: those that nobody asks for must not stay.
+            for size in [size for size in self._idle if size != room]:
+                self._idle.pop(size, None)
+            if self.idle_bytes + room > self._idle_bytes_max:
+                return
+        self._idle.setdefault(room, []).append(memory)

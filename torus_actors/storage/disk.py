@@ -20,6 +20,7 @@ import abc
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,14 @@ SECTOR_SIZE = 512
 
 BUFFERS_MAX = 1024
 """Buffers in one vectored call: Linux's IOV_MAX. Longer lists are split."""
+
+DIRECT_UNIT = 4096
+"""What goes past the page cache is whole multiples of this, at such multiples, from memory that
+begins on one: no disk or file system asks for more."""
+
+DIRECT_READ_MIN = 64 << 10
+"""Reads of a direct file from this size on leave the page cache alone. Smaller ones come back to
+the same blocks, and the disk alone would make each of them wait."""
 
 ReadBuffer = bytes | bytearray | memoryview
 WriteBuffer = bytearray | memoryview
@@ -115,13 +124,18 @@ class Disk(abc.ABC):
     """One data directory."""
 
     @abc.abstractmethod
-    def open(self, path: str, *, create: bool = False, size: int = 0) -> File:
+    def open(
+        self, path: str, *, create: bool = False, size: int = 0, direct: bool = False
+    ) -> File:
         """Open a file for reading and writing.
 
         Args:
             path: relative to the data directory.
             create: make it, empty, if it is not there.
             size: reserve at least so many bytes (see `File.allocate`).
+            direct: pass the page cache by, where the file system can. For bulk data: all writes
+                must be multiples of `DIRECT_UNIT` at multiples of it, and memory that begins on one
+                saves a copy. Promises stay the same: nothing is durable before `File.fdatasync`.
 
         Raises:
             NotExist: no such file, and ``create`` is false.
@@ -206,16 +220,30 @@ def _plain_errors(path: str, action: str) -> Iterator[None]:
 
 
 class RealFile(File):
-    """A file of the operating system."""
+    """A file of the operating system.
 
-    def __init__(self, fd: int, path: str) -> None:
+    Args:
+        fd: open for reading and writing.
+        path: for messages.
+        direct_fd: the same file opened past the page cache; -1 for none. All writes then go that
+            way, in whole pages: a page that was also written through the cache might be kept there
+            in an older state.
+    """
+
+    def __init__(self, fd: int, path: str, direct_fd: int = -1) -> None:
         self._fd = fd
+        self._direct_fd = direct_fd
         self._path = path
         self._nowait = hasattr(os, "RWF_NOWAIT")
 
     def preadv(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
         total = sum(map(len, buffers))
         with _plain_errors(self._path, "read"):
+            count = 0
+            if self._direct_fd >= 0 and total >= DIRECT_READ_MIN:
+                count = self._preadv_direct(buffers, offset)
+            if count == total:
+                return count
             count = os.preadv(self._fd, buffers[:BUFFERS_MAX], offset)
             while 0 < count < total:
                 more = os.preadv(self._fd, _rest(buffers, count)[:BUFFERS_MAX], offset + count)
@@ -223,6 +251,15 @@ class RealFile(File):
                     break
                 count += more
         return count
+
+    def _preadv_direct(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
+        """Bytes read past the page cache; 0 where that is impossible."""
+        try:
+            return os.preadv(self._direct_fd, buffers[:BUFFERS_MAX], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # memory or a length that does not fit
+                raise
+            return 0
 
     def preadv_nowait(self, buffers: Sequence[WriteBuffer], offset: int) -> int | None:
         if not self._nowait:
@@ -238,14 +275,17 @@ class RealFile(File):
             raise _translate(error, self._path, "read") from error
 
     def pwritev(self, buffers: Sequence[ReadBuffer], offset: int) -> None:
-        total = sum(map(len, buffers))
         with _plain_errors(self._path, "write"):
-            count = os.pwritev(self._fd, buffers[:BUFFERS_MAX], offset)
-            while count < total:
-                # A regular file's write is cut short by a signal, the 2 GiB limit or a full disk;
-                # going on either finishes it or meets the error itself.
-                rest = _rest(buffers, count)[:BUFFERS_MAX]
-                count += os.pwritev(self._fd, rest, offset + count)
+            if self._direct_fd < 0:
+                _pwritev_all(self._fd, buffers, offset)
+                return
+            try:
+                _pwritev_all(self._direct_fd, buffers, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Memory that does not begin on a page, mostly: once more from some that does.
+                _pwritev_all(self._direct_fd, [_in_pages(buffers)], offset)
 
     def fdatasync(self) -> None:
         if self._fd < 0:
@@ -275,9 +315,27 @@ class RealFile(File):
 
     def close(self) -> None:
         # A closed descriptor's number is soon another file's: forget it first.
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+
+def _pwritev_all(fd: int, buffers: Sequence[ReadBuffer], offset: int) -> None:
+    total = sum(map(len, buffers))
+    count = os.pwritev(fd, buffers[:BUFFERS_MAX], offset)
+    while count < total:
+        # A regular file's write is cut short by a signal, the 2 GiB limit or a full disk; going on
+        # either finishes it or meets the error itself.
+        count += os.pwritev(fd, _rest(buffers, count)[:BUFFERS_MAX], offset + count)
+
+
+def _in_pages(buffers: Sequence[ReadBuffer]) -> mmap.mmap:
+    """A copy that begins on a page."""
+    pages = mmap.mmap(-1, sum(map(len, buffers)))
+    for buffer in buffers:
+        pages.write(buffer)
+    return pages
 
 
 def _rest(buffers: Sequence[ReadBuffer], skip: int) -> list[memoryview]:
@@ -318,12 +376,14 @@ class RealDisk(Disk):
         """The data directory."""
         return self._root
 
-    def open(self, path: str, *, create: bool = False, size: int = 0) -> File:
+    def open(
+        self, path: str, *, create: bool = False, size: int = 0, direct: bool = False
+    ) -> File:
         full = str(self._root / path)
         fresh = create and not os.path.exists(full)
         with _plain_errors(full, "open"):
             fd = os.open(full, os.O_RDWR | (os.O_CREAT if create else 0), 0o640)
-        file = RealFile(fd, full)
+        file = RealFile(fd, full, _open_direct(full) if direct else -1)
         try:
             file.allocate(size)
         except (OSError, TorusError):
@@ -385,6 +445,14 @@ class RealDisk(Disk):
             with _plain_errors(str(directory), "make"), contextlib.suppress(FileExistsError):
                 directory.mkdir()
             _fsync_path(directory.parent)
+
+
+def _open_direct(path: str) -> int:
+    """Open a file past the page cache; -1 where its file system does not know how."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        return -1
 
 
 def _fsync_path(path: Path) -> None:

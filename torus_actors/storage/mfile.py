@@ -31,6 +31,7 @@ from torus_actors.errors import (
     OutOfSpace,
     Overloaded,
 )
+from torus_actors.model.buffers import aligned
 from torus_actors.model.checksums import PAGE_SIZE, Buffer, sums_size
 from torus_actors.model.refs import BlockRef
 from torus_actors.storage import slots as states
@@ -57,8 +58,6 @@ from torus_actors.storage.store import (
     check_ref,
     new_buffer,
 )
-
-_ZEROS = bytes(PAGE_SIZE)
 
 SUMS_KEPT_MAX = 4096
 """Checksum lists kept in memory for random reads: 2 MiB for blocks of 512 KiB."""
@@ -158,8 +157,8 @@ class MFileStore(BlockStore):
         self._failure: str | None = None
         self._sums: dict[int, tuple[int, bytes]] = {}
         """Generation and checksum list of slots read in part, the oldest first."""
-        self._gap = bytearray(self._layout.sums_room)
-        """Where reads put the padding that nobody looks at; several threads may scribble on it."""
+        self._edges: list[memoryview] = []
+        """Memory for what stands around a block in its slot: one for each thread that writes."""
 
     @classmethod
     def open(
@@ -202,18 +201,22 @@ class MFileStore(BlockStore):
 
     def write(self, ticket: Ticket, sums: Buffer, data: Buffer) -> None:
         check_put(self.block_size, ticket.root, sums, data)
-        # Whole pages, so that the kernel need not read what is around them.
-        buffers = [
-            sums,
-            memoryview(_ZEROS)[: self._layout.sums_room - len(sums)],
-            data,
-            memoryview(_ZEROS)[: -len(data) % PAGE_SIZE],
-        ]
+        # Whole pages, so that the kernel need not read what is around them, nor copy anything.
+        view = memoryview(data)
+        whole = len(view) - len(view) % PAGE_SIZE
+        room = self._layout.sums_room
+        edges = self._edges.pop() if self._edges else aligned(room + PAGE_SIZE)
+        edges[:] = bytes(sums).ljust(room, b"\0") + bytes(view[whole:]).ljust(PAGE_SIZE, b"\0")
+        buffers = [edges[:room], view[:whole]]
+        if whole < len(view):
+            buffers.append(edges[room:])
         try:
             self._data.pwritev(buffers, self._layout.slot_offset(ticket.slot))
         except OSError:
             ticket.failed = True
             raise
+        # Not after a failure: the write may still be going on somewhere.
+        self._edges.append(edges)
         ticket.length = len(data)
 
     def commit(self, ticket: Ticket) -> bool:
@@ -381,21 +384,23 @@ class MFileStore(BlockStore):
         check_range(location.length, offset, length)
         start = self._layout.slot_offset(location.slot)
         room = self._layout.sums_room
-        data = self._allocate(length)
         try:
             if not want_sums:
+                data = self._allocate(length)
                 whole = preadv([data], start + room + offset) == length
                 return (b"", data) if whole else None
-            sums = bytearray(sums_size(location.length))
             if offset == 0:
                 # The list and the block lie together: one call fetches both.
-                gap = memoryview(self._gap)[: room - len(sums)]
-                whole = preadv([sums, gap, data], start) == room + length
-            else:
-                whole = (
-                    preadv([sums], start) == len(sums)
-                    and preadv([data], start + room + offset) == length
-                )
+                both = self._allocate(room + length)
+                if preadv([both], start) != room + length:
+                    return None
+                return bytes(both[: sums_size(location.length)]), both[room:]
+            sums = bytearray(sums_size(location.length))
+            data = self._allocate(length)
+            whole = (
+                preadv([sums], start) == len(sums)
+                and preadv([data], start + room + offset) == length
+            )
             return (bytes(sums), data) if whole else None
         except OSError as error:
             raise Corruption(f"slot {location.slot} cannot be read: {error}") from error

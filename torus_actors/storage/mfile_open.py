@@ -34,6 +34,11 @@ NEW_INDEX_PATH = "blocks.index.new"
 CHUNK_SIZE = 1 << 20
 """Index bytes read at once when opening: 16,384 entries."""
 
+DIRECT_BLOCK_MIN = 64 << 10
+"""Blocks from this size on go to the disk past the page cache: filling fresh pages of it costs more
+than the disk does, and the caches that matter are the clients'. INode pages are smaller, and are
+read again by every collector."""
+
 _ZERO_CHUNK = bytes(CHUNK_SIZE)
 
 
@@ -142,7 +147,7 @@ def _create(disk: Disk, layout: Layout, header: Header) -> None:
 
 def _open_data(disk: Disk, index: File, layout: Layout, header: Header) -> File:
     try:
-        data = disk.open(DATA_PATH)
+        data = disk.open(DATA_PATH, direct=header.block_size >= DIRECT_BLOCK_MIN)
     except NotExist:
         raise Corruption(f"{INDEX_PATH} is here, but {DATA_PATH} is missing") from None
     try:

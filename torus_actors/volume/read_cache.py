@@ -97,9 +97,7 @@ class ReadCache:
         if len(block) > self.size_max:
             return
         if isinstance(block, memoryview):
-            behind = block.obj
-            kept_alive = len(behind) if isinstance(behind, (bytes, bytearray)) else len(block)
-            if kept_alive > COPY_RATIO * len(block):
+            if memoryview(block.obj).nbytes > COPY_RATIO * len(block):
                 block = bytes(block)
         entry = self._entries.get(ref)
         if entry is None:
