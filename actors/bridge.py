@@ -22,6 +22,7 @@ from torus_actors.actors.links import InLink, Link, OutLink
 from torus_actors.errors import Closed, Invalid, NoPeer, Overloaded, PeerLost, TorusError
 from torus_actors.model.buffers import BufferPool
 from torus_actors.runtime import LoopActor, ObjectRef, expose
+from torus_actors.runtime.spinner import Spinner
 from torus_actors.wire.hello import Identity
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,13 @@ class BridgeConfig:
         identity: of this node; the cluster may become known later.
         listen: ``(host, port)``, or None for a client, which nobody calls.
         secret: of the cluster, or None.
+        spin_s: longest time that the loop stays awake for a message; see `Spinner`.
     """
 
     identity: Identity
     listen: tuple[str, int] | None = None
     secret: bytes | None = None
+    spin_s: float = 0.0
 
 
 class Bridge(LoopActor):
@@ -75,6 +78,7 @@ class Bridge(LoopActor):
 
     async def setup(self) -> None:
         """Listen, and connect again to the peers the predecessor knew."""
+        self._spinner = Spinner(self.system.loop, self._config.spin_s)
         if self._config.listen is not None:
             host, port = self._config.listen
             try:
@@ -201,6 +205,7 @@ class Bridge(LoopActor):
             self._identity,
             self._config.secret,
             self._pool,
+            self._spinner,
             self._in_ready,
             self._in_lost,
         )
@@ -221,6 +226,7 @@ class Bridge(LoopActor):
             self._identity,
             self._config.secret,
             self._pool,
+            self._spinner,
             peer.link_ready,
             peer.link_lost,
         )

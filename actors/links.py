@@ -24,6 +24,7 @@ from torus_actors.errors import (
 from torus_actors.model.buffers import BufferPool
 from torus_actors.runtime import ObjectRef, Reply
 from torus_actors.runtime.messages import Call
+from torus_actors.runtime.spinner import Spinner
 from torus_actors.wire.frames import Buffer, Frame, FrameDecoder, Kind, encode
 from torus_actors.wire.hello import Hello, Identity, PeerIdentity
 from torus_actors.wire.limits import TIMEOUT_MAX_MS
@@ -79,6 +80,8 @@ class Link(asyncio.BufferedProtocol):
         side: which side opened the connection.
         identity: of this node.
         secret: of the cluster, or None.
+        pool: memory for payloads.
+        spinner: is told when a message is due, and when one came.
         on_ready: called with the link once the other side is known.
         on_lost: called once with the link and the reason when it ended.
     """
@@ -90,6 +93,7 @@ class Link(asyncio.BufferedProtocol):
         identity: Identity,
         secret: bytes | None,
         pool: BufferPool,
+        spinner: Spinner,
         on_ready: Callable[[Link], None],
         on_lost: Callable[[Link, TorusError], None],
     ) -> None:
@@ -100,6 +104,7 @@ class Link(asyncio.BufferedProtocol):
         self._side = side
         self._hello = Hello(side, identity, secret, system.rng.randbytes(32))
         self._decoder = FrameDecoder(pool.take)
+        self._spinner = spinner
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._reason: TorusError | None = None
@@ -139,6 +144,7 @@ class Link(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Handle what arrived; whatever breaks a rule ends this link and nothing else."""
         self._heard_at = self.loop.time()
+        self._spinner.came()
         try:
             frames = self._decoder.buffer_updated(nbytes)
             while frames and not self.ready:
@@ -276,6 +282,7 @@ class OutLink(Link):
         self._next_id = request_id + 1
         self._in_flight[request_id] = ref
         self._transport.writelines(out)
+        self._spinner.expect()
 
     def cast(self, actor: str, method: str, args: Sequence[Any], payload: Any) -> None:
         """Send a message without an answer."""
@@ -426,6 +433,7 @@ class InLink(Link):
         assert self._transport is not None
         if out:
             self._transport.writelines(out)
+            self._spinner.expect()  # who got one answer may ask the next thing
         self._resume()
 
 

@@ -35,6 +35,7 @@ from rich.table import Table
 
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, SupervisorSpec, expose, get
+from torus_actors.runtime.spinner import SPIN_S
 from torus_actors.wire.hello import Identity, Role
 
 VOLUME_BYTES = 1 << 30
@@ -251,7 +252,8 @@ class Echo(LoopActor):
 
 async def _serve_echo(port: int) -> None:
     system = ActorSystem(asyncio.get_running_loop(), node_id="server")
-    bridge = BridgeConfig(Identity(None, "server", Role.NODE, 1, "bench"), ("127.0.0.1", port))
+    identity = Identity(None, "server", Role.NODE, 1, "bench")
+    bridge = BridgeConfig(identity, ("127.0.0.1", port), spin_s=SPIN_S)
     children = (ChildSpec("echo", Echo), ChildSpec("bridge", lambda: Bridge(bridge)))
     await system.start(SupervisorSpec("root", children))
     await asyncio.sleep(600)
@@ -263,7 +265,7 @@ def _echo_process(port: int) -> None:
 
 async def _call_rates(port: int, seconds: float) -> dict[str, float]:
     system = ActorSystem(asyncio.get_running_loop(), node_id="client")
-    bridge = BridgeConfig(Identity(None, "client", Role.CLIENT, 1, "bench"))
+    bridge = BridgeConfig(Identity(None, "client", Role.CLIENT, 1, "bench"), spin_s=SPIN_S)
     children = (ChildSpec("echo", Echo), ChildSpec("bridge", lambda: Bridge(bridge)))
     await system.start(SupervisorSpec("root", children))
     await system.actor("bridge").set_peers.remote({"server": f"127.0.0.1:{port}"})

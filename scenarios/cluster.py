@@ -225,6 +225,7 @@ class Cluster:
             open_disk=open_disk,
             wall_clock=self.wall_clock,
             process_name=lambda: f"{host.name} boot {boot}",
+            spin_s=0.0,
             blocking_delay_s=delay_s,
         )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torus_actors.runtime.actor import BlockingDelay
+from torus_actors.runtime.spinner import SPIN_S
 from torus_actors.storage.disk import Disk, RealDisk
 
 
@@ -29,12 +30,14 @@ class Machine:
         open_disk: gives the disk with a directory; the directory is made if it is not there.
         wall_clock: seconds since 1970, for people to read.
         process_name: host and process, for people who ask who has a volume open.
+        spin_s: how long a loop may stay awake for a message; see `Spinner`. 0 on virtual time.
         blocking_delay_s: None where blocking actors have threads; see `ActorSystem`.
     """
 
     open_disk: Callable[[Path], Disk] = RealDisk
     wall_clock: Callable[[], float] = time.time
     process_name: Callable[[], str] = _process_name
+    spin_s: float = SPIN_S
     blocking_delay_s: BlockingDelay | None = None
 
 

@@ -234,7 +234,7 @@ class Process:
         identity = Identity(
             None, self.system.node_id, self.role, self.incarnation, f"torus-actors/{__version__}"
         )
-        bridge = BridgeConfig(identity, listen, self.secret)
+        bridge = BridgeConfig(identity, listen, self.secret, self.machine.spin_s)
         children = [ChildSpec("bridge", lambda: Bridge(bridge))]
         if open_store is not None:
             children.append(
