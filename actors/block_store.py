@@ -9,6 +9,7 @@ its death costs callers nothing, since all its messages may be done twice.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from torus_actors.actors.block_messages import (
     Status,
     split_refs,
 )
+from torus_actors.actors.disk import READERS
 from torus_actors.errors import (
     ActorCrashed,
     BlockNotExist,
@@ -35,7 +37,7 @@ from torus_actors.errors import (
 from torus_actors.model.buffers import BufferPool
 from torus_actors.model.checksums import Buffer
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
-from torus_actors.runtime import ActorSystem, LoopActor, Reply, expose
+from torus_actors.runtime import ActorHandle, ActorSystem, LoopActor, Reply, expose
 from torus_actors.storage.disk import Disk, RealDisk
 from torus_actors.storage.mfile import MFileStore
 from torus_actors.storage.store import BlockStore, FlushBatch, Level, Location
@@ -108,6 +110,7 @@ class OpenStores:
         self.system = system
         self.stores = stores
         self.level = Level.OK
+        self._readers = itertools.cycle(READERS)
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self._idle_flush: asyncio.TimerHandle | None = None
@@ -212,12 +215,16 @@ class OpenStores:
                     stats.total,
                 )
 
+    def next_reader(self) -> ActorHandle:
+        """A worker that reads, each in turn."""
+        return self.system.actor(next(self._readers))
+
     async def verify(self, kind: int, location: Location) -> bool:
         """Read a block and check every byte."""
         store = self.stores[kind]
         store.pin(location)
         try:
-            right: bool = await self.system.actor("disk_reader").check.remote(
+            right: bool = await self.next_reader().check.remote(
                 kind, location, timeout_s=DISK_PATIENCE_S
             )
         finally:
@@ -400,7 +407,7 @@ class BlockStoreActor(LoopActor):
                 answers[at] = answer
             _answer_ranges(reply, answers)
 
-        self.system.actor("disk_reader").read_many.remote(cold).add_done_callback(arrived)
+        self._opened.next_reader().read_many.remote(cold).add_done_callback(arrived)
 
     @expose(remote=True, idempotent=True)
     async def check_blocks(self, refs: bytes, deep: bool = False, durable: bool = False) -> bytes:
@@ -537,4 +544,5 @@ def _answer_ranges(
         else:
             missing = isinstance(answer, BlockNotExist)
             statuses.append(RANGE_STATUS.pack(Status.MISSING if missing else Status.FAILED, 0, 0))
-    reply.set(Reply(b"".join(statuses), buffers or (b"",)))
+    # Whoever asked verifies each range by its list.
+    reply.set(Reply(b"".join(statuses), buffers or (b"",), checked=True))

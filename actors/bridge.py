@@ -151,6 +151,7 @@ class Bridge(LoopActor):
         args: tuple[Any, ...],
         payload: Any,
         timeout_s: float,
+        checked: bool = False,
     ) -> ObjectRef[Any]:
         """Call an actor of another node. Loop thread.
 
@@ -161,15 +162,16 @@ class Bridge(LoopActor):
             args: what the codec can carry.
             payload: None, a buffer or a list of them; not to be changed before the answer.
             timeout_s: deadline, seconds from now.
+            checked: the handler verifies the payload by itself.
         """
         ref: ObjectRef[Any] = ObjectRef(self.system, self.system.loop.time() + timeout_s)
         peer = self._peers.get(node) or self._stranger(node)
         if peer is None:
             ref.fail(NoPeer(f"no peer {node} is known"))
         elif peer.link is not None and peer.up:
-            peer.link.call(ref, actor, method, args, payload)
+            peer.link.call(ref, actor, method, args, payload, checked)
         else:
-            peer.call_later(ref, (actor, method, args, payload))
+            peer.call_later(ref, (actor, method, args, payload, checked))
         return ref
 
     def cast(self, node: str, actor: str, method: str, args: tuple[Any, ...], payload: Any) -> None:
@@ -309,9 +311,9 @@ class _Peer:
         self.failures = 0
         self.reason = ""
         waiting, self._waiting = self._waiting, deque()
-        for ref, (actor, method, args, payload) in waiting:
+        for ref, call in waiting:
             if not ref.done():
-                cast(OutLink, link).call(ref, actor, method, args, payload)
+                cast(OutLink, link).call(ref, *call)
 
     def link_lost(self, link: Link, reason: TorusError) -> None:
         """The link broke, or never came to be."""

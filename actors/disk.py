@@ -1,19 +1,22 @@
 """Disk workers: the threads on which a block store waits for its disk.
 
 Messages in: ``write``, ``read_many``, ``check``, ``sync``, all from the block store of the same
-node. Several workers stand side by side (writer, reader, flusher), because a flush may take long
+node. Several workers stand side by side (writer, readers, flusher), because a flush may take long
 and must not hold up reads. Their death costs nothing: every message may be done twice.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
 
 from torus_actors.errors import Corruption, TorusError
 from torus_actors.model.checksums import Buffer
-from torus_actors.runtime import BlockingActor, expose
+from torus_actors.runtime import BlockingActor, ChildSpec, expose
 from torus_actors.storage.store import BlockStore, FlushBatch, Location, Ticket
+
+READERS = ("disk_reader", "disk_reader_2", "disk_reader_3", "disk_reader_4")
+"""A disk answers several reads in the time of one."""
 
 
 class DiskWorker(BlockingActor):
@@ -72,7 +75,12 @@ class DiskWorker(BlockingActor):
                     raise Corruption(f"disk error: {error}") from error
 
 
-def worker_factory(stores: list[BlockStore]) -> Any:
-    """Makes one worker over these stores, and its successors."""
+def disk_workers(stores: list[BlockStore]) -> list[ChildSpec]:
+    """The workers of a node: one that writes, several that read, one that flushes."""
+    names = ("disk_writer", *READERS, "disk_flusher")
+    return [ChildSpec(name, _factory(stores)) for name in names]
+
+
+def _factory(stores: list[BlockStore]) -> Callable[[], DiskWorker]:
     writing = threading.Lock()
     return lambda: DiskWorker(stores, writing)

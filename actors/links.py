@@ -231,7 +231,7 @@ class OutLink(Link):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_flight: dict[int, ObjectRef[Any]] = {}
-        self._held: deque[tuple[ObjectRef[Any], str, str, Sequence[Any], Any]] = deque()
+        self._held: deque[tuple[ObjectRef[Any], str, str, Sequence[Any], Any, bool]] = deque()
         self._next_id = 1
         self._congested = False
 
@@ -254,6 +254,7 @@ class OutLink(Link):
         method: str,
         args: Sequence[Any],
         payload: Any,
+        checked: bool = False,
     ) -> None:
         """Send a call.
 
@@ -263,9 +264,10 @@ class OutLink(Link):
             method: one of its methods that other nodes may call.
             args: what the codec can carry.
             payload: None, a buffer or a list of buffers; not to be changed before the answer.
+            checked: the handler verifies the payload by itself.
         """
         if self._congested and len(self._held) < HELD_CALLS_MAX:
-            self._held.append((ref, actor, method, args, payload))
+            self._held.append((ref, actor, method, args, payload, checked))
             return
         if self._congested or len(self._in_flight) >= IN_FLIGHT_CALLS_MAX:
             ref.fail(Overloaded(f"the link to {self.where} is full"))
@@ -275,7 +277,7 @@ class OutLink(Link):
         request_id = self._next_id
         try:
             meta = encode_call(actor, method, args, min(max(left_ms, 1), TIMEOUT_MAX_MS))
-            out = encode(Kind.CALL, request_id, meta, _parts(payload))
+            out = encode(Kind.CALL, request_id, meta, _parts(payload), checked)
         except TorusError as error:
             ref.fail(error)
             return
@@ -474,9 +476,8 @@ class WireReply:
             return
         try:
             if type(value) is Reply:
-                out = encode(
-                    Kind.REPLY, self._request_id, encode_reply(value.result), value.payload
-                )
+                meta = encode_reply(value.result)
+                out = encode(Kind.REPLY, self._request_id, meta, value.payload, value.checked)
             else:
                 out = encode(Kind.REPLY, self._request_id, encode_reply(value))
         except Invalid as error:

@@ -289,7 +289,7 @@ class Rebalancer(LoopActor):
             if pause > 0:
                 await asyncio.sleep(pause)
             await self.system.actor("block_store", node=peer).put_block.remote(
-                ref, root, bytes(sums), True, payload=data, timeout_s=CALL_TIMEOUT_S
+                ref, root, bytes(sums), True, payload=data, timeout_s=CALL_TIMEOUT_S, checked=True
             )
             self._progress.sent += 1
             self._progress.sent_bytes += size

@@ -258,7 +258,7 @@ class Replicator(LoopActor):
                 if peer is None:
                     break
                 put = self._store(peer).put_block.remote(
-                    ref, root, sums, payload=payload, timeout_s=PUT_TIMEOUT_S
+                    ref, root, sums, payload=payload, timeout_s=PUT_TIMEOUT_S, checked=True
                 )
                 in_air[put.future] = peer
             if not in_air:
@@ -542,7 +542,7 @@ class Replicator(LoopActor):
         """
         sums, block = await self.fetch_whole(ref, root, avoid=peer)
         await self._store(peer).put_block.remote(
-            ref, root, sums, True, payload=block, timeout_s=PUT_TIMEOUT_S
+            ref, root, sums, True, payload=block, timeout_s=PUT_TIMEOUT_S, checked=True
         )
         self._counts["repaired"] += 1
         log.info("repaired block %s on peer %s", ref, peer[:8])

@@ -21,7 +21,7 @@ from typing import Any
 
 from torus_actors.actors.block_store import BlockStoreActor, OpenStores
 from torus_actors.actors.collector import Collector
-from torus_actors.actors.disk import worker_factory
+from torus_actors.actors.disk import READERS, disk_workers
 from torus_actors.actors.heartbeat import Heartbeat
 from torus_actors.actors.inode_store import INodeStore
 from torus_actors.actors.rebalancer import Rebalancer
@@ -352,6 +352,7 @@ class FakeTransport:
         args: tuple[Any, ...],
         payload: Any,
         timeout_s: float,
+        checked: bool = False,
     ) -> ObjectRef[Any]:
         """See Transport."""
         ref: ObjectRef[Any] = ObjectRef(self._system, self._system.loop.time() + timeout_s)
@@ -473,9 +474,7 @@ class StorageNode(Member):
             )
         opened = self.opened = OpenStores(system, list(stores))
         children = [
-            ChildSpec("disk_writer", worker_factory(opened.stores)),
-            ChildSpec("disk_reader", worker_factory(opened.stores)),
-            ChildSpec("disk_flusher", worker_factory(opened.stores)),
+            *disk_workers(opened.stores),
             ChildSpec("block_store", lambda: BlockStoreActor(opened), max_concurrency=256),
         ]
         if rebalancer:
@@ -497,7 +496,7 @@ class StorageNode(Member):
         """Lose the power: what was not flushed is gone."""
         assert self.system is not None and self.opened is not None
         self.cluster.network.leave(self.node_id)
-        for name in ("disk_writer", "disk_reader", "disk_flusher"):
+        for name in ("disk_writer", *READERS, "disk_flusher"):
             cell = self.system.cells[name]
             if cell.actor is not None:
                 cell.actor.quiesce()  # from now on nothing reaches the disks
@@ -524,7 +523,7 @@ class StorageNode(Member):
         assert system is not None and self.opened is not None
         if self.opened._idle_flush is not None:
             self.opened._idle_flush.cancel()
-        for name in ("disk_writer", "disk_reader", "disk_flusher"):
+        for name in ("disk_writer", *READERS, "disk_flusher"):
             system.cells[name].will_restart = False
         await system.stop()
         if self.opened._idle_flush is not None:

@@ -12,10 +12,10 @@ Storage node::
     `-- services
         |-- ring_watcher       what the cluster looks like
         |-- storage (rest for one)
-        |   |-- disk_writer, disk_reader, disk_flusher
+        |   |-- disk_writer, disk_reader (four), disk_flusher
         |   |-- block_store
-    |   |-- journal_disk
-    |   `-- journal            records of volume sessions
+        |   |-- journal_disk
+        |   `-- journal        records of volume sessions
         |-- replicator, inode_store, rebalancer, collector, scrubber
         |-- heartbeat          lease and registration
         |-- control            questions and orders from torusctl
@@ -44,7 +44,7 @@ from torus_actors.actors.block_store import BlockStoreActor, OpenStores, StoreCo
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.collector import Collector
 from torus_actors.actors.control import Control
-from torus_actors.actors.disk import worker_factory
+from torus_actors.actors.disk import disk_workers
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
 from torus_actors.actors.inode_store import INodeStore
 from torus_actors.actors.journal import JournalActor, JournalDisk, OpenJournal
@@ -400,9 +400,7 @@ class StorageNode(Process):
         storage = SupervisorSpec(
             "storage",
             (
-                ChildSpec("disk_writer", worker_factory(stores.stores)),
-                ChildSpec("disk_reader", worker_factory(stores.stores)),
-                ChildSpec("disk_flusher", worker_factory(stores.stores)),
+                *disk_workers(stores.stores),
                 ChildSpec("block_store", lambda: BlockStoreActor(stores), max_concurrency=256),
                 ChildSpec("journal_disk", JournalDisk),
                 ChildSpec("journal", lambda: JournalActor(journal), max_concurrency=64),

@@ -7,7 +7,8 @@ Header, 32 bytes, little-endian:
     4       4     CRC-32C of everything behind this field to the end of the metadata
     8       1     version of this layout, 1
     9       1     kind
-    10      2     flags; bit 0: a payload follows, which may be empty
+    10      2     flags; bit 0: a payload follows, which may be empty; bit 1: it carries checksums
+                  of its own, which its reader verifies, and none is in this header
     12      4     metadata length, bytes
     16      4     payload length, bytes
     20      4     CRC-32C of the payload
@@ -33,6 +34,7 @@ from torus_actors.wire.limits import (
     HELLO_MAX,
     METADATA_MAX,
     PAYLOAD_MAX,
+    PEEK_BYTES,
     RECEIVE_BUFFER_SIZE,
 )
 
@@ -41,6 +43,8 @@ Buffer = bytes | bytearray | memoryview
 MAGIC: Final = b"TrsA"
 FRAME_VERSION: Final = 1
 FLAG_PAYLOAD: Final = 1
+FLAG_CHECKED: Final = 2
+FLAGS: Final = FLAG_PAYLOAD | FLAG_CHECKED
 HEADER_SIZE: Final = 32
 
 _HEADER = struct.Struct("<4sIBBHIIIQ")
@@ -84,7 +88,11 @@ class Frame(NamedTuple):
 
 
 def encode(
-    kind: Kind, request_id: int, meta: bytes = b"", payload: Sequence[Buffer] = ()
+    kind: Kind,
+    request_id: int,
+    meta: bytes = b"",
+    payload: Sequence[Buffer] = (),
+    checked: bool = False,
 ) -> list[Buffer]:
     """Frame a message, without copying or joining its payload.
 
@@ -94,6 +102,7 @@ def encode(
         meta: encoded metadata, at most METADATA_MAX bytes.
         payload: contiguous buffers that arrive as one; ``()`` for no payload, ``[b""]`` for an
             empty one. They may not change until they are sent.
+        checked: who reads the payload verifies it, end to end, by checksums that came with it.
 
     Returns:
         Buffers to send in this order: header with metadata, then the payload's own buffers.
@@ -103,21 +112,22 @@ def encode(
     """
     size = checksum = flags = 0
     if payload:
-        flags = FLAG_PAYLOAD
+        flags = FLAGS if checked else FLAG_PAYLOAD
         for part in payload:
             size += part.nbytes if type(part) is memoryview else len(part)
-            checksum = crc32c(part, checksum)
+            if not checked:
+                checksum = crc32c(part, checksum)
         if size > PAYLOAD_MAX:
             raise Invalid(f"payload of {size} bytes: at most {PAYLOAD_MAX} can be sent")
     if len(meta) > METADATA_MAX:
         raise Invalid(f"metadata of {len(meta)} bytes: at most {METADATA_MAX} can be sent")
     try:
-        checked = (
+        covered = (
             _CHECKED.pack(FRAME_VERSION, kind, flags, len(meta), size, checksum, request_id) + meta
         )
     except struct.error:
         raise Invalid(f"request id {request_id} does not fit 64 bits") from None
-    return [_START.pack(MAGIC, crc32c(checked)) + checked, *payload]
+    return [_START.pack(MAGIC, crc32c(covered)) + covered, *payload]
 
 
 def new_payload(size: int) -> memoryview:
@@ -134,6 +144,9 @@ class FrameDecoder:
     Small frames are received in batches into a reused buffer and copied out; a payload of
     DIRECT_PAYLOAD_MIN or more is received in its own memory, and only what came in the same read
     as its header is copied. A frame never refers to the reused buffer.
+
+    Behind a payload received directly the next read takes only as much as a header and ordinary
+    metadata need: large payloads come in rows, and what is read of one with its header is copied.
 
     A decoder starts restricted to what the handshake needs: HELLO_MAX bytes, no payload, and one
     frame at a time, because what a peer sends right behind its last hello already falls under the
@@ -157,6 +170,7 @@ class FrameDecoder:
         "_meta",
         "_metadata_max",
         "_payload_max",
+        "_peeking",
         "_restricted",
         "_size",
         "_start",
@@ -189,6 +203,7 @@ class FrameDecoder:
         self._header: bytes | bytearray = b""
         self._meta: bytes | memoryview = b""
         self._failure: ProtocolError | None = None
+        self._peeking = False
         # What ``feed`` got behind a frame of the handshake.
         self._unfed = b""
 
@@ -204,6 +219,8 @@ class FrameDecoder:
         start, end = self._start, self._end
         if start == end:
             self._start = self._end = end = 0
+            if self._peeking:
+                return self._view[:PEEK_BYTES]
         elif start and self._size - end < self._size >> 1:
             # The rest of a frame is moved to the front, for the next read to be a large one.
             self._start, self._end = 0, end - start
@@ -225,6 +242,7 @@ class FrameDecoder:
             raise self._failure
         if self._target is None:
             self._end += nbytes
+            self._peeking = False
             return self._take_frames()
         self._filled += nbytes
         if self._filled < len(self._target):
@@ -281,10 +299,11 @@ class FrameDecoder:
                 magic != MAGIC
                 or version != FRAME_VERSION
                 or kind is None
-                or flags > FLAG_PAYLOAD
+                or flags > FLAGS
+                or flags == FLAG_CHECKED
                 or size > self._payload_max
                 or meta_size > self._metadata_max
-                or (size and not flags)
+                or (size and not flags & FLAG_PAYLOAD)
             ):
                 raise self._fail(self._reason(start))
             meta_start = start + HEADER_SIZE
@@ -314,14 +333,18 @@ class FrameDecoder:
                 payload[:] = view[meta_end:payload_end]
             elif flags:
                 payload = memoryview(buffer[meta_end:payload_end])
-            if payload is not None and crc32c(payload) != payload_checksum:
-                raise self._fail("a frame's payload does not match its checksum")
+            if payload is not None and not flags & FLAG_CHECKED:
+                self._verify(payload, payload_checksum)
             frames.append(_new_frame(Frame, (kind, request_id, meta, payload)))
             start = payload_end
             if self._restricted:
                 break
         self._start = start
         return frames
+
+    def _verify(self, payload: memoryview, checksum: int) -> None:
+        if crc32c(payload) != checksum:
+            raise self._fail("a frame's payload does not match its checksum")
 
     def _begin_metadata(self, start: int, meta_size: int) -> None:
         """Metadata larger than the reused buffer, which is rare, gets its own memory too."""
@@ -343,6 +366,7 @@ class FrameDecoder:
         target = self._target
         assert target is not None
         self._target = None
+        self._peeking = True
         _, checksum, _, code, flags, _, size, payload_checksum, request_id = _HEADER.unpack(
             self._header
         )
@@ -356,8 +380,8 @@ class FrameDecoder:
                 self._receive_into(self._allocate(size), 0)
                 return []
             payload = memoryview(b"") if flags else None
-        if payload is not None and crc32c(payload) != payload_checksum:
-            raise self._fail("a frame's payload does not match its checksum")
+        if payload is not None and not flags & FLAG_CHECKED:
+            self._verify(payload, payload_checksum)
         meta, self._meta = self._meta, b""
         return [Frame(Kind(code), request_id, meta, payload)]
 
@@ -372,7 +396,7 @@ class FrameDecoder:
             return f"frame version {version} is not known, only {FRAME_VERSION}"
         if _KINDS[code] is None:
             return f"frame kind {code} is not known"
-        if flags > FLAG_PAYLOAD:
+        if flags > FLAGS or flags == FLAG_CHECKED:
             return f"frame flags {flags:#x} are not known"
         when = "before the handshake is done" if self._restricted else "in a frame"
         if meta_size > self._metadata_max:

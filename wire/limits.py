@@ -30,6 +30,9 @@ DIRECT_PAYLOAD_MIN = 64 << 10
 """Payloads from this size on are received straight into their own memory: copying that much costs
 more than the additional read."""
 
+PEEK_BYTES = 4 << 10
+"""What is read at first behind a large payload: the header and metadata of the next one."""
+
 NAME_MAX = 128
 """Characters of an actor, method or error name."""
 

@@ -17,7 +17,7 @@ from torus_actors.actors.block_messages import (
     split_records,
 )
 from torus_actors.actors.block_store import VOUCH_S
-from torus_actors.actors.disk import worker_factory
+from torus_actors.actors.disk import disk_workers
 from torus_actors.errors import Closed, Exists, Invalid, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
@@ -226,7 +226,7 @@ def test_the_successor_of_a_killed_writer_waits_for_its_last_write() -> None:
                 go_on.wait(10)
             order.append(f"end {ticket}")
 
-    factory = worker_factory([Store()])  # type: ignore[list-item]
+    factory = disk_workers([Store()])[0].factory  # type: ignore[list-item]
     write = type(make_unstarted(factory)).write
     zombie, successor = make_unstarted(factory), make_unstarted(factory)
     first = threading.Thread(target=write, args=(zombie, 0, "first", b"", b""))

@@ -13,6 +13,7 @@ from torus_actors.wire.limits import (
     HELLO_MAX,
     METADATA_MAX,
     PAYLOAD_MAX,
+    PEEK_BYTES,
     RECEIVE_BUFFER_SIZE,
 )
 
@@ -125,7 +126,34 @@ def test_large_payload_is_received_in_place() -> None:
     room[:] = payload[1000:]
     (frame,) = decoder.buffer_updated(499_000)
     assert frame.payload is given[0]
-    assert decoder.get_buffer(-1).nbytes == RECEIVE_BUFFER_SIZE
+
+
+def test_behind_a_large_payload_little_is_read_at_first() -> None:
+    """Of the next large payload nearly nothing is copied; then reads are large again."""
+    decoder = opened()
+    large = joined(encode(Kind.CALL, 1, b"meta", [bytes(500_000)]))
+    small = joined(encode(Kind.CALL, 2, b"meta", [b"x" * 5000]))
+    assert len(decoder.feed(large)) == 1
+    room = decoder.get_buffer(-1)
+    assert room.nbytes == PEEK_BYTES
+    room[:] = small[:PEEK_BYTES]
+    assert decoder.buffer_updated(PEEK_BYTES) == []
+    assert decoder.get_buffer(-1).nbytes > RECEIVE_BUFFER_SIZE // 2
+    (frame,) = decoder.feed(small[PEEK_BYTES:])
+    assert frame.payload == b"x" * 5000
+
+
+@pytest.mark.parametrize("size", [10, 5000, 500_000])
+def test_a_payload_may_be_left_to_its_reader_to_check(size: int) -> None:
+    """Of a payload that carries its own checksums the frame has none; damage then gets through."""
+    data = bytearray(joined(encode(Kind.REPLY, 1, b"meta", [bytes(size)], checked=True)))
+    data[-1] ^= 1
+    (frame,) = opened().feed(data)
+    assert frame.payload is not None
+    assert frame.payload[-1] == 1
+    data[HEADER_SIZE] ^= 1
+    with pytest.raises(ProtocolError, match="checksum"):
+        opened().feed(data)
 
 
 def test_nothing_is_allocated_for_a_frame_that_is_damaged() -> None:
@@ -165,7 +193,8 @@ def corrupt(offset: int, fmt: str, value: object, payload: bytes = b"payload") -
         (corrupt(8, "<B", 2), "version 2"),
         (corrupt(9, "<B", 0), "kind 0"),
         (corrupt(9, "<B", 8), "kind 8"),
-        (corrupt(10, "<H", 3), "flags 0x3"),
+        (corrupt(10, "<H", 2), "flags 0x2"),
+        (corrupt(10, "<H", 4), "flags 0x4"),
         (corrupt(10, "<H", 0), "says it has none"),
         (corrupt(12, "<I", METADATA_MAX + 1), "metadata in a frame: the limit is 1048576"),
         (corrupt(16, "<I", PAYLOAD_MAX + 1), "payload in a frame: the limit is 16777216"),

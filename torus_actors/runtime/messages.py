@@ -53,13 +53,15 @@ class Reply:
         result: small structured value.
         payload: buffers; a local caller gets the handler's own buffers, a caller on another node
             one memoryview. Nobody may change them afterwards.
+        checked: the caller verifies every byte of the payload by checksums of its own.
     """
 
-    __slots__ = ("payload", "result")
+    __slots__ = ("checked", "payload", "result")
 
-    def __init__(self, result: Any, payload: Sequence[Buffer]) -> None:
+    def __init__(self, result: Any, payload: Sequence[Buffer], checked: bool = False) -> None:
         self.result = result
         self.payload = payload
+        self.checked = checked
 
     def joined(self) -> Buffer:
         """The payload as one buffer, copied only where it came in several."""

@@ -38,6 +38,7 @@ class Transport(Protocol):
         args: tuple[Any, ...],
         payload: Any,
         timeout_s: float,
+        checked: bool,
     ) -> ObjectRef[Any]:
         """Send a call; never blocks, errors come through the ref."""
 
@@ -243,7 +244,11 @@ class MethodHandle:
         self._cell: Cell | None = None
 
     def remote(
-        self, *args: Any, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S
+        self,
+        *args: Any,
+        payload: Any = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+        checked: bool = False,
     ) -> ObjectRef[Any]:
         """Call; returns at once.
 
@@ -251,6 +256,8 @@ class MethodHandle:
             args: positional arguments; for another node, what the codec can carry.
             payload: bulk data beside the message: a buffer, or a list of them.
             timeout_s: deadline, seconds from now.
+            checked: the handler verifies every byte of the payload by checksums among its
+                arguments; so the way there need not.
         """
         raise NotImplementedError
 
@@ -279,7 +286,11 @@ class LocalMethod(MethodHandle):
         return cell
 
     def remote(
-        self, *args: Any, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S
+        self,
+        *args: Any,
+        payload: Any = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+        checked: bool = False,
     ) -> ObjectRef[Any]:
         """See MethodHandle."""
         system = self._system
@@ -326,7 +337,11 @@ class RemoteMethod(MethodHandle):
     __slots__ = ()
 
     def remote(
-        self, *args: Any, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S
+        self,
+        *args: Any,
+        payload: Any = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+        checked: bool = False,
     ) -> ObjectRef[Any]:
         """See MethodHandle."""
         transport = self._system.transport
@@ -335,7 +350,9 @@ class RemoteMethod(MethodHandle):
             ref: ObjectRef[Any] = ObjectRef(self._system)
             ref.fail(NoPeer("this node has no bridge to others"))
             return ref
-        return transport.call(self._node, self._name, self._method, args, payload, timeout_s)
+        return transport.call(
+            self._node, self._name, self._method, args, payload, timeout_s, checked
+        )
 
     def tell(self, *args: Any, payload: Any = None) -> None:
         """See MethodHandle."""

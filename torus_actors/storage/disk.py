@@ -124,9 +124,7 @@ class Disk(abc.ABC):
     """One data directory."""
 
     @abc.abstractmethod
-    def open(
-        self, path: str, *, create: bool = False, size: int = 0, direct: bool = False
-    ) -> File:
+    def open(self, path: str, *, create: bool = False, size: int = 0, direct: bool = False) -> File:
         """Open a file for reading and writing.
 
         Args:
@@ -330,12 +328,12 @@ def _pwritev_all(fd: int, buffers: Sequence[ReadBuffer], offset: int) -> None:
         count += os.pwritev(fd, _rest(buffers, count)[:BUFFERS_MAX], offset + count)
 
 
-def _in_pages(buffers: Sequence[ReadBuffer]) -> mmap.mmap:
+def _in_pages(buffers: Sequence[ReadBuffer]) -> memoryview:
     """A copy that begins on a page."""
     pages = mmap.mmap(-1, sum(map(len, buffers)))
     for buffer in buffers:
         pages.write(buffer)
-    return pages
+    return memoryview(pages)
 
 
 def _rest(buffers: Sequence[ReadBuffer], skip: int) -> list[memoryview]:
@@ -376,9 +374,7 @@ class RealDisk(Disk):
         """The data directory."""
         return self._root
 
-    def open(
-        self, path: str, *, create: bool = False, size: int = 0, direct: bool = False
-    ) -> File:
+    def open(self, path: str, *, create: bool = False, size: int = 0, direct: bool = False) -> File:
         full = str(self._root / path)
         fresh = create and not os.path.exists(full)
         with _plain_errors(full, "open"):

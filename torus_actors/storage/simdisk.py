@@ -403,9 +403,7 @@ class SimDisk(Disk):
 
     # The interface.
 
-    def open(
-        self, path: str, *, create: bool = False, size: int = 0, direct: bool = False
-    ) -> File:
+    def open(self, path: str, *, create: bool = False, size: int = 0, direct: bool = False) -> File:
         self._check_alive()
         fresh = path not in self._names
         if fresh:

@@ -96,9 +96,9 @@ class ReadCache:
         """
         if len(block) > self.size_max:
             return
-        if isinstance(block, memoryview):
-            if memoryview(block.obj).nbytes > COPY_RATIO * len(block):
-                block = bytes(block)
+        behind = block.obj if isinstance(block, memoryview) else block
+        if memoryview(behind).nbytes > COPY_RATIO * len(block):
+            block = bytes(block)
         entry = self._entries.get(ref)
         if entry is None:
             entry = self._entries[ref] = _Entry()
