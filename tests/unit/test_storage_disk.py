@@ -6,12 +6,14 @@ import errno
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from torus_actors.errors import Closed, Invalid, Locked, NotExist, OutOfSpace
+from torus_actors.model.buffers import aligned
 from torus_actors.storage import disk as disk_module
-from torus_actors.storage.disk import Disk, RealDisk
+from torus_actors.storage.disk import DIRECT_UNIT, Disk, RealDisk, RealFile
 from torus_actors.storage.simdisk import PowerCut, SimDisk
 
 
@@ -78,6 +80,73 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = RealDisk(tmp_path).open("f", create=True)
     file.pwritev([b"abc", b"", b"defg"], 1)
     assert file.pread(8, 0) == b"\0abcdefg"
+
+
+def _shifted(data: bytes) -> memoryview:
+    """The same bytes in memory that begins on no page."""
+    return memoryview(b"x" + data)[1:]
+
+
+def test_direct_file_takes_any_memory(disk: Disk) -> None:
+    """What goes past the page cache is what every kind of read then sees, in whole pages."""
+    file = disk.open("f", create=True, size=1 << 20, direct=True)
+    page, block = os.urandom(DIRECT_UNIT), os.urandom(128 << 10)
+    first, second = aligned(len(page)), aligned(len(block))
+    first[:], second[:] = page, block
+    file.pwritev([first, second], 0)
+    file.pwritev([_shifted(page), _shifted(block)], 256 << 10)
+    file.fdatasync()
+    for start in (0, 256 << 10):
+        assert file.pread(len(page) + len(block), start) == page + block
+        assert file.pread(100, start + 4000) == (page + block)[4000:4100]
+        into = aligned(len(page) + len(block))
+        assert file.preadv([into], start) == len(into)
+        assert into == page + block
+    assert disk.open("f").pread(len(page), 256 << 10) == page
+    # Over what the page cache holds from these reads.
+    file.pwritev([second], DIRECT_UNIT * 40)
+    file.pwritev([second], 0)
+    assert file.pread(len(block), 0) == block
+    file.close()
+
+
+def test_direct_file_where_direct_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that refuses each direct call is used through the page cache instead."""
+    file = RealDisk(tmp_path).open("f", create=True, size=1 << 20, direct=True)
+    assert isinstance(file, RealFile)
+    direct, write, read = file._direct_fd, os.pwritev, os.preadv
+
+    def refuse(call: Any) -> Any:
+        def checked(fd: int, *args: Any) -> int:
+            if fd == direct and direct >= 0:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return int(call(fd, *args))
+
+        return checked
+
+    monkeypatch.setattr(disk_module.os, "pwritev", refuse(write))
+    monkeypatch.setattr(disk_module.os, "preadv", refuse(read))
+    block = os.urandom(128 << 10)
+    file.pwrite(block, 4096)
+    file.pwrite(block, 256 << 10)
+    assert file.pread(len(block), 4096) == block == file.pread(len(block), 256 << 10)
+    file.close()
+
+
+def test_direct_write_keeps_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the medium is not taken for memory in the wrong place."""
+    file = RealDisk(tmp_path).open("f", create=True, size=1 << 20, direct=True)
+
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk_module.os, "pwritev", broken)
+    with pytest.raises(OSError, match="cannot write"):
+        file.pwrite(bytes(4096), 0)
+    monkeypatch.undo()
+    file.close()
 
 
 def test_size_changes(disk: Disk) -> None:

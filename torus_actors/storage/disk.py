@@ -233,6 +233,7 @@ class RealFile(File):
         self._direct_fd = direct_fd
         self._path = path
         self._nowait = hasattr(os, "RWF_NOWAIT")
+        self._refuses_direct = False
 
     def preadv(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
         total = sum(map(len, buffers))
@@ -274,16 +275,28 @@ class RealFile(File):
 
     def pwritev(self, buffers: Sequence[ReadBuffer], offset: int) -> None:
         with _plain_errors(self._path, "write"):
-            if self._direct_fd < 0:
+            if self._direct_fd < 0 or not self._pwritev_direct(buffers, offset):
                 _pwritev_all(self._fd, buffers, offset)
-                return
-            try:
-                _pwritev_all(self._direct_fd, buffers, offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                # Memory that does not begin on a page, mostly: once more from some that does.
-                _pwritev_all(self._direct_fd, [_in_pages(buffers)], offset)
+
+    def _pwritev_direct(self, buffers: Sequence[ReadBuffer], offset: int) -> bool:
+        """Write past the page cache; False where the file system turns out not to."""
+        if self._refuses_direct:
+            return False
+        try:
+            _pwritev_all(self._direct_fd, buffers, offset)
+            return True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        try:
+            # Memory that does not begin on a page, mostly: once more from some that does.
+            _pwritev_all(self._direct_fd, [_in_pages(buffers)], offset)
+            return True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        self._refuses_direct = True
+        return False
 
     def fdatasync(self) -> None:
         if self._fd < 0:
