@@ -20,12 +20,12 @@ import abc
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torus_actors.errors import Closed, Invalid, Locked, NotExist, OutOfSpace, TorusError
+from torus_actors.model.buffers import aligned
 
 SECTOR_SIZE = 512
 """The largest write that is taken to be atomic."""
@@ -343,10 +343,12 @@ def _pwritev_all(fd: int, buffers: Sequence[ReadBuffer], offset: int) -> None:
 
 def _in_pages(buffers: Sequence[ReadBuffer]) -> memoryview:
     """A copy that begins on a page."""
-    pages = mmap.mmap(-1, sum(map(len, buffers)))
+    pages = aligned(sum(map(len, buffers)))
+    at = 0
     for buffer in buffers:
-        pages.write(buffer)
-    return memoryview(pages)
+        pages[at : at + len(buffer)] = buffer
+        at += len(buffer)
+    return pages
 
 
 def _rest(buffers: Sequence[ReadBuffer], skip: int) -> list[memoryview]:
