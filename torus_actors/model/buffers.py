@@ -36,7 +36,7 @@ def _window(size: int) -> Any:
 
 
 def _map(size: int) -> mmap.mmap:
-    # Not shared with other processes, as Python would have it: that takes twice as long to fault in.
+    # Not shared with other processes, as Python would have it: such pages cost more to fault in.
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
