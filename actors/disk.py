@@ -15,8 +15,8 @@ from torus_actors.model.checksums import Buffer
 from torus_actors.runtime import BlockingActor, ChildSpec, expose
 from torus_actors.storage.store import BlockStore, FlushBatch, Location, Ticket
 
-READERS = ("disk_reader", "disk_reader_2", "disk_reader_3", "disk_reader_4")
-"""A disk answers several reads in the time of one."""
+READERS = ("disk_reader", "disk_reader_2")
+"""One that waits for a whole block must not hold up small reads."""
 
 
 class DiskWorker(BlockingActor):

@@ -12,7 +12,7 @@ Storage node::
     `-- services
         |-- ring_watcher       what the cluster looks like
         |-- storage (rest for one)
-        |   |-- disk_writer, disk_reader (four), disk_flusher
+        |   |-- disk_writer, disk_reader (two), disk_flusher
         |   |-- block_store
         |   |-- journal_disk
         |   `-- journal        records of volume sessions

@@ -35,7 +35,7 @@ from torus_actors.model.buffers import aligned
 from torus_actors.model.checksums import PAGE_SIZE, Buffer, sums_size
 from torus_actors.model.refs import BlockRef
 from torus_actors.storage import slots as states
-from torus_actors.storage.disk import Disk, File, WriteBuffer
+from torus_actors.storage.disk import DIRECT_READ_MIN, Disk, File, WriteBuffer
 from torus_actors.storage.index import (
     ENTRIES_OFFSET,
     ENTRY_SIZE,
@@ -44,7 +44,7 @@ from torus_actors.storage.index import (
     entry_seed,
     pack_entry,
 )
-from torus_actors.storage.mfile_open import Opened, open_files
+from torus_actors.storage.mfile_open import DIRECT_BLOCK_MIN, Opened, open_files
 from torus_actors.storage.slots import SlotTable
 from torus_actors.storage.store import (
     Allocator,
@@ -141,6 +141,7 @@ class MFileStore(BlockStore):
         self.block_size = opened.header.block_size
         self.incarnation = opened.header.incarnation
         self._layout = Layout(self.block_size)
+        self._direct = self.block_size >= DIRECT_BLOCK_MIN
         self._seed = entry_seed(opened.header.store_id)
         self._generation = opened.generation
         self._allocate = allocate
@@ -320,6 +321,10 @@ class MFileStore(BlockStore):
         self, location: Location, offset: int, length: int, want_sums: bool
     ) -> tuple[bytes, memoryview] | None:
         self._check_current(location)
+        if self._direct and length >= DIRECT_READ_MIN:
+            # Only small reads leave anything in the page cache, and looking there for a whole
+            # block would have the kernel begin to read it.
+            return None
         if want_sums and offset:
             # Random reads come back to the same blocks: their lists are small, and kept.
             known = self._sums.get(location.slot)
