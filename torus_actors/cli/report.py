@@ -84,6 +84,12 @@ def add_answer(row: Row, answer: Any) -> None:
         row["total_bytes"] = sum(each["total"] * each["block_size"] for each in sizes)
         row["level"] = stores["blocks"]["level"]
         row["failure"] = " ".join(each["failure"] for each in sizes).strip()
+    evictor = answer.get("evictor", {})
+    if "missing_s" in evictor:
+        row["evictor"] = evictor
+    collector = answer.get("collector", {})
+    if "garbage_bytes" in collector:
+        row["collector"] = collector
     rebalancer = answer.get("rebalancer", {})
     if "running" in rebalancer:
         row["rebalance"] = rebalancer
@@ -107,7 +113,8 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
     for row in members:
         if not row["up"]:
             heard = "" if row["registered"] else " and its lease has ended"
-            found.append(f"node {short(row['id'])} does not answer{heard}")
+            leaves = _leaves_in(row["id"], rows)
+            found.append(f"node {short(row['id'])} does not answer{heard}{leaves}")
     for row in rows:
         name = short(row["id"])
         if row["registered"] and not row["in_ring"]:
@@ -126,6 +133,16 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
             waiting = _blocks(moving["waiting"])
             found.append(f"{waiting} of node {name} wait for a node that is down")
     return found
+
+
+def _leaves_in(peer_id: str, rows: Sequence[Row]) -> str:
+    """When the others will take a silent node out of the ring, as far as they say."""
+    left = [
+        each["remove_after_s"] - each["missing_s"][peer_id]
+        for each in (row.get("evictor", {}) for row in rows)
+        if peer_id in each.get("missing_s", {}) and each["remove_after_s"] is not None
+    ]
+    return f"; it leaves the ring in {format_seconds(max(min(left), 0))}" if left else ""
 
 
 def _copies(count: int) -> str:

@@ -35,7 +35,7 @@ GLOBAL = Key(
 RING = Key(
     "ring",
     records.RingRecord,
-    "torusctl init, ring commands, --auto-join",
+    "torusctl init, ring commands, --auto-join, --remove-after",
     False,
     "The ring; compare-and-set, version + 1 each time",
 )
