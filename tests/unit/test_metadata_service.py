@@ -645,6 +645,7 @@ def test_the_state_for_the_collector_is_complete_or_an_error(backend: Backend) -
         journal = Journal(epoch, (peer().peer_id,))
         await service.set_journal(demo.id, epoch, 0, journal)
         snapshot = await service.create_snapshot(demo.id, "monday")
+        await service.request_snapshot(demo.id, "tuesday", lease)
         state = await service.state()
         assert state.volumes == {demo.id: demo} and state.deleted == {gone.id: gone}
         assert state.heads == {demo.id: head_of(1, epoch)} and state.epochs == {demo.id: epoch}

@@ -155,6 +155,7 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
 
     async def work() -> int:
         from torus_actors.cli.connect import connect
+        from torus_actors.volume.journal import is_unreplayed
 
         async with connect(settings) as connection:
             meta = connection.meta
@@ -164,7 +165,7 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
                 raise Failed(f"volume {source} is held by {lock.holder}: close it there first")
             head, _ = await meta.head(origin.id)
             journal, _ = await meta.journal(origin.id)
-            if journal is not None and journal.ensemble:
+            if is_unreplayed(journal, head):
                 raise Failed(
                     f"volume {source} was not closed in order, and its last flushes are in its "
                     f"journal: open it once with torusblk serve {source}, then clone it"
