@@ -187,7 +187,10 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
 @json_option
 @click.pass_obj
 def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> None:
-    """Count the good copies of every block; fails if any block has too few."""
+    """Count the good copies of every block; fails if any block has too few.
+
+    The blocks of the volume's snapshots are checked with it; NAME may also be VOLUME@SNAPSHOT.
+    """
 
     async def work() -> Audit:
         from torus_actors.cli.full import full_client
@@ -209,8 +212,8 @@ def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> No
     else:
         how = "read and verified" if deep else "looked up"
         click.echo(
-            f"volume {name}: {audit.blocks} blocks, {audit.pages} of them INode pages; "
-            f"copies wanted: {audit.wanted}; {how}"
+            f"volume {name}{_with(audit.snapshots) if '@' not in name else ''}: {audit.blocks} "
+            f"blocks, {audit.pages} of them INode pages; copies wanted: {audit.wanted}; {how}"
         )
         for count, what in (
             (audit.exact, "with as many good copies as wanted"),
@@ -226,3 +229,9 @@ def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> No
     problem = explain(audit)
     if problem is not None:
         raise problem
+
+
+def _with(snapshots: int) -> str:
+    if not snapshots:
+        return ""
+    return " with 1 snapshot" if snapshots == 1 else f" with {snapshots} snapshots"

@@ -29,6 +29,7 @@ async def cluster_report(connection: Connection) -> Row:
     return {
         "metadata": connection.url,
         **cluster_row(gmd, ring),
+        **garbage_row(rows),
         "peers": rows,
         "problems": problems(ring, rows),
     }
@@ -44,6 +45,15 @@ def cluster_row(gmd: GlobalMetadata, ring: Ring) -> Row:
         "ring_type": ring.kind,
         "ring_version": ring.version,
         "ring_members": len(ring.members),
+    }
+
+
+def garbage_row(rows: Sequence[Row]) -> Row:
+    """What the collectors of all nodes that answer have found and done since they started."""
+    told = [row["collector"] for row in rows if "collector" in row]
+    return {
+        "garbage_bytes": sum(each["garbage_bytes"] for each in told),
+        "reclaimed_bytes": sum(each["reclaimed_bytes"] for each in told),
     }
 
 
@@ -125,6 +135,8 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
             found.append(f"node {name}: {row['failure']}")
         if row.get("level", "ok") != "ok":
             found.append(f"the store of node {name} is {row['level']}: add nodes or make room")
+        if row.get("collector", {}).get("last_error"):
+            found.append(f"node {name} collects no garbage: {row['collector']['last_error']}")
         moving = row.get("rebalance", {})
         if moving.get("failed"):
             failed = _blocks(moving["failed"])
@@ -185,3 +197,11 @@ def rebalance_of(row: Row) -> str:
     if progress["waiting"]:
         return f"{progress['waiting']} wait"
     return "done"
+
+
+def garbage_of(row: Row) -> tuple[str, str]:
+    """Garbage that a node has found, and the room it has made since it started."""
+    told = row.get("collector")
+    if told is None:
+        return "-", "-"
+    return format_size(told["garbage_bytes"]), format_size(told["reclaimed_bytes"])
