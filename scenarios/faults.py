@@ -18,6 +18,7 @@ from torus_actors.model.refs import BlockRef
 from torus_actors.runtime.cell import State
 from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
+from torus_actors.scenarios.snapshots import Snapshots, take_snapshots
 from torus_actors.scenarios.workload import Driver
 from torus_actors.storage.index import DATA_OFFSET, Layout
 from torus_actors.storage.mfile_open import DATA_PATH
@@ -57,6 +58,7 @@ class Field:
         self.broken: dict[str, Host] = {}
         self.counts: dict[str, int] = {}
         self.rotten: Host | None = None
+        self.snapshots = Snapshots(cluster)
         self._changing = asyncio.Lock()
 
     def say(self, text: str) -> None:
@@ -595,6 +597,7 @@ FAULTS: dict[str, Fault] = {
     "change_replication": change_replication,
     "kill_actor": kill_actor,
     "collect_now": collect_now,
+    "take_snapshots": take_snapshots,
 }
 
 OVERLAPPING = {"crash_node", "cut_peers", "cut_one_way", "freeze_node", "slow_disk", "disk_errors"}
