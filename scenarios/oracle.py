@@ -111,6 +111,10 @@ class Taking:
         crash = self._crash.get(sector) or [self._durable.get(sector, 0)]
         return crash + self._begun.get(sector, [])
 
+    def acked_before(self, number: int, moment: int) -> bool:
+        """Whether a write was acknowledged before that place."""
+        return self.acked_at.get(number, moment) < moment
+
     def after(self, sector: int, number: int) -> list[int]:
         """Writes of a sector, begun in this time, that came after one."""
         begun = self._begun.get(sector, [])

@@ -193,32 +193,33 @@ def judge(oracle: VolumeOracle, kept: Kept, content: bytes) -> None:
     allowed: Callable[[int], list[int]] = taking.strict if kept.strict else taking.loose
     if len(content) != oracle.size:
         oracle.violated(f"snapshot {kept.export} has {len(content)} bytes")
-    found: list[int] = []
+    found: list[list[int]] = []
     for at in range(0, len(content), SECTOR):
         sector = at // SECTOR
         data = content[at : at + SECTOR]
         candidates = allowed(sector)
+        # Several only where they are zeros, which do not say whose they are.
         match = [n for n in candidates if data == stamp(oracle.number, sector, n)]
         if not match:
             oracle.violated(
                 f"sector {sector} of snapshot {kept.export} is {describe(data)}; allowed are "
                 f"{candidates}"
             )
-        found.append(match[-1] if match else 0)
+        found.append(match or [0])
     if not kept.strict:
         return
     # The moment is not before the last write that is in it was begun. What had been acknowledged
     # by then must be in it, or have been overwritten by what is in it.
-    moment = max((taking.begun_at.get(n, 0) for n in found), default=0)
-    for sector, number in enumerate(found):
-        later = taking.after(sector, number)
-        missed = [n for n in later if taking.acked_at.get(n, moment) < moment]
-        if missed and stamp(oracle.number, sector, missed[-1]) != stamp(
-            oracle.number, sector, number
-        ):
+    moment = max(min(taking.begun_at.get(n, 0) for n in match) for match in found)
+    for sector, match in enumerate(found):
+        missed = [
+            [later for later in taking.after(sector, n) if taking.acked_before(later, moment)]
+            for n in match
+        ]
+        if all(missed):
             oracle.violated(
-                f"snapshot {kept.export} has a write that was begun after write {missed[-1]} of "
-                f"sector {sector} had been acknowledged, and not that one, but {number}"
+                f"snapshot {kept.export} has a write that was begun after write {missed[-1][-1]} "
+                f"of sector {sector} had been acknowledged, and not that one, but {match}"
             )
 
 
