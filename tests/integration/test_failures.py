@@ -411,7 +411,7 @@ def test_what_a_killed_client_had_flushed_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_node_lost_for_good_is_healed_without_an_operator(tmp_path: Path) -> None:
-    """Nobody does anything: the node leaves the ring, all blocks have two copies, and it may return.
+    """Nobody does anything: the node leaves the ring, all blocks have two copies; it may return.
 
     Started again after that, it is a member again and gets its share back.
     """
