@@ -17,12 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-from pyroaring import BitMap64
 
 from torus_actors.errors import TorusError
 from torus_actors.metadata.records import Head
@@ -30,6 +26,7 @@ from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.inode_tree import depth_of
 from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
+from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import ZERO_BLOCK, BlockRef
 from torus_actors.runtime import LoopActor, expose
 
@@ -50,39 +47,6 @@ PAGES_IN_AIR = 16
 
 BUSY_SHARE = 0.2
 """Share of one core that repeated passes may take: a long pass makes for a longer pause."""
-
-
-_ENTRY = struct.Struct("<16sQ4x")
-"""A leaf entry: volume and INode of the ref, its index, and the checksum, which is passed over."""
-
-
-class RefSet:
-    """A compact set of block refs: a roaring bitmap of indexes for each INode written."""
-
-    def __init__(self) -> None:
-        self._bitmaps: dict[bytes, BitMap64] = {}
-
-    def add_all(self, refs: Iterable[BlockRef]) -> None:
-        """Add refs."""
-        self.add_packed(b"".join([ref + b"\0\0\0\0" for ref in refs]))
-
-    def add_packed(self, entries: bytes) -> None:
-        """Add the refs of packed leaf entries."""
-        grouped: dict[bytes, list[int]] = {}
-        for key, index in _ENTRY.iter_unpack(entries):
-            grouped.setdefault(key, []).append(index)
-        for key, indexes in grouped.items():
-            bitmap = self._bitmaps.get(key)
-            if bitmap is None:
-                bitmap = self._bitmaps[key] = BitMap64()
-            bitmap.update(indexes)
-
-    def __contains__(self, ref: BlockRef) -> bool:
-        bitmap = self._bitmaps.get(ref[:16])
-        return bitmap is not None and int.from_bytes(ref[16:], "little") in bitmap
-
-    def __len__(self) -> int:
-        return sum(len(bitmap) for bitmap in self._bitmaps.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +77,14 @@ class Collector(LoopActor):
         self._pages: dict[BlockRef, _Page] = {}
         self._suspects = RefSet()
         self._suspected_at = 0.0
-        self._counts = {"passes": 0, "failed_passes": 0, "garbage": 0, "reclaimed": 0}
+        self._counts = {
+            "passes": 0,
+            "failed_passes": 0,
+            "garbage": 0,
+            "garbage_bytes": 0,
+            "reclaimed": 0,
+            "reclaimed_bytes": 0,
+        }
         self._last_error = ""
         self._pass_s = 0.0
 
@@ -129,7 +100,11 @@ class Collector(LoopActor):
 
     @expose(remote=True)
     def status(self) -> dict[str, Any]:
-        """Counts in blocks; ``garbage`` are the dead ones that wait for their second pass."""
+        """Counts of blocks, and the room that they take or took.
+
+        ``garbage`` are the dead ones that wait for their second pass, ``reclaimed`` those that were
+        deleted since this actor started.
+        """
         return {**self._counts, "last_error": self._last_error, "pass_s": round(self._pass_s, 3)}
 
     async def _work(self) -> None:
@@ -153,7 +128,7 @@ class Collector(LoopActor):
                 # Nothing was deleted, and what was suspected must be found dead twice again.
                 self._suspects = RefSet()
                 self._counts["failed_passes"] += 1
-                self._counts["garbage"] = 0
+                self._counts["garbage"] = self._counts["garbage_bytes"] = 0
                 self._last_error = str(error)
                 log.warning("collecting ended without deleting anything: %s", error)
             self._pass_s = loop.time() - started
@@ -164,8 +139,11 @@ class Collector(LoopActor):
         oldest_open, tombs, heads = await self._read_metadata()
         live = await self._reachable(heads)
         suspects = RefSet()
-        dead_twice: list[BlockRef] = []
+        suspect_bytes = 0
+        dead_twice: list[list[BlockRef]] = [[], []]
         store = self.system.actor("block_store")
+        stats = await store.stats.remote()
+        sizes = [stats[name]["block_size"] for name in ("blocks", "inodes")]
         for kind in (0, 1):
             slot: int | None = 0
             while slot is not None:
@@ -178,20 +156,25 @@ class Collector(LoopActor):
                     open_ended = ref.inode >= oldest_open.get(volume, 0)
                     if (volume in tombs or not open_ended) and ref not in live:
                         dead.append(ref)
-                dead_twice += [ref for ref in dead if ref in self._suspects]
-                suspects.add_all(ref for ref in dead if ref not in self._suspects)
+                new = [ref for ref in dead if ref not in self._suspects]
+                dead_twice[kind] += [ref for ref in dead if ref in self._suspects]
+                suspects.add_all(new)
+                suspect_bytes += len(new) * sizes[kind]
                 await asyncio.sleep(0)
-        for at in range(0, len(dead_twice), BATCH):
-            chunk = b"".join(dead_twice[at : at + BATCH])
-            self._counts["reclaimed"] += await store.delete_blocks.remote(chunk)
-        if dead_twice:
+        for refs, size in zip(dead_twice, sizes, strict=True):
+            for at in range(0, len(refs), BATCH):
+                deleted = await store.delete_blocks.remote(b"".join(refs[at : at + BATCH]))
+                self._counts["reclaimed"] += deleted
+                self._counts["reclaimed_bytes"] += deleted * size
+        if any(dead_twice):
             await store.flush.remote(timeout_s=120.0)  # their room is free only after that
-            log.info("%d dead blocks deleted", len(dead_twice))
+            log.info("%d dead blocks deleted", sum(map(len, dead_twice)))
         await self._drop_journals(tombs)
         self._suspects = suspects
         self._suspected_at = began
         self._counts["passes"] += 1
         self._counts["garbage"] = len(suspects)
+        self._counts["garbage_bytes"] = suspect_bytes
 
     async def _drop_journals(self, tombs: set[int]) -> None:
         """Forget what the journal here holds of deleted volumes."""
@@ -203,29 +186,25 @@ class Collector(LoopActor):
                 await journal.drop.remote(volume)
 
     async def _read_metadata(self) -> tuple[dict[int, int], set[int], list[Head]]:
-        """All that roots blocks, in an order that makes a concurrent snapshot visible.
+        """All that roots blocks, as it was at one revision of the metadata.
 
-        A snapshot is made of the present head only, so one that keeps an older head alive was there
-        before the newer head: reading heads first and snapshots last misses none.
+        Whatever roots blocks later was made of what is there now, or of blocks that are protected:
+        a snapshot of a head, a clone of a head, a head of a session or of a snapshot.
 
         Returns:
             For each volume the INode number from which on blocks may be uncommitted; the volumes
             that were deleted; every head and snapshot.
+
+        Raises:
+            Corruption: there is a key or a record that is not understood.
         """
-        oldest_open: dict[int, int] = {}
-        heads: list[Head] = []
-        tombs = {record.id for record in await self._meta.deleted_volumes()}
-        volumes = await self._meta.volumes()
-        for record in volumes:
-            head, _ = await self._meta.head(record.id)
-            if head is not None:
-                oldest_open[record.id] = head.inode
-                heads.append(head)
-        for record in volumes:
-            for snapshot in await self._meta.snapshots(record.id):
-                if snapshot.head:
-                    heads.append(Head.decode(snapshot.head))
-        return oldest_open, tombs - {record.id for record in volumes}, heads
+        state = await self._meta.state()
+        oldest_open = {
+            volume: head.inode for volume, head in state.heads.items() if volume in state.volumes
+        }
+        heads = list(state.heads.values())
+        heads += [Head.decode(each.head) for each in state.snapshots if each.head]
+        return oldest_open, set(state.deleted) - set(state.volumes), heads
 
     async def _reachable(self, heads: list[Head]) -> RefSet:
         """Every block that a head leads to."""

@@ -24,6 +24,7 @@ ASKED = (
     "collector",
     "scrubber",
     "heartbeat",
+    "evictor",
     "volumes",
     "nbd_server",
     "bridge",

@@ -57,6 +57,8 @@ class Scrubber(LoopActor):
         self._hurry = False
         self._counts = {"passes": 0, "checked": 0, "damaged": 0, "repaired": 0, "failed": 0}
         self._running = False
+        self._total = 0
+        self._seen = 0
 
     async def setup(self) -> None:
         """Start scrubbing."""
@@ -70,8 +72,16 @@ class Scrubber(LoopActor):
 
     @expose(remote=True)
     def status(self) -> dict[str, Any]:
-        """Counts of blocks since the start; ``failed`` are damaged ones with no good copy found."""
-        return {**self._counts, "running": self._running}
+        """Counts of blocks since the start; ``failed`` are damaged ones with no good copy found.
+
+        ``seen`` of ``total`` are those of the pass under way, or of the last one.
+        """
+        return {
+            **self._counts,
+            "running": self._running,
+            "seen": self._seen,
+            "total": max(self._total, self._seen),
+        }
 
     async def _work(self) -> None:
         wait_s = FIRST_PASS_AFTER_S
@@ -93,6 +103,9 @@ class Scrubber(LoopActor):
 
     async def _pass(self) -> None:
         store = self.system.actor("block_store")
+        stats = await store.stats.remote()
+        self._seen = 0
+        self._total = stats["blocks"]["used"] + stats["inodes"]["used"]
         for kind in (0, 1):
             slot: int | None = 0
             while slot is not None:
@@ -104,6 +117,7 @@ class Scrubber(LoopActor):
                 statuses = split_records(CHECK_STATUS, answer)
                 for ref, (status, root) in zip(refs, statuses, strict=True):
                     self._counts["checked"] += 1
+                    self._seen += 1
                     if status == Status.CORRUPT:
                         self._counts["damaged"] += 1
                         await self._repair(ref, root)

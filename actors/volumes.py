@@ -14,11 +14,13 @@ from typing import Any
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.actors.volume import VolumeActor
 from torus_actors.errors import Fenced, NotExist, TorusError, WrongVolumeType
+from torus_actors.metadata.records import SnapshotRequest
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import Cell, ChildSpec, LoopActor, State, expose
 from torus_actors.volume.opening import close_session, open_session
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import CacheSizes, Session
+from torus_actors.volume.snapshots import split_name
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Volumes(LoopActor):
         view: the cluster as last seen.
         caches: bounds of memory: the read cache is shared by all volumes, each has its own write
             cache.
-        only: serve this volume and no other, also as the default export.
+        only: serve this volume, or ``VOLUME@SNAPSHOT``, and no other, also as the default export.
         default: the default export where every volume is served.
         read_only: open without a lock, and refuse writes.
         holder: who has the volumes open, for people: host and process.
@@ -76,6 +78,7 @@ class Volumes(LoopActor):
         self._holder = holder
         self._deaths: list[float] = []
         self._locks: dict[str, asyncio.Lock] = {}
+        self._requests: list[SnapshotRequest] = []
 
     async def setup(self) -> None:
         """Take over the open volumes; their actors died with the predecessor's supervision."""
@@ -87,6 +90,8 @@ class Volumes(LoopActor):
         self._cache: ReadCache = cache
         for name, volume in self._open.items():
             await self._start_actor(name, volume.session)
+        if not self._read_only:
+            self.spawn(self._watch_requests())
 
     async def cleanup(self) -> None:
         """Stop the volume actors; when this is for good, flush and unlock the volumes."""
@@ -105,6 +110,20 @@ class Volumes(LoopActor):
             if cell is not None:
                 await cell.stop(final=final)
 
+    async def _watch_requests(self) -> None:
+        """Tell the sessions here which snapshots are wanted of their volumes."""
+        async for requests in self._meta.snapshot_requests_watch():
+            self._requests = requests
+            self._hand_out_requests()
+
+    def _hand_out_requests(self) -> None:
+        for volume in self._open.values():
+            session = volume.session
+            if session.epoch:
+                session.snapshots_wanted(
+                    [each for each in self._requests if each.volume_id == session.volume_id]
+                )
+
     @expose(idempotent=True)
     async def list_names(self) -> list[str]:
         """Names of all volumes that may be opened."""
@@ -117,7 +136,7 @@ class Volumes(LoopActor):
         """Open a volume for one more user.
 
         Args:
-            name: the volume, or ``""`` for the only one that is served.
+            name: the volume, ``VOLUME@NAME`` for a snapshot of it, or ``""`` for the default.
 
         Returns:
             ``[name, size in bytes, description, read_only]``.
@@ -139,6 +158,7 @@ class Volumes(LoopActor):
                 await self._start_actor(name, session)
                 if session.replayed and session.epoch:
                     await self._commit_replay(name, session)
+                self._hand_out_requests()
             elif volume.session.file.failure is not None:
                 # Fenced: those who have it open may read on, but it is not what the volume is now.
                 raise volume.session.file.failure
@@ -173,10 +193,13 @@ class Volumes(LoopActor):
                 raise NotExist("there is no default export here: name a volume")
             return self._default
         if self._only is not None and name != self._only:
+            if name == split_name(self._only)[0]:
+                return self._only  # a snapshot is served under the volume's own name too
             raise NotExist(f"only volume {self._only} is served here, not {name}")
         return name
 
     async def _attach(self, name: str) -> Session:
+        name, snapshot = split_name(name)
         record = await self._meta.volume(name)
         if record.kind not in VOLUME_KINDS:
             raise WrongVolumeType(f"volume {name} is a {record.kind} volume, not a block volume")
@@ -190,7 +213,8 @@ class Volumes(LoopActor):
             read_cache=self._cache,
             write_cache_bytes=self._caches.write_bytes,
             view=self._view,
-            read_only=self._read_only,
+            read_only=self._read_only or snapshot is not None,
+            snapshot=snapshot,
         )
 
     @expose()

@@ -45,6 +45,7 @@ class Checker:
         self._heads: dict[str, Head] = {}
         self._snapshots: dict[str, Head] = {}
         self._ring_version = 0
+        self._members: set[str] = set()
         self._pages: dict[BlockRef, bytes] = {}
         self._reachable: dict[BlockRef, int] | None = None
         cluster.store.watchers.append(self._on_change)
@@ -109,10 +110,20 @@ class Checker:
             if snapshot.head:
                 self._snapshots[operation.key] = Head.decode(snapshot.head)
         elif row is table.RING:
-            version = RingRecord.decode(operation.value).version
-            if version <= self._ring_version:
-                self.cluster.fail(f"the ring goes from version {self._ring_version} to {version}")
-            self._ring_version = version
+            self._on_ring(RingRecord.decode(operation.value))
+
+    def _on_ring(self, record: RingRecord) -> None:
+        cluster, version = self.cluster, record.version
+        if version <= self._ring_version:
+            cluster.fail(f"the ring goes from version {self._ring_version} to {version}")
+        self._ring_version = version
+        members = set(rings.unmarshal(record.data).members)
+        gone = self._members - members
+        if gone - cluster.may_leave:
+            cluster.fail(f"ring {version} has lost {sorted(gone)}, which nobody wanted out of it")
+        if gone and len(members) < cluster.shape.replication:
+            cluster.fail(f"ring {version} has only {len(members)} members")
+        self._members = members
 
     def _on_head(self, key: str, head: Head) -> None:
         self._reachable = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torus_actors.actors.evictor import REMOVE_AFTER_S
 from torus_actors.errors import Invalid, TorusError
 from torus_actors.machine import Machine
 from torus_actors.metadata import kv
@@ -75,6 +76,7 @@ class Shape:
         read_cache_bytes: of each client.
         miss_percent: reads that find nothing in a node's page cache.
         lease_ttl_s: of nodes and clients.
+        remove_after_s: after which nodes take one that is gone out of the ring.
     """
 
     nodes: int = 3
@@ -87,6 +89,7 @@ class Shape:
     read_cache_bytes: int = 256 << 10
     miss_percent: int = 20
     lease_ttl_s: int = 6
+    remove_after_s: float = REMOVE_AFTER_S
 
 
 @dataclass(eq=False)
@@ -150,6 +153,8 @@ class Cluster:
         self.failures: list[str] = []
         self.node_watchers: list[Callable[[Host], None]] = []
         """Called with each storage node that has started."""
+        self.may_leave: set[str] = set()
+        """Ids of nodes that an operator, or a fault that lasts, takes out of the ring."""
 
     def rng(self, purpose: str) -> random.Random:
         """A generator of its own for a purpose."""
@@ -288,6 +293,7 @@ class Cluster:
                 metadata=f"torus://{META_ADDRESS}:{PORT}",
                 auto_join=True,
                 lease_ttl_s=self.shape.lease_ttl_s,
+                remove_after_s=self.shape.remove_after_s,
                 machine=self._machine(host),
             )
             rng = random.Random(f"{self.seed}/{host.name}/{host.boots}")

@@ -18,12 +18,17 @@ from torus_actors.model.refs import BlockRef
 from torus_actors.runtime.cell import State
 from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
+from torus_actors.scenarios.snapshots import Snapshots, take_snapshots
 from torus_actors.scenarios.workload import Driver
 from torus_actors.storage.index import DATA_OFFSET, Layout
 from torus_actors.storage.mfile_open import DATA_PATH
 
 HEALED_S_MAX = 240.0
 """A lost node's blocks are copied, or a changed ring is settled, within this time."""
+
+EVICTED_S_MAX = 90.0
+"""Faults may interrupt the counting: a lost node leaves the ring within thrice the time-out and
+this."""
 
 
 class Field:
@@ -53,6 +58,7 @@ class Field:
         self.broken: dict[str, Host] = {}
         self.counts: dict[str, int] = {}
         self.rotten: Host | None = None
+        self.snapshots = Snapshots(cluster)
         self._changing = asyncio.Lock()
 
     def say(self, text: str) -> None:
@@ -136,6 +142,7 @@ async def lose_node(field: Field) -> None:
         host.disks.clear()
         await asyncio.sleep(field.rng.uniform(0.0, 8.0))
         field.say(f"{host.name} is taken out of the ring")
+        cluster.may_leave.add(peer)
         await change_ring(cluster.meta, _without(peer), field.rng)
         await asyncio.sleep(field.rng.uniform(0.0, 3.0))
         await cluster.start_node(cluster.add_host())
@@ -143,6 +150,56 @@ async def lose_node(field: Field) -> None:
             lacking = await field.checker.lacking(deep=False)
             cluster.fail(f"a lost node's blocks were not copied in time: {lacking[:3]}")
         field.whole(host)
+
+
+async def abandon_node(field: Field) -> None:
+    """A node is gone, and nobody does anything about it; it may come back much later.
+
+    The others take it out of the ring, and all copies are made, without an operator.
+    """
+    async with field._changing:
+        cluster, rng = field.cluster, field.rng
+        if field.broken or not await field.settled():
+            return
+        ring = await cluster.ring()
+        if len(ring.members) <= max(cluster.shape.replication, 2):
+            return
+        host = field.victim()
+        if host is None:
+            return
+        peer = host.node_id
+        returns = rng.random() < 0.5
+        field.say(f"{host.name} is gone{'' if returns else ' for good'}, and nobody cares")
+        cluster.may_leave.add(peer)
+        host.wanted = False
+        cluster.power_off(host)
+        if not returns:
+            host.disks.clear()
+        if not await _in_ring(field, peer, False):
+            cluster.fail(f"{host.name} was not taken out of the ring in time")
+        elif not await field.settled():
+            lacking = await field.checker.lacking(deep=False)
+            cluster.fail(f"the blocks of a node that is gone were not copied: {lacking[:3]}")
+        if returns:
+            cluster.power_on(host)
+            await cluster.start_node(host)
+            if not await _in_ring(field, peer, True):
+                cluster.fail(f"{host.name} has not come back into the ring")
+        else:
+            await cluster.start_node(cluster.add_host())
+        cluster.may_leave.discard(peer)
+        field.whole(host)
+
+
+async def _in_ring(field: Field, peer: str, wanted: bool) -> bool:
+    """Wait until a node is in the ring, or is not; whether that was in time."""
+    cluster = field.cluster
+    end = cluster.loop.time() + EVICTED_S_MAX + 3 * cluster.shape.remove_after_s
+    while (peer in (await cluster.ring()).members) != wanted:
+        if cluster.loop.time() > end:
+            return False
+        await asyncio.sleep(1.0)
+    return True
 
 
 def _without(peer: str) -> Callable[[rings.Ring], rings.Ring | None]:
@@ -460,6 +517,7 @@ async def change_members(field: Field) -> None:
         if members and len(ring.members) > cluster.shape.replication + 1 and rng.random() < 0.5:
             host = rng.choice(members)
             field.say(f"{host.name} is taken out of the ring")
+            cluster.may_leave.add(host.node_id)
             await change_ring(cluster.meta, _without(host.node_id), rng)
         else:
             host = cluster.add_host()
@@ -517,6 +575,7 @@ Fault = Callable[[Field], Coroutine[Any, Any, None]]
 FAULTS: dict[str, Fault] = {
     "crash_node": crash_node,
     "lose_node": lose_node,
+    "abandon_node": abandon_node,
     "restart_all": restart_all,
     "cut_client": cut_client,
     "cut_peers": cut_peers,
@@ -538,6 +597,7 @@ FAULTS: dict[str, Fault] = {
     "change_replication": change_replication,
     "kill_actor": kill_actor,
     "collect_now": collect_now,
+    "take_snapshots": take_snapshots,
 }
 
 OVERLAPPING = {"crash_node", "cut_peers", "cut_one_way", "freeze_node", "slow_disk", "disk_errors"}

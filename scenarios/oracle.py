@@ -71,6 +71,56 @@ class Flush:
         self.doomed = doomed
 
 
+class Taking:
+    """A snapshot that is being made: what may be in it.
+
+    Attributes:
+        crossed: another client has opened the volume meanwhile.
+        begun_at, acked_at: places, in the order of all events, of the writes of this time.
+    """
+
+    def __init__(self, oracle: VolumeOracle) -> None:
+        self._live = {sector: oracle.live(sector) for sector in oracle.later}
+        self._crash = {sector: oracle.after_crash(sector) for sector in oracle.later}
+        self._durable = dict(oracle.durable)
+        self._begun: dict[int, list[int]] = {}
+        self.crossed = False
+        self.begun_at: dict[int, int] = {}
+        self.acked_at: dict[int, int] = {}
+        self._events = 0
+
+    def begun(self, write: Write) -> None:
+        """A write is about to be sent."""
+        self._events += 1
+        self.begun_at[write.sequence] = self._events
+        for sector in range(write.first, write.last):
+            self._begun.setdefault(sector, []).append(write.sequence)
+
+    def acked(self, write: Write) -> None:
+        """A write was acknowledged."""
+        self._events += 1
+        self.acked_at[write.sequence] = self._events
+
+    def strict(self, sector: int) -> list[int]:
+        """If one session was there all the time: what it had acknowledged, or anything later."""
+        live = self._live.get(sector) or [self._durable.get(sector, 0)]
+        return live + self._begun.get(sector, [])
+
+    def loose(self, sector: int) -> list[int]:
+        """If not: what was durable, or anything later."""
+        crash = self._crash.get(sector) or [self._durable.get(sector, 0)]
+        return crash + self._begun.get(sector, [])
+
+    def acked_before(self, number: int, moment: int) -> bool:
+        """Whether a write was acknowledged before that place."""
+        return self.acked_at.get(number, moment) < moment
+
+    def after(self, sector: int, number: int) -> list[int]:
+        """Writes of a sector, begun in this time, that came after one."""
+        begun = self._begun.get(sector, [])
+        return begun[begun.index(number) + 1 :] if number in begun else begun
+
+
 class VolumeOracle:
     """One volume.
 
@@ -92,15 +142,29 @@ class VolumeOracle:
         self.acked: dict[int, int] = {}
         """The last acknowledged of those."""
         self.session: Session | None = None
+        self.takings: list[Taking] = []
+        """Snapshots that are being made."""
         self.reported = 0
 
     def open(self, name: str) -> Session:
         """A client has the volume open now; whoever had it before is fenced."""
         if self.session is not None:
             self.session.fenced = True
+        for taking in self.takings:
+            taking.crossed = True
         session = Session(self, name, self.session)
         self.session = session
         return session
+
+    def begin_snapshot(self) -> Taking:
+        """A snapshot is about to be asked for."""
+        taking = Taking(self)
+        self.takings.append(taking)
+        return taking
+
+    def end_snapshot(self, taking: Taking) -> None:
+        """It was made, or was not."""
+        self.takings.remove(taking)
 
     def next_sequence(self) -> int:
         """A number for a write."""
@@ -192,7 +256,11 @@ class Session:
             later = oracle.later
             for sector in range(first, last):
                 later.setdefault(sector, []).append(sequence)
-        return Write(offset, first, last, sequence, data)
+        write = Write(offset, first, last, sequence, data)
+        if not self.fenced:
+            for taking in oracle.takings:
+                taking.begun(write)
+        return write
 
     def write_done(self, write: Write) -> None:
         """It was acknowledged."""
@@ -202,6 +270,8 @@ class Session:
         oracle = self._oracle
         for sector in range(write.first, write.last):
             oracle.acked[sector] = write.sequence
+        for taking in oracle.takings:
+            taking.acked(write)
 
     def check_read(self, offset: int, data: bytes) -> None:
         """Data was read."""

@@ -208,13 +208,17 @@ class _Play:
         for host in cluster.clients:
             cluster.kill(host)
         host = cluster.clients[0]
-        for _ in range(2):
+        for again in (False, True):
             if await cluster.start_client(host) is None:
                 cluster.fail("the last client did not start")
                 return
             for driver in self.drivers:
                 driver.host = host
                 task = cluster.run_on(host, driver.last_session(host))
+                await cluster.finish(host, task, LAST_SESSION_S_MAX)
+            snapshots = self.field.snapshots
+            if snapshots.kept:
+                task = cluster.run_on(host, snapshots.last_look(host, again))
                 await cluster.finish(host, task, LAST_SESSION_S_MAX)
             await cluster.stop(host)
 

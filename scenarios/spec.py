@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from torus_actors.actors.evictor import REMOVE_AFTER_S
 from torus_actors.scenarios.cluster import Shape
 from torus_actors.scenarios.workload import Workload
 
@@ -40,6 +41,7 @@ class Scenario:
         all_copies: whether in the end every copy must be there and right. Not where copies rot
             that nobody reads.
         no_garbage: whether in the end nothing else may be stored.
+        remove_after_s: after which nodes take one that is gone out of the ring.
         knobs: further constants to set, by dotted name.
     """
 
@@ -59,6 +61,7 @@ class Scenario:
     broken_max: int | None = None
     all_copies: bool = True
     no_garbage: bool = True
+    remove_after_s: Range = (REMOVE_AFTER_S, REMOVE_AFTER_S)
     knobs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -90,6 +93,11 @@ class Drawn:
         return "\n".join(lines)
 
 
+def _own_rng(scenario: Scenario, seed: int, what: str) -> random.Random:
+    """For what was added later: a generator of its own, so that old seeds stay what they were."""
+    return random.Random(f"{seed}/{scenario.name}/{what}")
+
+
 def draw(scenario: Scenario, seed: int) -> Drawn:
     """What the seed makes of the scenario."""
     rng = random.Random(f"{seed}/{scenario.name}/draw")
@@ -115,6 +123,7 @@ def draw(scenario: Scenario, seed: int) -> Drawn:
         write_cache_bytes=rng.choice((64 << 10, 256 << 10, 1 << 20)),
         read_cache_bytes=rng.choice((0, 64 << 10, 1 << 20)),
         miss_percent=rng.choice((0, 20, 80)),
+        remove_after_s=_own_rng(scenario, seed, "remove").uniform(*scenario.remove_after_s),
     )
     load = scenario.workload
     workload = Workload(
@@ -167,6 +176,21 @@ _LIST = (
         {"lose_node": (4, 8)},
         nodes=(4, 5),
         duration_s=(25, 40),
+    ),
+    Scenario(
+        "node_abandoned",
+        "A node that is gone for long leaves the ring by itself; no outage makes another one leave",
+        {
+            "abandon_node": (3, 6),
+            "metadata_out": (8, 30),
+            "freeze_node": (8, 30),
+            "cut_peers": (8, 30),
+            "wipe_leases": (8, 30),
+        },
+        nodes=(4, 5),
+        replication=(2, 3),
+        duration_s=(20, 30),
+        remove_after_s=(25, 50),
     ),
     Scenario(
         "rolling_restart",
@@ -283,6 +307,23 @@ _LIST = (
         duration_s=(30, 60),
     ),
     Scenario(
+        "snapshots",
+        "A snapshot is what the volume was in one moment, stays so, and takes no room once deleted",
+        {
+            "take_snapshots": (0.5, 2.5),
+            "collect_now": (2, 6),
+            "crash_client": (8, 25),
+            "crash_node": (6, 20),
+            "kill_actor": (2, 10),
+            "metadata_out": (15, 40),
+        },
+        clients=(1, 2),
+        volume_bytes=(256 << 10, 1 << 20),
+        workload=Workload(flush=1.5, pause_s=0.1),
+        errors_allowed=True,
+        duration_s=(25, 45),
+    ),
+    Scenario(
         "long_session",
         "What a client wrote and has not flushed for long is not taken for garbage",
         {"collect_now": (2, 6)},
@@ -322,6 +363,7 @@ _LIST = (
             "change_members": (10, 40),
             "kill_actor": (3, 20),
             "collect_now": (3, 20),
+            "take_snapshots": (5, 20),
         },
         nodes=(3, 5),
         replication=(2, 3),

@@ -24,6 +24,7 @@ from torus_actors.actors.collector import Collector
 from torus_actors.actors.disk import READERS, disk_workers
 from torus_actors.actors.heartbeat import Heartbeat
 from torus_actors.actors.inode_store import INodeStore
+from torus_actors.actors.journal import JournalActor, JournalDisk, OpenJournal
 from torus_actors.actors.rebalancer import Rebalancer
 from torus_actors.actors.replicator import ReadLevel, Replicator, WriteLevel
 from torus_actors.actors.ring_watcher import ClusterView
@@ -440,7 +441,8 @@ class StorageNode(Member):
     def __init__(self, cluster: Cluster, node_id: str, blocks: int) -> None:
         super().__init__(cluster, node_id)
         self.blocks = blocks
-        self.disks = [SimDisk(Forgetful(1)), SimDisk(Forgetful(2))]
+        self.disks = [SimDisk(Forgetful(1)), SimDisk(Forgetful(2)), SimDisk(Forgetful(3))]
+        self.journal: OpenJournal | None = None
         self.opened: OpenStores | None = None
         self._rebalances = False
 
@@ -467,7 +469,7 @@ class StorageNode(Member):
         system = self._new_system()
         sizes = (self.cluster.gmd.block_size, INODE_BLOCK)
         stores = []
-        for disk, block_size, extra in zip(self.disks, sizes, (0, 64), strict=True):
+        for disk, block_size, extra in zip(self.disks[:2], sizes, (0, 64), strict=True):
             room = (self.blocks + extra) * (block_size + 8192) + (1 << 16)
             stores.append(
                 MFileStore.open(disk, block_size=block_size, size_bytes=room, rng=self.cluster.rng)
@@ -477,6 +479,12 @@ class StorageNode(Member):
             *disk_workers(opened.stores),
             ChildSpec("block_store", lambda: BlockStoreActor(opened), max_concurrency=256),
         ]
+        if self.cluster.journals:
+            journal = self.journal = OpenJournal.open(system, self.disks[2], self.cluster.rng)
+            children += [
+                ChildSpec("journal_disk", JournalDisk),
+                ChildSpec("journal", lambda: JournalActor(journal), max_concurrency=64),
+            ]
         if rebalancer:
             children.append(ChildSpec("rebalancer", lambda: Rebalancer(self.view)))
         if self.cluster.collect_s is not None:
@@ -526,6 +534,9 @@ class StorageNode(Member):
         for name in ("disk_writer", *READERS, "disk_flusher"):
             system.cells[name].will_restart = False
         await system.stop()
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
         if self.opened._idle_flush is not None:
             self.opened._idle_flush.cancel()
 
@@ -726,6 +737,7 @@ class Cluster:
         block_size: bytes of a data block.
         blocks: room of a node, in data blocks.
         collect_s: grace of the nodes' garbage collectors; None for none.
+        journals: whether nodes keep journals; without, every flush is a commit.
         seed: of everything random.
     """
 
@@ -737,8 +749,10 @@ class Cluster:
         blocks: int = 256,
         seed: int = 1,
         collect_s: float | None = None,
+        journals: bool = False,
     ) -> None:
         self.collect_s = collect_s
+        self.journals = journals
         self.rng = random.Random(seed)
         self.network = Network(self.rng)
         self.store = MemoryStore()

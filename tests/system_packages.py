@@ -16,6 +16,7 @@ PACKAGES = {
     "fio": "fio",
     "mke2fs": "e2fsprogs",
     "nbdcopy": "libnbd-bin",
+    "nbdfuse": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbdkit": "nbdkit",
     "openssl": "openssl",

@@ -18,6 +18,7 @@ Storage node::
         |   `-- journal        records of volume sessions
         |-- replicator, inode_store, rebalancer, collector, scrubber
         |-- heartbeat          lease and registration
+        |-- evictor            takes members out of the ring that are gone for too long
         |-- control            questions and orders from torusctl
         `-- volumes, nbd_server   with --nbd: volumes for NBD clients
 
@@ -45,12 +46,13 @@ from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.collector import Collector
 from torus_actors.actors.control import Control
 from torus_actors.actors.disk import disk_workers
+from torus_actors.actors.evictor import REMOVE_AFTER_S, Evictor
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
 from torus_actors.actors.inode_store import INodeStore
 from torus_actors.actors.journal import JournalActor, JournalDisk, OpenJournal
 from torus_actors.actors.metadata import ActorStore, MetadataActor
 from torus_actors.actors.nbd_server import NbdAddress, NbdServer
-from torus_actors.actors.rebalancer import Rebalancer
+from torus_actors.actors.rebalancer import RATE_BYTES_S, Rebalancer
 from torus_actors.actors.replicator import ReadLevel, Replicator, WriteLevel
 from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
 from torus_actors.actors.scrubber import Scrubber
@@ -139,6 +141,8 @@ class NodeConfig:
         zone: failure domain.
         secret: of the cluster, at least 16 bytes, or None.
         http: where to serve metrics and health; None for nowhere.
+        remove_after_s: members that are gone for so long leave the ring; None for never.
+        rebalance_rate_bytes_s: bound of what it sends to other nodes when blocks move.
         machine: what it runs on.
     """
 
@@ -153,6 +157,8 @@ class NodeConfig:
     nbd: NbdConfig | None = None
     http: Addr | None = None
     lease_ttl_s: int = LEASE_TTL_S
+    remove_after_s: float | None = REMOVE_AFTER_S
+    rebalance_rate_bytes_s: int = RATE_BYTES_S
     machine: Machine = REAL_MACHINE
 
 
@@ -413,7 +419,7 @@ class StorageNode(Process):
                 *services[:1],
                 storage,
                 *services[1:],
-                ChildSpec("rebalancer", lambda: Rebalancer(view)),
+                ChildSpec("rebalancer", lambda: Rebalancer(view, config.rebalance_rate_bytes_s)),
                 ChildSpec("collector", lambda: Collector(self.meta)),
                 ChildSpec("scrubber", lambda: Scrubber(view.block_size)),
                 ChildSpec(
@@ -421,6 +427,7 @@ class StorageNode(Process):
                     lambda: Heartbeat(self.meta, self.peer_info, config.lease_ttl_s),
                     max_concurrency=64,
                 ),
+                ChildSpec("evictor", lambda: self._evictor(view)),
                 ChildSpec("control", lambda: Control(view, "node"), max_concurrency=16),
                 *self.nbd_services(config.nbd),
                 *self._http_services(),
@@ -454,9 +461,17 @@ class StorageNode(Process):
     async def _join(self) -> None:
         """Enter the ring, unless this node is in it."""
         assert self.view is not None
+        self.view.ring = await join_ring(self.meta, self._as_member(), self.system.rng)
+
+    def _as_member(self) -> Peer:
+        """This node as the ring has it."""
         info = self.peer_info()
-        peer = Peer(info.peer_id, max(info.capacity_bytes, 1), info.zone, info.address)
-        self.view.ring = await join_ring(self.meta, peer, self.system.rng)
+        return Peer(info.peer_id, max(info.capacity_bytes, 1), info.zone, info.address)
+
+    def _evictor(self, view: ClusterView) -> Evictor:
+        config = self.config
+        rejoin = self._as_member if config.auto_join else None
+        return Evictor(self.meta, view, config.lease_ttl_s, config.remove_after_s, rejoin)
 
     async def stop(self) -> None:
         """Flush the block store and close everything."""

@@ -239,7 +239,10 @@ def test_metadata_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_wipe_may_be_repeated_and_init_follows(tmp_path: Path) -> None:
-    """Wiping nothing is fine (torus#267); a node with blocks of the old cluster does not join."""
+    """Regression, coreos/torus#267: wipe panicked where there was nothing to wipe.
+
+    Here that is fine; and a node with blocks of the old cluster does not join.
+    """
     with Cluster(tmp_path) as cluster:
         node = cluster.start_node(0, size="64MiB")
         cluster.ctl("volume", "create", "demo", "16MiB")

@@ -217,7 +217,7 @@ def test_killing_any_actor_of_the_client_costs_no_error(shared: Cluster) -> None
 
 
 def test_a_full_cluster_says_enospc_and_recovers(tmp_path: Path) -> None:
-    """torus#401: the writer learns it, reads go on, and deleting makes room again."""
+    """Regression, coreos/torus#401: the writer learns it, reads go on, deleting makes room."""
     need("qemu-io", "nbdcopy")
     with Cluster(tmp_path) as cluster:
         for index in range(2):
@@ -340,7 +340,10 @@ def test_trimmed_ranges_become_holes_and_read_zero(shared: Cluster) -> None:
 
 
 def test_a_silent_node_does_not_stall_operations(shared: Cluster) -> None:
-    """A node that neither answers nor closes (SIGSTOP, as if powered off) is soon passed over."""
+    """Regression, found by reading: a dead peer that refuses nothing stalls every operation.
+
+    Here a node that neither answers nor closes (SIGSTOP, as if powered off) is soon passed over.
+    """
     shared.ctl("volume", "create", "silent", "128MiB")
     client = shared.serve("silent")
     load = Fio(client.uri, *VERIFIED, seconds=8)
@@ -405,3 +408,38 @@ def test_what_a_killed_client_had_flushed_is_read_back(tmp_path: Path) -> None:
         twin = cluster.serve("twin")
         qemu_io(twin.uri, "read -P 2 4k 12k", "write -P 5 0 4k", "flush", "read -P 5 0 4k")
         assert twin.stop() == 0
+
+
+def test_a_node_lost_for_good_is_healed_without_an_operator(tmp_path: Path) -> None:
+    """Nobody does anything: the node leaves the ring, all blocks have two copies; it may return.
+
+    Started again after that, it is a member again and gets its share back.
+    """
+    options = ["--remove-after", "10s"]
+    with Cluster(tmp_path) as cluster:
+        for index in range(3):
+            cluster.start_node(index, *options)
+        cluster.ctl("ring", "set-replication", "2")
+        source = tmp_path / "source"
+        source.write_bytes(os.urandom(8 << 20))
+        cluster.ctl("block", "load", "demo", str(source), "--create")
+        cluster.nodes[2].kill()
+
+        def members() -> int:
+            return int(cluster.ctl_json("status")["ring_members"])
+
+        until(lambda: "leaves the ring in" in cluster.ctl("status"), "it is told", 30)
+        until(lambda: members() == 2, "the node is out of the ring", 60)
+
+        def whole() -> bool:
+            status, out, _ = cluster._call(
+                ["volume", "check", "demo", "--deep", "--json", "-C", cluster.metadata]
+            )
+            return status == 0 and json.loads(out)["exact"] == 17
+
+        until(whole, "all copies are there", 60)
+        assert cluster.ctl_json("status")["problems"] == []
+        cluster.nodes[2].start()
+        assert members() == 3
+        cluster.ctl("debug", "rebalance")
+        assert whole()

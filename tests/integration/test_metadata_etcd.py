@@ -294,7 +294,7 @@ def test_another_member_is_used_when_one_fails(tmp_path: Path) -> None:
 def test_a_burst_is_sent_a_few_requests_at_a_time(
     etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Regression, torus#294: many callers at once are held back here and do not overload etcd."""
+    """Regression, coreos/torus#294: many callers at once are held back, and overload no etcd."""
     under_way, peak = 0, 0
     answer = etcd_module._answer
 

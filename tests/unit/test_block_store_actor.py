@@ -136,7 +136,7 @@ async def test_a_reserved_slot_is_given_back_whatever_happens() -> None:
 
 @virtual
 async def test_torus_401_a_full_store_says_so_and_works_again_after_deletes() -> None:
-    """torus#401: OutOfSpace on a put.
+    """Regression, coreos/torus#401: a full store says so, as OutOfSpace on a put.
 
     Reads and deletes work; after a delete there is room again.
     """

@@ -262,7 +262,10 @@ async def test_a_lost_peer_fails_what_is_in_flight_at_once() -> None:
 
 @on_uvloop
 async def test_a_silent_peer_is_noticed_in_time() -> None:
-    """The other side is connected but reads and says nothing, as if stopped: known within 2.5 s."""
+    """Regression, found by reading: a dead peer that refuses nothing stalls every operation.
+
+    Here a side that is connected and says nothing, as if stopped, is known within 2.5 s.
+    """
     async with pair() as (caller, server):
         await up(caller, server)
         (link,) = server.bridge._in_links

@@ -11,6 +11,8 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.cli.connect import unreachable
 from torus_actors.cli.report import (
     add_answer,
+    garbage_of,
+    garbage_row,
     peer_row,
     problems,
     rebalance_of,
@@ -173,3 +175,34 @@ def test_an_audit_is_explained_in_one_line(silent: list[str]) -> None:
     told = str(explain(audit))
     assert "3 of 9 blocks" in told and "2 have none" in told and "\n" not in told
     assert ("20000000" in told) is bool(silent)
+
+
+def test_garbage_is_told_by_node_and_for_all() -> None:
+    """Found and reclaimed room; a node that says nothing counts for nothing, an error is told."""
+    at = ring(3, 2)
+    told = {"garbage_bytes": 3 << 20, "reclaimed_bytes": 1 << 30, "last_error": ""}
+    broken = {**told, "last_error": "stored Head cannot be read"}
+    rows = [
+        row(0, at, answer(IDS[0], collector=told)),
+        row(1, at, answer(IDS[1], collector=broken)),
+        row(2, at, PeerLost("gone")),
+    ]
+    assert garbage_row(rows) == {"garbage_bytes": 6 << 20, "reclaimed_bytes": 2 << 30}
+    assert [garbage_of(each) for each in rows] == [("3 MiB", "1 GiB")] * 2 + [("-", "-")]
+    assert "node 20000000 collects no garbage: stored Head cannot be read" in problems(at, rows)
+
+
+def test_a_lost_node_says_when_it_leaves_the_ring() -> None:
+    """The node that has counted longest decides; nobody says so where nobody leaves."""
+    at = ring(3, 2)
+    lost = PeerLost("gone")
+    rows = [
+        row(0, at, answer(IDS[0], evictor={"remove_after_s": 600.0, "missing_s": {IDS[2]: 60.0}})),
+        row(1, at, answer(IDS[1], evictor={"remove_after_s": 600.0, "missing_s": {IDS[2]: 90.0}})),
+        row(2, at, lost, registered=False),
+    ]
+    found = problems(at, rows)
+    assert found[0].endswith("its lease has ended; it leaves the ring in 8m30s")
+    never = {"remove_after_s": None, "missing_s": {IDS[2]: 90.0}}
+    rows[:2] = [row(i, at, answer(IDS[i], evictor=never)) for i in range(2)]
+    assert problems(at, rows)[0].endswith("its lease has ended")

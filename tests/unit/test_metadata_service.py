@@ -140,7 +140,7 @@ def test_wipe_removes_everything_of_this_cluster_only(backend: Backend) -> None:
 
 
 def test_wiping_nothing_is_fine(backend: Backend) -> None:
-    """Regression, torus#267: wiping what was never initialised, or twice, just succeeds."""
+    """Regression, coreos/torus#267: wiping what was never initialised, or twice, succeeds."""
 
     async def test(f: Fixture) -> None:
         await f.service.wipe()
@@ -207,7 +207,7 @@ def test_peers_are_up_while_their_lease_lives(backend: Backend) -> None:
 
 
 def test_a_peer_whose_lease_ran_out_registers_again(backend: Backend) -> None:
-    """Regression, torus#132: after an expired lease a node comes back under a new one."""
+    """Regression, coreos/torus#132: after an expired lease a node comes back under a new one."""
 
     async def test(f: Fixture) -> None:
         service = f.service
@@ -422,7 +422,7 @@ def test_inode_numbers_are_never_given_twice(backend: Backend) -> None:
 
 
 def test_a_burst_of_mints_costs_a_handful_of_transactions(backend: Backend) -> None:
-    """Regression, torus#294: a thousand writers at once do not become a thousand requests."""
+    """Regression, coreos/torus#294: a thousand writers at once are not a thousand requests."""
 
     async def test(f: Fixture) -> None:
         volume = await f.service.create_volume("demo", GIB)
@@ -645,6 +645,7 @@ def test_the_state_for_the_collector_is_complete_or_an_error(backend: Backend) -
         journal = Journal(epoch, (peer().peer_id,))
         await service.set_journal(demo.id, epoch, 0, journal)
         snapshot = await service.create_snapshot(demo.id, "monday")
+        await service.request_snapshot(demo.id, "tuesday", lease)
         state = await service.state()
         assert state.volumes == {demo.id: demo} and state.deleted == {gone.id: gone}
         assert state.heads == {demo.id: head_of(1, epoch)} and state.epochs == {demo.id: epoch}

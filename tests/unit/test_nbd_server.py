@@ -182,7 +182,10 @@ async def start(folder: Path, exports: One) -> NbdListener:
 def test_what_arrives_together_is_one_batch_and_answers_come_in_any_order(
     run: Callable[[Test], None],
 ) -> None:
-    """Sixteen requests in one segment are one submit; the answers go back as the device gives."""
+    """Regression, found by reading: NBD serves one request at a time.
+
+    Here sixteen requests in one segment are one submit; the answers go back as the device gives.
+    """
 
     async def body(folder: Path) -> None:
         device = Held()

@@ -117,7 +117,10 @@ async def test_nothing_is_dropped_while_an_owner_is_down() -> None:
 
 @virtual
 async def test_a_damaged_copy_at_an_owner_is_repaired_before_the_last_good_one_goes() -> None:
-    """An owner's copy fails its checksum: the extra copy stays until the owner's is mended."""
+    """Regression, found by reading: rebalance deletes after a presence-only check.
+
+    Here, when an owner's copy fails its checksum, the extra one stays until that is mended.
+    """
     async with Cluster(nodes=2, replication=1) as cluster:
         client = await started(cluster)
         block = Block(1)

@@ -55,7 +55,10 @@ async def status(client: Client) -> dict[str, Any]:
 
 @virtual
 async def test_torus_250_a_write_that_no_peer_took_is_an_error() -> None:
-    """torus#250: with every peer gone, or full, or failing, put_block fails."""
+    """Regression, coreos/torus#250: a write returned success though every peer had failed.
+
+    Here it fails, with every peer gone, or full, or failing.
+    """
     async with Cluster(nodes=2) as cluster:
         client = await cluster.client()
         for node in cluster.nodes.values():
@@ -73,10 +76,9 @@ async def test_torus_250_a_write_that_no_peer_took_is_an_error() -> None:
 @pytest.mark.parametrize("nodes", [1, 2])
 @virtual
 async def test_torus_219_fewer_peers_than_replicas(nodes: int) -> None:
-    """torus#219, 246, 427.
+    """Regression, coreos/torus#219, 246, 427: fewer peers than replicas are no crash.
 
-    With fewer peers than replicas blocks go to those there are, and the state says that it is
-    degraded.
+    Blocks go to those there are, and the state says that it is degraded.
     """
     async with Cluster(nodes=nodes, replication=3) as cluster:
         client = await cluster.client()
@@ -133,7 +135,10 @@ async def test_a_hanging_peer_is_passed_over() -> None:
 
 @virtual
 async def test_write_level_all_waits_for_all_copies() -> None:
-    """At level all the slowest copy is waited for."""
+    """Regression, found by reading: write-all succeeds with one copy.
+
+    Here, at level all, the slowest copy is waited for.
+    """
     async with Cluster(nodes=2, replication=2) as cluster:
         client = await cluster.client()
         cluster.network.delay_s[cluster.ids[0]] = 1.0
@@ -188,7 +193,10 @@ async def test_write_level_local_stores_here() -> None:
 
 @virtual
 async def test_torus_401_a_full_peer_is_told_as_out_of_space() -> None:
-    """torus#401: a write that a full cluster cannot take fails with OutOfSpace, not with EIO."""
+    """Regression, coreos/torus#401: out of space came without a warning, as EIO.
+
+    Here a write that a full cluster cannot take fails with OutOfSpace.
+    """
     async with Cluster(nodes=2, replication=2, blocks=4) as cluster:
         client = await cluster.client()
         with pytest.raises(OutOfSpace):
@@ -277,7 +285,11 @@ async def test_a_missing_copy_is_read_elsewhere_and_repaired(level: ReadLevel) -
 @pytest.mark.parametrize("level", list(ReadLevel))
 @virtual
 async def test_a_damaged_copy_is_read_elsewhere_and_repaired(level: ReadLevel) -> None:
-    """Bits rot on one owner's disk: whoever reads gets the right bytes, and the copy is mended."""
+    """Regression, found by reading: a checksum mismatch tries no second replica.
+
+    Here, when bits rot on one owner's disk, whoever reads gets the right bytes, and the copy is
+    mended.
+    """
     async with Cluster(nodes=3, replication=2) as cluster:
         client = await cluster.client(read_level=level)
         block = Block(3)
@@ -331,7 +343,10 @@ async def test_all_copies_damaged_is_an_error_not_data() -> None:
 @pytest.mark.parametrize("level", [ReadLevel.BLOCK, ReadLevel.SPREAD])
 @virtual
 async def test_a_hedged_read_overtakes_a_hanging_peer(level: ReadLevel) -> None:
-    """A connected peer that does not answer delays a read by less than a second."""
+    """Regression, found by reading: reads retry ten times, with doubling time-outs.
+
+    Here a connected peer that does not answer delays a read by less than a second.
+    """
     async with Cluster(nodes=2, replication=2) as cluster:
         client = await cluster.client(read_level=level)
         blocks = [Block(n) for n in range(8)]

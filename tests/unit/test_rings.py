@@ -67,7 +67,10 @@ def test_unmarshalled_ring_is_equal(ring: Ring) -> None:
 @pytest.mark.parametrize("kind", CIRCULAR)
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_fewer_peers_than_replicas_is_legal(kind: str, count: int) -> None:
-    """coreos/torus 219, 246, 427: too few peers give a shorter permutation and no failure."""
+    """Regression, coreos/torus#219, 246, 427: fewer peers than replicas are no crash.
+
+    They give a shorter permutation.
+    """
     ring = make_ring(kind, some_peers(count), replication=3)
     assert len(ring.permutation(REFS[0])) == count
     assert len(ring.owners(REFS[0])) == count

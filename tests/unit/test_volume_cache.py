@@ -116,9 +116,10 @@ async def test_zeros_wait_for_room_like_data() -> None:
 
 @virtual
 async def test_torus_401_out_of_space_reaches_the_writer_and_goes_away() -> None:
-    """torus#401: on a full cluster writers and flushes hear ENOSPC, those that wait for room too.
+    """Regression, coreos/torus#401: on a full cluster writers and flushes hear ENOSPC.
 
-    Reads and trims work; after room was made, writes and flushes do again.
+    Those that wait for room too. Reads and trims work; after room was made, writes and flushes do
+    again.
     """
     async with Cluster(nodes=1, replication=1, blocks=8, collect_s=1.0) as cluster:
         device = await cluster.volume(SIZE, write_bytes=4 * BLOCK)
@@ -346,9 +347,10 @@ async def test_no_put_is_on_its_way_when_a_commit_is_cut(monkeypatch: pytest.Mon
 
 @virtual
 async def test_a_block_read_just_after_it_was_written_is_right() -> None:
-    """Write 1 MiB, write the next MiB, read the first, from pooled receive buffers.
+    """Regression, found by reading: the read cache kept a slice of a buffer that was reused.
 
-    A buffer that is still looked at must not be filled again.
+    Write 1 MiB, write the next MiB, read the first, from pooled receive buffers. A buffer that is
+    still looked at must not be filled again.
     """
     async with Cluster(nodes=2, block_size=64 << 10, blocks=400) as cluster:
         device = await cluster.volume(4 << 20, write_bytes=2 << 20, read_bytes=4 << 20)

@@ -204,10 +204,10 @@ async def test_the_volume_actor_dies_as_its_head_is_recorded() -> None:
 
 @virtual
 async def test_a_fenced_session_reads_and_writes_no_more() -> None:
-    """Another session has begun.
+    """Regression, coreos/torus#230, 261, 317: a client writes on under a lost lease.
 
-    Writes and flushes fail with ESHUTDOWN, reads still work, what waits for room is answered too,
-    and the other session's data is untouched.
+    Here, when another session has begun, writes and flushes fail with ESHUTDOWN, reads still work,
+    what waits for room is answered too, and the other session's data is untouched.
     """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE, write_bytes=2 * BLOCK)
@@ -257,9 +257,10 @@ async def test_fua_is_durable_when_it_is_answered() -> None:
 
 @virtual
 async def test_torus_120_the_commit_of_a_huge_thin_volume_stays_small() -> None:
-    """torus#120: a volume of 1 PiB costs its metadata some hundred bytes.
+    """Regression, coreos/torus#120: an INode did not fit a request to etcd.
 
-    One write a few pages on the ring, whatever was written before.
+    Here a volume of 1 PiB costs its metadata some hundred bytes, and one write a few pages on the
+    ring, whatever was written before.
     """
     async with Cluster(nodes=1, replication=1) as cluster:
         device = await cluster.volume(1 << 50)

@@ -15,7 +15,10 @@ SIZE = 1 << 20
 
 @virtual
 async def test_torus_257_the_heartbeat_beats_while_the_data_path_hangs() -> None:
-    """torus#257: with every peer hanging and writes piled up, the lease is renewed in time."""
+    """Regression, coreos/torus#257: heartbeat and client waited for each other for ever.
+
+    Here, with every peer hanging and writes piled up, the lease is renewed in time.
+    """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE, write_bytes=32 << 10)
         cluster.network.hanging.update(cluster.ids)
@@ -36,9 +39,10 @@ async def test_torus_257_the_heartbeat_beats_while_the_data_path_hangs() -> None
 
 @virtual
 async def test_torus_132_a_lease_that_ran_out_is_made_again_with_what_hung_on_it() -> None:
-    """torus#132: the metadata was away for longer than the lease: there is a new one.
+    """Regression, coreos/torus#132: a lease that had ended was never made again.
 
-    The volume's lock hangs on it, and nobody else can open the volume; I/O went on all the time.
+    Here, when the metadata was away for longer than the lease, there is a new one. The volume's
+    lock hangs on it, and nobody else can open the volume; I/O went on all the time.
     """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE)
@@ -123,7 +127,10 @@ async def test_a_lease_that_is_replaced_while_a_volume_is_opened_takes_no_lock_a
 
 @virtual
 async def test_a_client_back_from_a_long_sleep_is_fenced_by_its_heartbeat() -> None:
-    """Another opened the volume while this one slept: it is told before it writes anything."""
+    """Regression, coreos/torus#230, 261, 317: a client writes on under a lost lease.
+
+    Here, when another opened the volume while this one slept, it is told before it writes anything.
+    """
     async with Cluster() as cluster:
         device = await cluster.volume(SIZE)
         await device.write(0, b"first")

@@ -51,6 +51,7 @@ def cli() -> None:
 )
 @click.option("--tcp", "tcp", multiple=True, type=ADDRESS, help="Serve on TCP.")
 @click.option("--read-only", is_flag=True, help="Take no lock and refuse writes.")
+@click.option("--snapshot", metavar="NAME", help="Serve this snapshot of VOLUME, read-only.")
 @click.option(
     "--read-cache", type=SIZE, default="256MiB", show_default=True, help="Memory for all volumes."
 )
@@ -97,6 +98,7 @@ def serve(
     paths: tuple[Path, ...],
     tcp: tuple[Address, ...],
     read_only: bool,
+    snapshot: str | None,
     read_cache: int,
     write_cache: int,
     listen: Address | None,
@@ -112,8 +114,11 @@ def serve(
 ) -> None:
     """Serve VOLUME over NBD until SIGINT or SIGTERM; without it, every volume by its name.
 
-    VOLUME is opened at once and kept; otherwise a volume is opened when a client asks for it.
+    VOLUME is opened at once and kept; otherwise a volume is opened when a client asks for it, and
+    a snapshot by VOLUME@NAME.
     """
+    if snapshot is not None and volume is None:
+        raise click.UsageError("--snapshot goes with a VOLUME")
     if not paths and not tcp:
         raise click.UsageError("where to serve? give --unix PATH or --tcp HOST:PORT")
     if (tls_cert is None) != (tls_key is None) or (tls_required and tls_cert is None):
@@ -129,6 +134,8 @@ def serve(
     from torus_actors.node import Client, ClientConfig, NbdConfig, check_exposure, start_client
     from torus_actors.volume.session import CacheSizes
 
+    if snapshot is not None:
+        volume, read_only = f"{volume}@{snapshot}", True
     secret = settings.secret()
     for address in tcp:
         check_exposure(

@@ -10,6 +10,7 @@ from torus_actors.cli.ctl_cluster import init, status, tree, wipe
 from torus_actors.cli.ctl_debug import debug
 from torus_actors.cli.ctl_ring import peer, ring
 from torus_actors.cli.ctl_self import completion, config, version
+from torus_actors.cli.ctl_snapshots import snapshot
 from torus_actors.cli.ctl_volumes import volume
 
 
@@ -28,6 +29,7 @@ for _command in (
     ring,
     volume,
     block,
+    snapshot,
     config,
     completion,
     version,

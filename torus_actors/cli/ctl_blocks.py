@@ -30,7 +30,7 @@ def block_create(settings: Settings, name: str, size: int) -> None:
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False))
 @click.pass_obj
 def block_dump(settings: Settings, volume: str, file: Path) -> None:
-    """Write a volume's content into FILE, or to standard output (-).
+    """Write the content of VOLUME, or VOLUME@SNAPSHOT, into FILE, or to standard output (-).
 
     Holes stay holes where FILE can have them. No lock is taken: of a volume that is in use, what it
     was at its last flush is written.

@@ -132,7 +132,7 @@ def status(settings: Settings, as_json: bool) -> None:
         print_json(report)
         return
     from torus_actors.cli.nodes import short
-    from torus_actors.cli.report import rebalance_of, state_of, usage_of
+    from torus_actors.cli.report import garbage_of, rebalance_of, state_of, usage_of
 
     click.echo(f"cluster      {report['cluster_id']}")
     click.echo(f"metadata     {report['metadata']}")
@@ -141,6 +141,10 @@ def status(settings: Settings, as_json: bool) -> None:
     click.echo(
         f"ring         {report['ring_type']}, version {report['ring_version']}, "
         f"{report['ring_members']} members"
+    )
+    click.echo(
+        f"garbage      {format_size(report['garbage_bytes'])} found, "
+        f"{format_size(report['reclaimed_bytes'])} reclaimed since the nodes started"
     )
     click.echo()
     if report["peers"]:
@@ -158,6 +162,12 @@ def status(settings: Settings, as_json: bool) -> None:
         ]
         columns = ("ID", "ADDRESS", "ZONE", "STATE", "USED/TOTAL", "LEVEL", "REBALANCE")
         print_table(columns, rows)
+        click.echo()
+        print_table(
+            ("ID", "GARBAGE", "RECLAIMED"),
+            [(short(row["id"]), *garbage_of(row)) for row in report["peers"]],
+            right=("GARBAGE", "RECLAIMED"),
+        )
         click.echo()
     if report["problems"]:
         for problem in report["problems"]:

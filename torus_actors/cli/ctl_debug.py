@@ -12,6 +12,7 @@ import click
 from torus_actors.cli.common import Failed, Group, Settings, json_option, run
 from torus_actors.cli.nodes import short
 from torus_actors.cli.output import print_json
+from torus_actors.cli.progress import Advance, progress_bar, shows_bars
 
 POLL_S = 0.3
 
@@ -75,14 +76,20 @@ def debug_kill(settings: Settings, node: str, actor: str) -> None:
 )
 @click.pass_obj
 def debug_rebalance(settings: Settings, timeout: float) -> None:
-    """Run passes on all nodes until every block is where the ring wants it."""
+    """Run passes on all nodes until every block is where the ring wants it.
+
+    On a terminal a bar shows the pass under way: blocks looked at on all nodes, and how long it
+    will take.
+    """
     run(settings, _rebalance(settings, timeout))
 
 
 async def _rebalance(settings: Settings, timeout_s: float) -> None:
     from torus_actors.cli.connect import Connection, connect
 
-    async def one_round(connection: Connection, addresses: dict[str, str]) -> list[dict[str, Any]]:
+    async def one_round(
+        connection: Connection, addresses: dict[str, str], advance: Advance
+    ) -> list[dict[str, Any]]:
         """Ask all for a pass, and wait until each has made a whole one."""
         names, where = list(addresses), list(addresses.values())
         before = _all_of(names, await connection.ask_all(where, "rebalancer", "status"))
@@ -93,8 +100,10 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
         while True:
             now = _all_of(names, await connection.ask_all(where, "rebalancer", "status"))
             busy = sum(each["running"] for each in now)
+            totals = [max(each["total"], each["seen"]) for each in now]
+            advance(sum(each["seen"] for each in now), sum(totals))
             line = f"{busy} nodes at work, {sum(each['left'] for each in now)} blocks left"
-            if busy and line != told:
+            if busy and line != told and not shows_bars():
                 click.echo(line, err=True)
                 told = line
             if all(
@@ -113,7 +122,8 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
                 addresses = {i.peer_id: i.address for i in await connection.meta.peers()}
                 if not addresses:
                     raise Failed("no node is up: start one with torus-node start")
-                result = await one_round(connection, addresses)
+                with progress_bar("rebalancing", None, "blocks") as advance:
+                    result = await one_round(connection, addresses, advance)
                 total = {key: sum(each[key] for each in result) for key in _COUNTS}
                 for key in moved:
                     moved[key] += total[key]
@@ -156,20 +166,22 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
             names, where = list(addresses), list(addresses.values())
             before = _all_of(names, await connection.ask_all(where, "scrubber", "status"))
             wanted = [each["passes"] + (2 if each["running"] else 1) for each in before]
-            while True:
-                now = _all_of(names, await connection.ask_all(where, "scrubber", "status"))
-                pairs = list(zip(now, wanted, before, strict=True))
-                if all(each["passes"] >= count for each, count, _ in pairs):
-                    found = sum(each["damaged"] - was["damaged"] for each, _, was in pairs)
-                    failed = sum(each["failed"] - was["failed"] for each, _, was in pairs)
-                    return found, failed
-                late = [
-                    w
-                    for w, (each, count, _) in zip(where, pairs, strict=True)
-                    if each["passes"] < count
-                ]
-                await connection.ask_all(late, "scrubber", "start_pass")
-                await asyncio.sleep(POLL_S)
+            with progress_bar("scrubbing", None, "blocks") as advance:
+                while True:
+                    now = _all_of(names, await connection.ask_all(where, "scrubber", "status"))
+                    advance(sum(each["seen"] for each in now), sum(each["total"] for each in now))
+                    pairs = list(zip(now, wanted, before, strict=True))
+                    if all(each["passes"] >= count for each, count, _ in pairs):
+                        found = sum(each["damaged"] - was["damaged"] for each, _, was in pairs)
+                        failed = sum(each["failed"] - was["failed"] for each, _, was in pairs)
+                        return found, failed
+                    late = [
+                        w
+                        for w, (each, count, _) in zip(where, pairs, strict=True)
+                        if each["passes"] < count
+                    ]
+                    await connection.ask_all(late, "scrubber", "start_pass")
+                    await asyncio.sleep(POLL_S)
     except TimeoutError as error:
         raise Failed(f"not scrubbed within {timeout_s:g} s") from error
 

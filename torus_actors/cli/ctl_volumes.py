@@ -155,6 +155,7 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
 
     async def work() -> int:
         from torus_actors.cli.connect import connect
+        from torus_actors.volume.journal import is_unreplayed
 
         async with connect(settings) as connection:
             meta = connection.meta
@@ -164,7 +165,7 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
                 raise Failed(f"volume {source} is held by {lock.holder}: close it there first")
             head, _ = await meta.head(origin.id)
             journal, _ = await meta.journal(origin.id)
-            if journal is not None and journal.ensemble:
+            if is_unreplayed(journal, head):
                 raise Failed(
                     f"volume {source} was not closed in order, and its last flushes are in its "
                     f"journal: open it once with torusblk serve {source}, then clone it"
@@ -186,7 +187,10 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
 @json_option
 @click.pass_obj
 def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> None:
-    """Count the good copies of every block; fails if any block has too few."""
+    """Count the good copies of every block; fails if any block has too few.
+
+    The blocks of the volume's snapshots are checked with it; NAME may also be VOLUME@SNAPSHOT.
+    """
 
     async def work() -> Audit:
         from torus_actors.cli.full import full_client
@@ -208,8 +212,8 @@ def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> No
     else:
         how = "read and verified" if deep else "looked up"
         click.echo(
-            f"volume {name}: {audit.blocks} blocks, {audit.pages} of them INode pages; "
-            f"copies wanted: {audit.wanted}; {how}"
+            f"volume {name}{_with(audit.snapshots) if '@' not in name else ''}: {audit.blocks} "
+            f"blocks, {audit.pages} of them INode pages; copies wanted: {audit.wanted}; {how}"
         )
         for count, what in (
             (audit.exact, "with as many good copies as wanted"),
@@ -225,3 +229,9 @@ def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> No
     problem = explain(audit)
     if problem is not None:
         raise problem
+
+
+def _with(snapshots: int) -> str:
+    if not snapshots:
+        return ""
+    return " with 1 snapshot" if snapshots == 1 else f" with {snapshots} snapshots"

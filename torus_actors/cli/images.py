@@ -34,14 +34,14 @@ Extent = tuple[int, int, bool]
 
 
 async def dump(settings: Settings, name: str, file: Path) -> int:
-    """Write a volume into a file; returns the bytes that were data.
+    """Write a volume, or ``VOLUME@SNAPSHOT``, into a file; returns the bytes that were data.
 
     Raises:
         TorusError: the volume cannot be read.
         OSError: the file cannot be written.
     """
     async with full_client(settings, name, read_only=True) as client:
-        size = await _size_of(client, name)
+        _, size, _, _ = await client.system.actor("volumes").open.remote(name)
         volume = client.system.actor(f"volume:{name}")
         with _output(file) as fd, progress_bar(f"dumping {name}", size) as advance:
             sparse = stat.S_ISREG(os.fstat(fd).st_mode) and str(file) != "-"

@@ -22,7 +22,7 @@ from torus_actors.cli.common import (
     version_option,
 )
 from torus_actors.cli.profile import data_home
-from torus_actors.cli.units import Address, format_address, format_size, parse_size
+from torus_actors.cli.units import Address, format_address, format_size, parse_seconds, parse_size
 from torus_actors.errors import Invalid
 
 DEFAULT_LISTEN: Address = ("127.0.0.1", 40000)
@@ -32,6 +32,9 @@ SHARE_DEFAULT_PERCENT = 80
 """A new store takes the default size, but no more than this share of the free space."""
 
 _PERCENT = re.compile(r"(\d{1,3})\s*%")
+
+REMOVE_AFTER_S_MIN = 10
+"""Below it a member would leave the ring whose lease merely has to be made again."""
 
 WILDCARDS = ("0.0.0.0", "::", "*")
 
@@ -54,6 +57,26 @@ class StoreSize(ParamType):
             return parse_size(value)
         except ValueError as error:
             self.fail(f"{error}; or as a share of the disk, 80%", param, ctx)
+
+
+class RemoveAfter(ParamType):
+    """``10m``, or ``never``, which is 0."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Seconds."""
+        if not isinstance(value, str):
+            return value
+        if value.strip().lower() == "never":
+            return 0.0
+        try:
+            seconds = parse_seconds(value)
+        except ValueError as error:
+            self.fail(f"{error}; or never", param, ctx)
+        if seconds < REMOVE_AFTER_S_MIN:
+            self.fail(f"{value} is too short: at least {REMOVE_AFTER_S_MIN} s", param, ctx)
+        return seconds
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -115,6 +138,22 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 @click.option("--advertise", type=ADDRESS, help="Address that others are told, if not --listen.")
 @click.option("--auto-join", is_flag=True, help="Enter the ring without being asked.")
 @click.option("--zone", default="", metavar="NAME", help="Failure domain: a rack, a site.")
+@click.option(
+    "--remove-after",
+    type=RemoveAfter(),
+    default="1h",
+    show_default=True,
+    metavar="TIME",
+    help="Members that are gone for so long leave the ring, and their blocks are copied: 10m, 2h; "
+    "or never.",
+)
+@click.option(
+    "--rebalance-rate",
+    type=SIZE,
+    default="400MiB",
+    show_default=True,
+    help="Most that this node sends in a second when blocks move.",
+)
 @click.option("--http", type=ADDRESS, help="Serve /metrics, /healthz and /status there.")
 @click.option("--nbd", type=ADDRESS, help="Serve every volume over NBD there.")
 @click.option(
@@ -131,6 +170,8 @@ def start(
     advertise: Address | None,
     auto_join: bool,
     zone: str,
+    remove_after: float,
+    rebalance_rate: int,
     http: Address | None,
     nbd: Address | None,
     insecure: bool,
@@ -171,6 +212,8 @@ def start(
         secret=secret,
         nbd=NbdConfig((NbdAddress(tcp=nbd),)) if nbd is not None else None,
         http=http,
+        remove_after_s=remove_after or None,
+        rebalance_rate_bytes_s=rebalance_rate,
     )
 
     async def ready(node: StorageNode) -> None:

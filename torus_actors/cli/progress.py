@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
-Advance = Callable[[int], None]
-"""Takes how much is done so far."""
+
+class Advance(Protocol):
+    """Moves a bar."""
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """So much is done so far; of so much, if that is another number than before."""
+
+
+def shows_bars() -> bool:
+    """Whether somebody sees them."""
+    return sys.stderr.isatty()
 
 
 @contextlib.contextmanager
@@ -19,8 +29,8 @@ def progress_bar(title: str, total: int | None, unit: str = "bytes") -> Iterator
         total: how much there is to do; None if that is not known.
         unit: ``bytes``, or what is counted.
     """
-    if not sys.stderr.isatty():
-        yield lambda done: None
+    if not shows_bars():
+        yield lambda done, total=None: None
         return
     from rich.progress import (
         BarColumn,
@@ -39,7 +49,12 @@ def progress_bar(title: str, total: int | None, unit: str = "bytes") -> Iterator
     if unit == "bytes":
         columns += [DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()]
     else:
-        columns += [MofNCompleteColumn(), TextColumn(unit)]
+        columns += [MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()]
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+
+        def advance(done: int, total: int | None = None) -> None:
+            # Without a total, rich keeps the one it has.
+            bar.update(task, completed=done, total=total)
+
+        yield advance

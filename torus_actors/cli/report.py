@@ -29,6 +29,7 @@ async def cluster_report(connection: Connection) -> Row:
     return {
         "metadata": connection.url,
         **cluster_row(gmd, ring),
+        **garbage_row(rows),
         "peers": rows,
         "problems": problems(ring, rows),
     }
@@ -44,6 +45,15 @@ def cluster_row(gmd: GlobalMetadata, ring: Ring) -> Row:
         "ring_type": ring.kind,
         "ring_version": ring.version,
         "ring_members": len(ring.members),
+    }
+
+
+def garbage_row(rows: Sequence[Row]) -> Row:
+    """What the collectors of all nodes that answer have found and done since they started."""
+    told = [row["collector"] for row in rows if "collector" in row]
+    return {
+        "garbage_bytes": sum(each["garbage_bytes"] for each in told),
+        "reclaimed_bytes": sum(each["reclaimed_bytes"] for each in told),
     }
 
 
@@ -84,6 +94,12 @@ def add_answer(row: Row, answer: Any) -> None:
         row["total_bytes"] = sum(each["total"] * each["block_size"] for each in sizes)
         row["level"] = stores["blocks"]["level"]
         row["failure"] = " ".join(each["failure"] for each in sizes).strip()
+    evictor = answer.get("evictor", {})
+    if "missing_s" in evictor:
+        row["evictor"] = evictor
+    collector = answer.get("collector", {})
+    if "garbage_bytes" in collector:
+        row["collector"] = collector
     rebalancer = answer.get("rebalancer", {})
     if "running" in rebalancer:
         row["rebalance"] = rebalancer
@@ -107,7 +123,8 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
     for row in members:
         if not row["up"]:
             heard = "" if row["registered"] else " and its lease has ended"
-            found.append(f"node {short(row['id'])} does not answer{heard}")
+            leaves = _leaves_in(row["id"], rows)
+            found.append(f"node {short(row['id'])} does not answer{heard}{leaves}")
     for row in rows:
         name = short(row["id"])
         if row["registered"] and not row["in_ring"]:
@@ -118,6 +135,8 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
             found.append(f"node {name}: {row['failure']}")
         if row.get("level", "ok") != "ok":
             found.append(f"the store of node {name} is {row['level']}: add nodes or make room")
+        if row.get("collector", {}).get("last_error"):
+            found.append(f"node {name} collects no garbage: {row['collector']['last_error']}")
         moving = row.get("rebalance", {})
         if moving.get("failed"):
             failed = _blocks(moving["failed"])
@@ -126,6 +145,16 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
             waiting = _blocks(moving["waiting"])
             found.append(f"{waiting} of node {name} wait for a node that is down")
     return found
+
+
+def _leaves_in(peer_id: str, rows: Sequence[Row]) -> str:
+    """When the others will take a silent node out of the ring, as far as they say."""
+    left = [
+        each["remove_after_s"] - each["missing_s"][peer_id]
+        for each in (row.get("evictor", {}) for row in rows)
+        if peer_id in each.get("missing_s", {}) and each["remove_after_s"] is not None
+    ]
+    return f"; it leaves the ring in {format_seconds(max(min(left), 0))}" if left else ""
 
 
 def _copies(count: int) -> str:
@@ -168,3 +197,11 @@ def rebalance_of(row: Row) -> str:
     if progress["waiting"]:
         return f"{progress['waiting']} wait"
     return "done"
+
+
+def garbage_of(row: Row) -> tuple[str, str]:
+    """Garbage that a node has found, and the room it has made since it started."""
+    told = row.get("collector")
+    if told is None:
+        return "-", "-"
+    return format_size(told["garbage_bytes"]), format_size(told["reclaimed_bytes"])

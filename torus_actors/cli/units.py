@@ -6,6 +6,8 @@ import re
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgtp]?)(?:i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[smhd]?)", re.IGNORECASE)
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 PORT_MAX = 65535
@@ -44,6 +46,19 @@ def format_size(size: float) -> str:
     if size == int(size) or size >= 100:
         return f"{size:.0f} {unit}"
     return f"{size:.1f} {unit}"
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds from ``90s``, ``10m``, ``2h``, ``1d`` or ``90``.
+
+    Raises:
+        ValueError: it is no duration above 0.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    seconds = 0.0 if match is None else float(match["number"]) * _SECONDS[match["unit"].lower()]
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no duration: write it as 90s, 10m, 2h or 1d")
+    return seconds
 
 
 def format_seconds(seconds: float) -> str:

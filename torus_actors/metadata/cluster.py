@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from torus_actors.errors import (
@@ -113,22 +113,23 @@ class ClusterOperations(MetadataBase):
         stored, _ = await self._ring()
         return stored.data, stored.version
 
-    async def set_ring(self, data: bytes, version: int) -> None:
+    async def set_ring(self, data: bytes, version: int, *, absent: Sequence[str] = ()) -> None:
         """Replace the ring by its successor.
 
         Args:
             data: opaque.
             version: one more than the version that it was made from.
+            absent: peers that must not be registered in the moment of the change.
 
         Raises:
             NonSequentialRing: the stored version is further behind.
-            CompareFailed: somebody else changed the ring first.
+            CompareFailed: somebody else changed the ring first, or one of those is registered.
         """
         new = RingRecord(version, data)
         stored, revision = await self._ring()
         if version > stored.version + 1:
             raise NonSequentialRing(f"ring {version} does not follow {stored.version}")
-        raced = CompareFailed(f"the ring was changed before: version {version} is taken")
+        raced = CompareFailed(f"ring {version} came too late: others, or a peer, were faster")
         if version <= stored.version:
             raise raced
 
@@ -137,6 +138,7 @@ class ClusterOperations(MetadataBase):
             return at if now == new else None
 
         compare = [Compare(self.keys.ring, mod_revision=revision)]
+        compare += [Compare(self.keys.peer(each), mod_revision=0) for each in absent]
         if await self._settle(compare, [Put(self.keys.ring, new.encode())], mine) is None:
             raise raced
 

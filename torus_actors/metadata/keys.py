@@ -35,7 +35,7 @@ GLOBAL = Key(
 RING = Key(
     "ring",
     records.RingRecord,
-    "torusctl init, ring commands, --auto-join",
+    "torusctl init, ring commands, --auto-join, --remove-after",
     False,
     "The ring; compare-and-set, version + 1 each time",
 )
@@ -79,6 +79,13 @@ JOURNAL = Key(
 SNAPSHOT = Key(
     "snapshots/ID/NAME", records.Snapshot, "snapshot commands", False, "A head that is kept"
 )
+SNAPSHOT_REQUEST = Key(
+    "snapshot-requests/ID/NAME",
+    records.SnapshotRequest,
+    "snapshot create; answered by the volume's session",
+    True,
+    "A snapshot that is wanted of a volume in use",
+)
 DELETED = Key(
     "deleted/ID",
     records.VolumeRecord,
@@ -100,6 +107,7 @@ TABLE = (
     LOCK,
     JOURNAL,
     SNAPSHOT,
+    SNAPSHOT_REQUEST,
     DELETED,
 )
 
@@ -140,6 +148,10 @@ class Keys:
     def snapshot(self, volume_id: int, name: str) -> str:
         """Key of a snapshot."""
         return self.snapshots(volume_id) + name
+
+    def snapshot_request(self, volume_id: int, name: str) -> str:
+        """Key of a request for a snapshot."""
+        return f"{self.of(SNAPSHOT_REQUEST, volume_id)}/{name}"
 
     def row_of(self, key: str) -> Key | None:
         """The table's row for a key; None if it is not ours."""

@@ -201,13 +201,35 @@ class Journal(Record):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Record):
-    """A version of a volume that is kept under a name; ``head`` is an encoded `Head`."""
+    """A version of a volume that is kept under a name.
+
+    ``head`` is an encoded `Head`, or nothing if there was none yet; ``size`` is the volume's.
+    """
 
     volume_id: int
     name: str
     head: bytes
     created: float = 0.0
     nonce: str = ""
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRequest(Record):
+    """Asks the session that has a volume open for a snapshot; stored under the asker's ``lease``.
+
+    ``error`` is the session's refusal, in one line; empty while it has not answered.
+    """
+
+    volume_id: int
+    name: str
+    lease: int
+    created: float = 0.0
+    nonce: str = ""
+    error: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -48,3 +48,29 @@ async def join_ring(
     return await change_ring(
         meta, lambda ring: None if peer in ring.peers else ring.with_peer(peer), rng
     )
+
+
+async def evict(meta: MetadataService, peer_id: str, version: int) -> rings.Ring | None:
+    """Take a member that is not registered out of the ring.
+
+    Args:
+        meta: the metadata service.
+        peer_id: the member.
+        version: of the ring on which that was decided.
+
+    Returns:
+        The ring without it; None if the ring is another by now, or the peer is registered.
+
+    Raises:
+        Again, OutcomeUnknown: the metadata cannot be reached.
+    """
+    data, _ = await meta.ring()
+    present = rings.unmarshal(data)
+    if present.version != version or peer_id not in present.members:
+        return None
+    following = present.without_peer(peer_id)
+    try:
+        await meta.set_ring(rings.marshal(following), following.version, absent=[peer_id])
+    except CompareFailed:
+        return None
+    return following

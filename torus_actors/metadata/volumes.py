@@ -1,18 +1,11 @@
-"""Metadata of volumes: names, records, snapshots, and what remains of the deleted."""
+"""Metadata of volumes: names, records, and what remains of the deleted."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
 
-from torus_actors.errors import (
-    CompareFailed,
-    Exists,
-    Locked,
-    NoGlobalMetadata,
-    NotExist,
-    OutOfSpace,
-)
+from torus_actors.errors import Exists, Locked, NoGlobalMetadata, NotExist, OutOfSpace
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.base import MetadataBase, when
 from torus_actors.metadata.kv import Compare, Delete, DeletePrefix, Operation, Put
@@ -21,7 +14,6 @@ from torus_actors.metadata.records import (
     Epoch,
     Head,
     Lock,
-    Snapshot,
     VolumeName,
     VolumeRecord,
     check_name,
@@ -31,7 +23,7 @@ from torus_actors.model.refs import VOLUME_ID_MAX
 
 
 class VolumeOperations(MetadataBase):
-    """Volumes and their snapshots."""
+    """Volumes."""
 
     async def create_volume(
         self, name: str, size: int, kind: str = "block", *, head: Head | None = None
@@ -174,72 +166,6 @@ class VolumeOperations(MetadataBase):
     async def forget_deleted(self, volume_id: int) -> None:
         """The last block of a deleted volume is gone; fine if that was said before."""
         await self.store.txn([], [Delete(self.keys.of(table.DELETED, volume_id))])
-
-    async def create_snapshot(self, volume_id: int, name: str) -> Snapshot:
-        """Keep the volume's present head under a name.
-
-        Raises:
-            NotExist: there is no such volume.
-            Exists: it has a snapshot of that name.
-            CompareFailed: the head moved meanwhile.
-        """
-        check_name(name)
-        volume_key = self.keys.of(table.VOLUME, volume_id)
-        head_key = self.keys.of(table.HEAD, volume_id)
-        key = self.keys.snapshot(volume_id, name)
-        volume, volume_revision = await self._read(volume_key, VolumeRecord)
-        if volume is None:
-            raise NotExist(f"there is no volume with id {volume_id}")
-        head, head_revision = await self._read(head_key, Head)
-        if (await self._read(key, Snapshot))[0] is not None:
-            raise Exists(f"snapshot {name} exists already")
-        encoded = b"" if head is None else head.encode()
-        snapshot = Snapshot(volume_id, name, encoded, self._now(), self._nonce())
-
-        async def mine() -> int | None:
-            stored, at = await self._read(key, Snapshot)
-            return at if stored == snapshot else None
-
-        compare = [
-            Compare(volume_key, mod_revision=volume_revision),
-            Compare(head_key, mod_revision=head_revision),
-            Compare(key, mod_revision=0),
-        ]
-        if await self._settle(compare, [Put(key, snapshot.encode())], mine) is None:
-            raise CompareFailed(f"the volume changed while snapshot {name} was made")
-        return snapshot
-
-    async def snapshot(self, volume_id: int, name: str) -> Snapshot:
-        """One snapshot.
-
-        Raises:
-            NotExist: there is none of that name.
-        """
-        found, _ = await self._read(self.keys.snapshot(volume_id, name), Snapshot)
-        if found is None:
-            raise NotExist(f"there is no snapshot {name}")
-        return found
-
-    async def snapshots(self, volume_id: int) -> list[Snapshot]:
-        """A volume's snapshots, by name."""
-        return await self._list(self.keys.snapshots(volume_id), Snapshot)
-
-    async def delete_snapshot(self, volume_id: int, name: str) -> None:
-        """Let a snapshot go.
-
-        Raises:
-            NotExist: there is none of that name.
-        """
-        key = self.keys.snapshot(volume_id, name)
-        _, revision = await self._read(key, Snapshot)
-        if not revision:
-            raise NotExist(f"there is no snapshot {name}")
-
-        async def gone() -> int | None:
-            return None if await self.store.get(key) else revision
-
-        if await self._settle([Compare(key, mod_revision=revision)], [Delete(key)], gone) is None:
-            raise CompareFailed(f"snapshot {name} was replaced meanwhile")
 
     async def _volume(self, name: str) -> tuple[VolumeRecord, int]:
         check_name(name)

@@ -1,8 +1,9 @@
 """Auditing a volume: are all copies of all its blocks where they should be, and right?
 
-Walks the volume's INode tree from its head and asks every member of the ring which blocks it has,
-and under which checksum. It reads only; what it finds wrong, rebalancer and scrubber put right. It
-sees what the last commit of the volume refers to: what a client wrote since is not in it.
+Walks the INode trees of the volume's head and of its snapshots, and asks every member of the ring
+which blocks it has, and under which checksum; a block that several of them share is counted once.
+It reads only; what it finds wrong, rebalancer and scrubber put right. It sees what the last commit
+of the volume refers to: what a client wrote since is not in it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from dataclasses import dataclass, field
 from torus_actors.actors.block_messages import CHECK_STATUS, Status, split_records
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import TRANSIENT, BlockUnavailable, NoPeer, TorusError
+from torus_actors.metadata.records import Head
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
-from torus_actors.model.inode_tree_pages import ENTRY_SIZE
-from torus_actors.model.inode_tree_walk import PageNeeded
+from torus_actors.model.inode_tree import depth_of
+from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
+from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorSystem
+from torus_actors.volume.snapshots import split_name
 
 BATCH = 1024
 """Refs in one question where a node need only look into its index."""
@@ -44,6 +48,7 @@ class Audit:
     Attributes:
         wanted: copies that a data block should have.
         expected: copies that it can have: no more than there are members.
+        snapshots: how many of them were looked at, beside the volume itself.
         pages: blocks that are INode pages.
         exact: with just as many good copies as expected.
         more: with more.
@@ -59,6 +64,7 @@ class Audit:
     deep: bool
     wanted: int
     expected: int
+    snapshots: int = 0
     blocks: int = 0
     pages: int = 0
     exact: int = 0
@@ -91,7 +97,7 @@ async def audit_volume(
     deep: bool = False,
     progress: Progress | None = None,
 ) -> Audit:
-    """Audit the volume of that name.
+    """Audit the volume of that name with its snapshots, or one snapshot, ``VOLUME@NAME``.
 
     Args:
         system: of a client, whose ``inode_store`` fetches pages.
@@ -102,27 +108,37 @@ async def audit_volume(
         progress: told how far it is.
 
     Raises:
-        NotExist: there is no such volume.
+        NotExist: there is no such volume or snapshot.
         NoPeer: the ring is empty.
         BlockUnavailable, Corruption: a page of the INode cannot be had, so what lies under it is
             not known; nothing could be said of the volume.
     """
-    record = await meta.volume(name)
-    head, _ = await meta.head(record.id)
+    volume, only = split_name(name)
+    record = await meta.volume(volume)
+    head: Head | None = None
+    if only is None:
+        # The head first: a snapshot that is made of it meanwhile has no other blocks.
+        head, _ = await meta.head(record.id)
+        snapshots = await meta.snapshots(record.id)
+    else:
+        snapshots = [await meta.snapshot(record.id, only)]
+    heads = [] if head is None else [head]
+    heads += [Head.decode(each.head) for each in snapshots if each.head]
     ring = view.ring
     if not ring.members:
         raise NoPeer("no node is in the ring")
     audit = Audit(name, deep, ring.replication, min(ring.replication, len(ring.members)))
-    if head is None:
+    audit.snapshots = len(snapshots)
+    if not heads:
         return audit
-    blockset = unmarshal_blockset(head.extra)
+    blockset = unmarshal_blockset(heads[0].extra)
     if blockset.replication is not None:
         audit.wanted = blockset.replication
         audit.expected = min(audit.wanted, len(ring.members))
     auditor = Auditor(system, view, audit, deep)
     batch: list[Entry] = []
     size = BATCH_DEEP if deep else BATCH
-    async for ref, root in _entries(system, head.extra):
+    async for ref, root in _entries(system, heads):
         keeps = blockset.keeps_sums or ref.block_type == BlockType.INODE
         batch.append((ref, root if keeps else None))
         if len(batch) >= size:
@@ -137,29 +153,31 @@ async def audit_volume(
     return audit
 
 
-async def _entries(system: ActorSystem, extra: bytes) -> AsyncIterator[tuple[BlockRef, int]]:
-    """Every block that a head refers to, with its checksum root: pages before what they name."""
-    tree = unmarshal_blockset(extra).block_map
-    root = tree.root
-    if root.ref.is_zero:
-        return
-    yield root.ref, root.crc
+async def _entries(system: ActorSystem, heads: list[Head]) -> AsyncIterator[tuple[BlockRef, int]]:
+    """Every block that these heads refer to, once, with its checksum root: pages before content."""
     store = system.actor("inode_store")
-    walk = tree.walk()
-    step = next(walk, None)
-    while step is not None:
-        try:
-            if isinstance(step, PageNeeded):
-                step = walk.send(await store.get_page.remote(step.ref, step.crc))
-                continue
-            packed = step.packed
-            for at in range(0, len(packed), ENTRY_SIZE):
-                ref = BlockRef(packed[at : at + BLOCK_REF_SIZE])
-                crc = int.from_bytes(packed[at + BLOCK_REF_SIZE : at + ENTRY_SIZE], "little")
-                yield ref, crc
-            step = next(walk)
-        except StopIteration:
-            return
+    seen = RefSet()
+    todo: list[tuple[int, int, BlockRef, int]] = []
+    for head in heads:
+        root = unmarshal_blockset(head.extra).block_map.root
+        if not root.ref.is_zero:
+            todo.append((depth_of(root.nblocks) - 1, 0, root.ref, root.crc))
+    while todo:
+        level, number, ref, crc = todo.pop()
+        if ref in seen:
+            continue  # a page never changes, so all that lies under it was seen too
+        seen.add_all([ref])
+        yield ref, crc
+        page = decode_page(level, number, crc, await store.get_page.remote(ref, crc))
+        if level:
+            base = number << FANOUT_BITS
+            for slot, entry in page.items():
+                todo.append((level - 1, base + slot, entry.ref, entry.root))
+            continue
+        new = [(entry.ref, entry.root) for _, entry in page.items() if entry.ref not in seen]
+        seen.add_all(each for each, _ in new)
+        for each, root_crc in new:
+            yield each, root_crc
 
 
 class Auditor:

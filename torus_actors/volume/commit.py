@@ -79,6 +79,9 @@ class Committer:
         self._record = record
         self.complete = False
         """Whether the head being recorded has everything that was there when the commit began."""
+        self.exact = False
+        """Whether the last map that was cut is what the file was in one moment: every write that
+        was acknowledged before, and none that was acknowledged after."""
 
     @property
     def clean(self) -> bool:
@@ -130,6 +133,9 @@ class Committer:
             except BaseException:
                 file.map.commit_failed(plan)
                 raise
+            self.exact = file.held and not (file.layers.dirty or file.layers.frozen)
+            if self.complete:
+                file.release_writes()
         try:
             pages = await self._system.actor("inode_store").put_pages.remote(
                 [list(page) for page in plan.blocks], timeout_s=60.0

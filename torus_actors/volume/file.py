@@ -159,6 +159,8 @@ class File(ReadSide):
         self._stuck_since = 0.0
         self._putting = 0
         self._holding = False
+        self.held = False
+        """Whether writes wait, so that a snapshot is of one moment."""
         self._failed_puts: dict[int, tuple[BlockRef, bytes]] = {}
         """By block number, under which ref what was tried and failed: some peers may have it."""
         self._retry_s = RETRY_FIRST_S
@@ -192,6 +194,7 @@ class File(ReadSide):
             self._retry_timer.cancel()
             self._retry_timer = None
         self.pump()
+        self.release_writes()
 
     def fail(self, error: TorusError) -> None:
         """Take no writes from now on; what waits for room fails."""
@@ -237,7 +240,7 @@ class File(ReadSide):
         self._check_range(offset, len(data))
         self._check_writable()
         self._check_room()
-        if self._waiting or self.layers.size + len(data) > self.layers.size_max:
+        if self.held or self._waiting or self.layers.size + len(data) > self.layers.size_max:
             return self._wait_for_room(offset, data, len(data), done)
         self._write(offset, data)
         return True
@@ -254,7 +257,7 @@ class File(ReadSide):
             raise self.put_error
 
     def _wait_for_room(self, offset: int, data: Buffer | None, length: int, done: Done) -> bool:
-        if data is not None and not self.layers.size and not self._waiting:
+        if data is not None and not (self.layers.size or self._waiting or self.held):
             self._write(offset, data)  # larger than the cache: let through alone
             return True
         if len(self._waiting) >= WAITING_WRITES_MAX:
@@ -339,6 +342,8 @@ class File(ReadSide):
         self._check_writable()
         if keep:
             return self._write_zeros(offset, offset + length, done)
+        if self.held:
+            return self._wait_for_room(offset, None, length, done)
         if isinstance(self.put_error, OutOfSpace):
             # Not refused where the cluster is full, since this is how room is made; but the zero
             # runs themselves must not fill the memory.
@@ -651,9 +656,19 @@ class File(ReadSide):
             self._retry_timer.cancel()
             self._retry()
 
+    def hold_writes(self) -> None:
+        """From now on writes wait; what was taken before can be told from what comes after."""
+        self.held = True
+
+    def release_writes(self) -> None:
+        """Writes go on."""
+        if self.held:
+            self.held = False
+            self._room_made()
+
     def _room_made(self) -> None:
         waiting, layers = self._waiting, self.layers
-        while waiting:
+        while waiting and not self.held:
             offset, data, length, done = waiting[0]
             needed = EXTENT_OVERHEAD_BYTES if data is None else length
             if layers.size + needed > layers.size_max and layers.size:

@@ -197,6 +197,12 @@ class SessionJournal:
         self.began_at = self._system.loop.time()
 
 
+def is_unreplayed(journal: Journal | None, head: Head | None) -> bool:
+    """Whether a journal may hold what the head, read after it, does not have."""
+    head_epoch = head.epoch if head is not None else 0
+    return journal is not None and journal.epoch >= head_epoch and bool(journal.ensemble)
+
+
 async def recover(
     system: ActorSystem,
     meta: MetadataService,
@@ -223,8 +229,7 @@ async def recover(
     """
     replay = Replay()
     journal, revision = await meta.journal(volume_id)
-    head_epoch = head.epoch if head is not None else 0
-    if journal is None or journal.epoch < head_epoch or not journal.ensemble:
+    if journal is None or not is_unreplayed(journal, head):
         return replay, revision
     first = head.journal_seq + 1 if head is not None and head.epoch == journal.epoch else 1
     identities: dict[str, int] = msgpack.unpackb(journal.extra) if journal.extra else {}

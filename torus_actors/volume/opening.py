@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Coroutine
 from functools import partial
@@ -19,11 +20,13 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Fenced,
+    Invalid,
     LeaseNotFound,
     OutcomeUnknown,
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.records import Head, Snapshot
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.refs import BlockRef
@@ -57,11 +60,14 @@ async def open_session(
     write_cache_bytes: int,
     view: ClusterView,
     read_only: bool = False,
+    snapshot: str | None = None,
 ) -> Session:
     """Attach a volume: fence the session before, and take over what its journal holds.
 
+    With a ``snapshot``, read-only, what is kept under that name is opened instead.
+
     Raises:
-        NotExist: there is no such volume.
+        NotExist: there is no such volume or snapshot.
         Locked: another client has it open; the text says who.
         Again: the metadata cannot be reached.
         BlockUnavailable: no member of the last session's journal can be reached.
@@ -70,15 +76,25 @@ async def open_session(
     record = await meta.volume(name)
     epoch = lease = 0
     inodes: list[int] = []
+    kept: Snapshot | None = None
+    if snapshot is not None:
+        if not read_only:
+            raise Invalid(f"snapshot {snapshot} of volume {name} can only be read")
+        kept = await meta.snapshot(record.id, snapshot)
+        record = dataclasses.replace(record, size=kept.size or record.size)
     if not read_only:
-        epoch, lease = await _attach(system, meta, record.id, holder)
+        epoch, lease = await attach(system, meta, record.id, holder)
     try:
         if not read_only:
             first = await meta.mint_inode(record.id, MINTED)
             inodes = list(range(first, first + MINTED))
-        head, revision = await meta.head(record.id)
-        # Only the journal of an older session is fenced; a reader leaves the writer alone.
-        replay, journal_revision = await recover(system, meta, record.id, epoch, head)
+        replay, journal_revision = Replay(), 0
+        if kept is None:
+            head, revision = await meta.head(record.id)
+            # Only the journal of an older session is fenced; a reader leaves the writer alone.
+            replay, journal_revision = await recover(system, meta, record.id, epoch, head)
+        else:
+            head, revision = Head.decode(kept.head) if kept.head else None, 0
         nblocks = -(-record.size // block_size)
         if head is None:
             blockset = blocksets.create_blockset(block_spec, nblocks)
@@ -122,7 +138,7 @@ async def open_session(
                 raise Fenced(f"session {newest} of volume {name} began while it was being opened")
     except BaseException:
         if epoch:
-            _detach_later(system, meta, record.id, epoch)
+            detach_later(system, meta, record.id, epoch)
         raise
     return session
 
@@ -151,7 +167,7 @@ def _enter(blockset: blocksets.Blockset, index: int, ref: BlockRef | None, root:
         blockset.put(index, ref, root)
 
 
-async def _attach(
+async def attach(
     system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
 ) -> tuple[int, int]:
     """Take the lock; returns epoch and lease."""
@@ -176,10 +192,10 @@ async def _undo_attach(
     meta: MetadataService, volume_id: int, attaching: asyncio.Future[int], system: ActorSystem
 ) -> None:
     with contextlib.suppress(TorusError):
-        await _detach(system, meta, volume_id, await attaching)
+        await detach(system, meta, volume_id, await attaching)
 
 
-async def _detach(system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int) -> None:
+async def detach(system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int) -> None:
     """Give the lock up, however long the metadata is away: the lease would keep it for ever.
 
     Another session cannot be harmed: it has another epoch.
@@ -195,10 +211,11 @@ async def _detach(system: ActorSystem, meta: MetadataService, volume_id: int, ep
             await backoff.wait()
 
 
-def _detach_later(
+def detach_later(
     system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int
 ) -> asyncio.Task[None]:
-    return _in_background(system, _detach(system, meta, volume_id, epoch))
+    """Give the lock up in the background."""
+    return _in_background(system, detach(system, meta, volume_id, epoch))
 
 
 def _in_background(system: ActorSystem, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -234,7 +251,7 @@ async def close_session(session: Session, meta: MetadataService) -> None:
     if session.epoch and error is None:
         await session.journal.retire()
     if session.epoch:
-        detaching = _detach_later(system, meta, session.volume_id, session.epoch)
+        detaching = detach_later(system, meta, session.volume_id, session.epoch)
         await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
     if error is not None:
         raise error

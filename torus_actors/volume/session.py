@@ -26,7 +26,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
-from torus_actors.metadata.records import Head, VolumeRecord
+from torus_actors.metadata.records import Head, SnapshotRequest, VolumeRecord
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.inode_tree import CommitPlan
@@ -43,6 +43,7 @@ from torus_actors.volume.journal import (
     COMMIT_BYTES,
     SessionJournal,
 )
+from torus_actors.volume.keeper import Keeper
 from torus_actors.volume.read_cache import ReadCache
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,9 @@ class Session:
         self.committer = Committer(
             system, self.file, self._inode_ref, self._next_inode, self._record_head
         )
+        self.keeper = Keeper(
+            meta, self.file, self.committer, self.size, epoch, self._commit, self._revision_of_head
+        )
         self._spawn: Spawn | None = None
         self._replies = system.actor("nbd_server").replies
         self._outbox: dict[int, list[Reply]] = {}
@@ -201,6 +205,7 @@ class Session:
         self._flush_wake.set()
         self._commit_waiting = self._committing + self._commit_waiting
         self._committing = []
+        self.keeper.resume()
         self.file.resume(spawn)
         if self.epoch:
             spawn(self._flusher())
@@ -323,6 +328,9 @@ class Session:
     async def _committer_loop(self) -> None:
         """One commit after the other: when asked for, and when the journal is large or old."""
         while True:
+            if self.keeper.wanted and self.file.failure is None:
+                await self._take_snapshots()
+                continue
             if not self._commit_waiting:
                 self._commit_wake.clear()
                 try:
@@ -332,6 +340,8 @@ class Session:
                     self._flush_if_quiet()
                     if not self._commit_is_due():
                         continue
+                if self.keeper.wanted and self.file.failure is None:
+                    continue
             self._committing, self._commit_waiting = self._commit_waiting, []
             error: TorusError | None = None
             try:
@@ -344,6 +354,21 @@ class Session:
             committed, self._committing = self._committing, []
             for done in committed:
                 done(error)
+
+    def snapshots_wanted(self, requests: list[SnapshotRequest]) -> None:
+        """These requests for snapshots of the volume are there now."""
+        self.keeper.want(requests)
+        if self.keeper.wanted:
+            self._commit_wake.set()
+
+    async def _take_snapshots(self) -> None:
+        try:
+            await self.keeper.take()
+        except Fenced as failed:
+            self.file.fail(failed)
+
+    def _revision_of_head(self) -> int:
+        return self._head_revision
 
     def _commit_is_due(self) -> bool:
         if self.file.failure is not None or self.committer.clean:

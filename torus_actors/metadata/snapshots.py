@@ -1,0 +1,250 @@
+"""Metadata of snapshots: versions of a volume that are kept under a name.
+
+A snapshot is made of a head. Of a volume in use that takes a word with its session, which has what
+no head has yet: a request, under the lease of whoever asks, which the session answers by making the
+snapshot in the same transaction that removes the request. Whoever dies on the way leaves nothing
+behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+
+from torus_actors.errors import Again, CompareFailed, Exists, NotExist
+from torus_actors.metadata import keys as table
+from torus_actors.metadata.kv import Compare, Delete, Operation, Put
+from torus_actors.metadata.records import (
+    Head,
+    Snapshot,
+    SnapshotRequest,
+    VolumeRecord,
+    check_name,
+)
+from torus_actors.metadata.sessions import SessionOperations
+from torus_actors.metadata.watching import Follow
+
+
+class SnapshotOperations(SessionOperations):
+    """Snapshots and requests for them."""
+
+    async def create_snapshot(
+        self, volume_id: int, name: str, *, epoch: int | None = None
+    ) -> Snapshot:
+        """Keep the volume's present head under a name.
+
+        Args:
+            volume_id: the volume.
+            name: of the snapshot.
+            epoch: only if this still is the newest session; None for any.
+
+        Raises:
+            NotExist: there is no such volume.
+            Exists: it has a snapshot of that name.
+            CompareFailed: the head moved meanwhile, or a session began.
+        """
+        check_name(name)
+        volume_key = self.keys.of(table.VOLUME, volume_id)
+        head_key = self.keys.of(table.HEAD, volume_id)
+        key = self.keys.snapshot(volume_id, name)
+        volume, volume_revision = await self._read(volume_key, VolumeRecord)
+        if volume is None:
+            raise NotExist(f"there is no volume with id {volume_id}")
+        head, head_revision = await self._read(head_key, Head)
+        if (await self._read(key, Snapshot))[0] is not None:
+            raise Exists(f"snapshot {name} exists already")
+        encoded = b"" if head is None else head.encode()
+        snapshot = Snapshot(volume_id, name, encoded, self._now(), self._nonce(), volume.size)
+
+        async def mine() -> int | None:
+            stored, at = await self._read(key, Snapshot)
+            return at if stored == snapshot else None
+
+        compare = [
+            Compare(volume_key, mod_revision=volume_revision),
+            Compare(head_key, mod_revision=head_revision),
+            Compare(key, mod_revision=0),
+        ]
+        if epoch is not None:
+            compare.append(self._in_session(volume_id, epoch))
+        if await self._settle(compare, [Put(key, snapshot.encode())], mine) is None:
+            raise CompareFailed(f"the volume changed while snapshot {name} was made")
+        return snapshot
+
+    async def snapshot(self, volume_id: int, name: str) -> Snapshot:
+        """One snapshot.
+
+        Raises:
+            NotExist: there is none of that name.
+        """
+        found, _ = await self._read(self.keys.snapshot(volume_id, name), Snapshot)
+        if found is None:
+            raise NotExist(f"there is no snapshot {name}")
+        return found
+
+    async def snapshots(self, volume_id: int) -> list[Snapshot]:
+        """A volume's snapshots, by name."""
+        return await self._list(self.keys.snapshots(volume_id), Snapshot)
+
+    async def delete_snapshot(self, volume_id: int, name: str) -> None:
+        """Let a snapshot go.
+
+        Raises:
+            NotExist: there is none of that name.
+        """
+        key = self.keys.snapshot(volume_id, name)
+        _, revision = await self._read(key, Snapshot)
+        if not revision:
+            raise NotExist(f"there is no snapshot {name}")
+
+        async def gone() -> int | None:
+            return None if await self.store.get(key) else revision
+
+        if await self._settle([Compare(key, mod_revision=revision)], [Delete(key)], gone) is None:
+            raise CompareFailed(f"snapshot {name} was replaced meanwhile")
+
+    async def request_snapshot(self, volume_id: int, name: str, lease: int) -> SnapshotRequest:
+        """Ask the session that has the volume open for a snapshot.
+
+        Args:
+            volume_id: the volume.
+            name: of the snapshot.
+            lease: the request lives no longer.
+
+        Raises:
+            NotExist: there is no such volume.
+            Exists: it has a snapshot of that name.
+            Again: somebody else is asking for it just now.
+            LeaseNotFound: the lease has ended.
+        """
+        check_name(name)
+        volume_key = self.keys.of(table.VOLUME, volume_id)
+        volume, revision = await self._read(volume_key, VolumeRecord)
+        if volume is None:
+            raise NotExist(f"there is no volume with id {volume_id}")
+        if (await self._read(self.keys.snapshot(volume_id, name), Snapshot))[0] is not None:
+            raise Exists(f"snapshot {name} exists already")
+        key = self.keys.snapshot_request(volume_id, name)
+        request = SnapshotRequest(volume_id, name, lease, self._now(), self._nonce())
+
+        async def mine() -> int | None:
+            stored, at = await self._read(key, SnapshotRequest)
+            return at if stored == request else None
+
+        compare = [
+            Compare(volume_key, mod_revision=revision),
+            Compare(self.keys.snapshot(volume_id, name), mod_revision=0),
+            Compare(key, mod_revision=0),
+        ]
+        if await self._settle(compare, [Put(key, request.encode(), lease)], mine) is None:
+            raise Again(f"somebody else is asking for snapshot {name} just now")
+        return request
+
+    async def snapshot_request(self, request: SnapshotRequest) -> SnapshotRequest | None:
+        """What has become of a request; None if it is gone: look for the snapshot then."""
+        key = self.keys.snapshot_request(request.volume_id, request.name)
+        found, _ = await self._read(key, SnapshotRequest)
+        return found if found is not None and found.nonce == request.nonce else None
+
+    def snapshot_requests_watch(self) -> AsyncIterator[list[SnapshotRequest]]:
+        """All requests: at present, then after every change."""
+        watch = self.watch(self.keys.under(table.SNAPSHOT_REQUEST))
+        return Follow(watch, SnapshotRequest, list)
+
+    async def answer_request(
+        self, request: SnapshotRequest, epoch: int, head_revision: int, size: int
+    ) -> Snapshot:
+        """Make the snapshot of the session's head that was asked for.
+
+        Args:
+            request: as it was read.
+            epoch: of the session.
+            head_revision: of the head that is to be kept; 0 for none.
+            size: bytes of the volume, as the session has it.
+
+        Raises:
+            Fenced: another session has begun since, or the volume is gone.
+            CompareFailed: the request is gone, the head is another, or the name is taken.
+        """
+        volume_id, name = request.volume_id, request.name
+        head_key = self.keys.of(table.HEAD, volume_id)
+        request_key = self.keys.snapshot_request(volume_id, name)
+        key = self.keys.snapshot(volume_id, name)
+        head, _ = await self._read(head_key, Head)
+        encoded = b"" if head is None else head.encode()
+        snapshot = Snapshot(volume_id, name, encoded, self._now(), request.nonce, size)
+
+        async def mine() -> int | None:
+            stored, at = await self._read(key, Snapshot)
+            return at if stored == snapshot else None
+
+        compare = [
+            self._in_session(volume_id, epoch),
+            Compare(head_key, mod_revision=head_revision),
+            Compare(request_key, value=request.encode()),
+            Compare(key, mod_revision=0),
+        ]
+        then: list[Operation] = [Put(key, snapshot.encode()), Delete(request_key)]
+        if await self._settle(compare, then, mine) is None:
+            await self._check_epoch(volume_id, epoch)
+            raise CompareFailed(f"snapshot {name} is not wanted any more, or not of this head")
+        return snapshot
+
+    async def refuse_request(self, request: SnapshotRequest, error: str) -> None:
+        """Say why a snapshot cannot be made; fine if nobody asks any more.
+
+        Raises:
+            LeaseNotFound: whoever asked is gone.
+        """
+        key = self.keys.snapshot_request(request.volume_id, request.name)
+        refused = dataclasses.replace(request, error=error)
+        await self.store.txn(
+            [Compare(key, value=request.encode())], [Put(key, refused.encode(), request.lease)]
+        )
+
+    async def withdraw_request(self, request: SnapshotRequest) -> None:
+        """Ask no longer; the snapshot may have been made before that."""
+        key = self.keys.snapshot_request(request.volume_id, request.name)
+        present = await self.snapshot_request(request)
+        if present is not None:
+            await self.store.txn([Compare(key, value=present.encode())], [Delete(key)])
+
+    async def restore_snapshot(
+        self,
+        volume: VolumeRecord,
+        epoch: int,
+        expected_revision: int,
+        snapshot: Snapshot,
+        head: Head,
+    ) -> None:
+        """Make a snapshot the volume's version again, and its size that of the volume.
+
+        Args:
+            volume: as it was read.
+            epoch: of the session that does it.
+            expected_revision: of the head that is replaced.
+            snapshot: as it was read; it must still be there, or its blocks may be gone.
+            head: the snapshot's, under the session's epoch and an INode number of its own.
+
+        Raises:
+            Fenced: another session has begun since, or the volume is gone.
+            CompareFailed: the head, the volume's record or the snapshot is another by now.
+        """
+        head_key = self.keys.of(table.HEAD, volume.id)
+        volume_key = self.keys.of(table.VOLUME, volume.id)
+        resized = dataclasses.replace(volume, size=snapshot.size or head.size)
+
+        async def mine() -> int | None:
+            stored, at = await self._read(head_key, Head)
+            return at if stored == head else None
+
+        compare = [
+            self._in_session(volume.id, epoch),
+            Compare(head_key, mod_revision=expected_revision),
+            Compare(volume_key, value=volume.encode()),
+            Compare(self.keys.snapshot(volume.id, snapshot.name), value=snapshot.encode()),
+        ]
+        then = [Put(head_key, head.encode()), Put(volume_key, resized.encode())]
+        if await self._settle(compare, then, mine) is None:
+            await self._check_epoch(volume.id, epoch)
+            raise CompareFailed(f"the volume or its snapshot {snapshot.name} changed meanwhile")
