@@ -11,11 +11,17 @@ without this system. The status is 1 if an aim was missed.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import multiprocessing
 import os
+import random
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +29,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rig import Cluster, fio, ping_pong, synced_writes, uri_of
+from rig import (
+    Asker,
+    Cluster,
+    fio,
+    ping_pong,
+    read_once,
+    resident_bytes,
+    synced_writes,
+    until,
+    uri_of,
+)
+
+from torus_actors.node import ClientConfig, NbdConfig, start_client
 
 ROUND_S = 3.0
 
@@ -31,6 +49,15 @@ WRITERS = 16
 
 FLUSH_RATIO_MAX = 2.0
 GROUP_RATIO_MIN = 5.0
+RECOVERY_S_MAX = 5.0
+HEAL_MBS_MIN = 150.0
+P99_MAX = 2.0
+THIN_RATIO_MAX = 1.5
+
+THIN_WRITES = 500
+THIN_FAR = 8
+
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -118,7 +145,220 @@ def flush(folder: Path, rounds: int) -> list[Row]:
     ]
 
 
-PARTS: dict[str, Callable[[Path, int], list[Row]]] = {"flush": flush}
+def recovery(folder: Path, rounds: int) -> list[Row]:
+    """A client is killed with a large journal, and the next one attaches."""
+    size, grown = 1 << 30, 256 << 20
+    name = "recovery"
+    times: list[float] = []
+    with Cluster(folder, 16 << 30, etcd=True).start(3) as cluster:
+        assert cluster.etcd is not None
+        cluster.ctl("volume", "create", "bench", str(size))
+        for _ in range(max(1, rounds // 2)):
+            client, path = cluster.serve("bench")
+            client.start("serving ")
+            uri = uri_of(path, "bench")
+            flushed(uri, size, 1)  # the first flush is a commit, and begins a journal
+            # Without metadata no commit ends, so that the journal cannot be cut.
+            cluster.etcd.kill()
+            options = ("--rw=randwrite", "--bs=4k", "--fsync=1", f"--size={size}", "--thread")
+            share = (f"--numjobs={WRITERS}", f"--io_size={grown // WRITERS}", "--group_reporting")
+            began = time.monotonic()
+            fio(uri, options + share)
+            grow_s = time.monotonic() - began
+            memory = client.resident_bytes
+            client.kill()
+            cluster.etcd.start("ready to serve client requests")
+            until(lambda: not cluster.ctl_json("volume", "list")[0]["holder"], "the lock ends")
+            client, path = cluster.serve("bench")
+            began = time.monotonic()
+            client.start("serving ")
+            read_once(path, "bench", 0, 4096)
+            times.append(time.monotonic() - began)
+            after = client.resident_bytes
+            client.stop()
+    took = statistics.median(times)
+    bound = (256 + 64 + 200) << 20
+    return [
+        Row(name, "256 MiB of flushed 4 KiB writes, metadata away", grow_s, "s"),
+        Row(
+            name,
+            "the client's memory after them",
+            memory / MIB,
+            "MiB",
+            f"<= {bound / MIB:g}: its caches + 200",
+            memory <= bound,
+        ),
+        Row(
+            name,
+            "from its successor's start to the first read",
+            took,
+            "s",
+            f"<= {RECOVERY_S_MAX:g}",
+            took <= RECOVERY_S_MAX,
+        ),
+        Row(name, "the successor's memory then", after / MIB, "MiB"),
+    ]
+
+
+def heal(folder: Path, rounds: int) -> list[Row]:
+    """A node is lost for good while a client reads and writes."""
+    size = 2 << 30
+    name = "heal"
+    rates: list[float] = []
+    before: list[float] = []
+    during: list[float] = []
+    with Asker() as asker, Cluster(folder, 6 << 30).start(4) as cluster:
+        cluster.ctl("volume", "create", "bench", str(size))
+        client, path = cluster.serve("bench")
+        client.start("serving ")
+        uri = uri_of(path, "bench")
+        fio(uri, ("--rw=write", "--bs=1M", "--iodepth=8", f"--size={size}", "--end_fsync=1"))
+        alive = [cluster.address(index) for index in range(3)]
+        lost = asker.ask(cluster.address(3), "control", "status")["node"]
+
+        def sent() -> int:
+            states = [asker.ask(address, "rebalancer", "status") for address in alive]
+            return sum(state["sent_bytes"] for state in states)
+
+        with Load(uri, size, folder) as load:
+            time.sleep(2 * ROUND_S)
+            quiet = (time.time() - 1.5 * ROUND_S, time.time())
+            cluster.nodes[3].kill()
+            cluster.ctl("peer", "remove", lost)
+            start = sent()
+            until(lambda: sent() > start, "blocks move")
+            began, last, moved = time.time(), time.time(), sent()
+            while time.time() - last < 1.0:
+                time.sleep(0.05)
+                now = sent()
+                if now > moved:
+                    last, moved = time.time(), now
+            time.sleep(0.2)
+        rates.append((moved - start) / (last - began) / 1e6)
+        before.append(load.p99_us(*quiet))
+        during.append(load.p99_us(began, last))
+        left = asker.ask(alive[0], "rebalancer", "status")["failed"]
+    rate = statistics.median(rates)
+    ratio = statistics.median(after / base for base, after in zip(before, during, strict=True))
+    return [
+        Row(name, "copied among three nodes", (moved - start) / MIB, "MiB"),
+        Row(name, "blocks that failed to move at first", left, ""),
+        Row(name, "rate", rate, "MB/s", f">= {HEAL_MBS_MIN:g}", rate >= HEAL_MBS_MIN),
+        Row(name, "client's p99 before", statistics.median(before), "us"),
+        Row(name, "client's p99 meanwhile", statistics.median(during), "us"),
+        Row(name, "its p99, as a multiple", ratio, "x", f"<= {P99_MAX:g}", ratio <= P99_MAX),
+    ]
+
+
+class Load:
+    """A modest client: random 4 KiB reads and writes at a fixed rate, with every latency noted."""
+
+    def __init__(self, uri: str, size: int, folder: Path) -> None:
+        self._log = folder / "load"
+        options = [
+            "--rw=randrw", "--bs=4k", "--iodepth=4", "--rate_iops=200,200", f"--size={size}",
+            "--time_based", "--runtime=120", f"--write_lat_log={self._log}", "--log_avg_msec=0",
+            "--log_unix_epoch=1",
+        ]  # fmt: skip
+        self._command = ["fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", *options]
+
+    def __enter__(self) -> Load:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait()
+
+    def p99_us(self, start: float, end: float) -> float:
+        """Of the requests that ended between two times of the clock."""
+        found = []
+        for line in Path(f"{self._log}_clat.1.log").read_text().splitlines():
+            at, latency, *_ = line.split(",")
+            if start <= int(at) / 1e3 <= end:
+                found.append(int(latency) / 1e3)
+        return statistics.quantiles(found, n=100)[98]
+
+
+def thin(folder: Path, rounds: int) -> list[Row]:
+    """The same changes to a small volume and to a large one that is as empty."""
+    sizes = {"1 GiB": 1 << 30, "1 TiB": 1 << 40}
+    told: dict[str, list[dict[str, float]]] = {title: [] for title in sizes}
+    rng = random.Random(1)
+    near = [rng.randrange((1 << 30) // 4096) * 4096 for _ in range(THIN_WRITES)]
+    with Cluster(folder, 4 << 30).start(3) as cluster:
+        for title, size in sizes.items():
+            cluster.ctl("volume", "create", title.replace(" ", ""), str(size))
+        spawn = multiprocessing.get_context("spawn")
+        for _ in range(rounds):
+            for title, size in sizes.items():
+                # A few at the same places relative to the size: in the large one far apart.
+                far = [size // THIN_FAR * n for n in range(THIN_FAR)]
+                ours, theirs = spawn.Pipe()
+                child = spawn.Process(
+                    target=_use_once,
+                    args=(cluster.metadata, title.replace(" ", ""), near + far, theirs),
+                )
+                child.start()
+                told[title].append(ours.recv())
+                child.join()
+    rows = []
+    for what, unit in (("attach", "ms"), ("flush", "us"), ("commit", "ms"), ("memory", "MiB")):
+        small, large = (statistics.median(each[what] for each in told[title]) for title in sizes)
+        rows += [
+            Row("thin", f"{what} on a 1 GiB volume", small, unit),
+            Row("thin", f"{what} on a 1 TiB volume", large, unit),
+            Row(
+                "thin",
+                f"{what}, as a multiple",
+                large / small,
+                "x",
+                f"<= {THIN_RATIO_MAX:g}",
+                large <= THIN_RATIO_MAX * small,
+            ),
+        ]
+    return rows
+
+
+def _use_once(metadata: str, volume: str, offsets: list[int], out: Any) -> None:
+    asyncio.run(_use(metadata, volume, offsets, out))
+
+
+async def _use(metadata: str, volume: str, offsets: list[int], out: Any) -> None:
+    client = await start_client(ClientConfig(metadata=metadata, nbd=NbdConfig((), only=volume)))
+    system, clock = client.system, time.perf_counter
+    began = clock()
+    await system.actor("volumes").open.remote(volume)
+    attached = clock() - began
+    handle = system.actor(f"volume:{volume}")
+    flushes = []
+    for number, offset in enumerate(offsets):
+        await handle.write.remote(offset, number.to_bytes(4, "little") * 1024)
+        began = clock()
+        await handle.flush.remote()
+        flushes.append(clock() - began)
+    began = clock()
+    await handle.commit.remote()
+    committed = clock() - began
+    resident = resident_bytes(os.getpid())
+    await system.actor("volumes").release.remote(volume)
+    await client.stop()
+    out.send(
+        {
+            "attach": attached * 1e3,
+            "flush": statistics.median(flushes) * 1e6,
+            "commit": committed * 1e3,
+            "memory": resident / MIB,
+        }
+    )
+
+
+PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
+    "flush": flush,
+    "recovery": recovery,
+    "heal": heal,
+    "thin": thin,
+}
 
 
 def show(rows: list[Row], console: Console) -> None:

@@ -6,6 +6,7 @@ the disk, the page cache and the network do when nothing of this system is in be
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import multiprocessing
@@ -24,6 +25,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torus_actors.actors.bridge import Bridge, BridgeConfig
+from torus_actors.runtime import ActorSystem, ChildSpec, SupervisorSpec
+from torus_actors.wire.hello import Identity, Role
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -181,6 +186,12 @@ def synced_writes(folder: Path, seconds: float, size: int = 64 << 20) -> list[fl
     return taken
 
 
+def resident_bytes(pid: int) -> int:
+    """Memory that a process has now."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) << 10
+
+
 def environment() -> dict[str, str]:
     """Of the processes under test: this tree, and nothing that a user has configured."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TORUS_")}
@@ -223,8 +234,7 @@ class Process:
     @property
     def resident_bytes(self) -> int:
         """Memory it has now."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) << 10
+        return resident_bytes(self.pid)
 
     @property
     def cpu_s(self) -> float:
@@ -341,6 +351,10 @@ class Cluster:
         self.nodes.append(node)
         return node.start(" ready on ")
 
+    def address(self, index: int) -> str:
+        """Where a node listens."""
+        return f"127.0.0.1:{self.port + index}"
+
     def serve(self, volume: str, *options: str) -> tuple[Process, Path]:
         """A client that serves a volume; the process, not started, and its unix socket."""
         index = len(self.clients)
@@ -413,3 +427,40 @@ class Sampler:
     def _run(self) -> None:
         while not self._ended.wait(self._every_s):
             self.values.append((time.monotonic(), self._function()))
+
+
+class Asker:
+    """Asks actors of running processes, by their addresses; usable from any thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Asker:
+        self._thread.start()
+        self._system = self._run(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run(self._system.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self) -> ActorSystem:
+        system = ActorSystem(asyncio.get_running_loop(), node_id="asker")
+        bridge = BridgeConfig(Identity(None, "asker", Role.CLIENT, 1, "bench"))
+        await system.start(SupervisorSpec("root", (ChildSpec("bridge", lambda: Bridge(bridge)),)))
+        return system
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def ask(self, address: str, actor: str, method: str, *args: Any) -> Any:
+        """The answer of one call."""
+
+        async def call() -> Any:
+            handle = self._system.actor(actor, node=f"@{address}")
+            return await getattr(handle, method).remote(*args)
+
+        return self._run(call())
