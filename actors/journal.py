@@ -2,6 +2,7 @@
 
 Messages in, from any node: ``append``, ``fence``, ``read_tail``, ``cut``, ``drop``, ``stats``; from
 this node also ``volumes``. Messages out: to ``journal_disk``, the thread that waits for the disk.
+Small commits need no thread where the system can do without (`storage/direct.py`).
 What is stored, and what is under way, lives in `OpenJournal`, which outlives both actors: their
 death costs callers nothing, since all these messages may be done twice.
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import logging
 import random
 from collections.abc import Callable
@@ -19,11 +21,13 @@ from typing import Any
 
 from torus_actors.errors import TRANSIENT, ActorNotFound, Corruption, OutcomeUnknown, TorusError
 from torus_actors.runtime import ActorSystem, BlockingActor, LoopActor, Reply, expose
-from torus_actors.storage.disk import Disk
+from torus_actors.storage.direct import DirectWriter
+from torus_actors.storage.disk import Disk, RealDisk
 from torus_actors.storage.journal import JournalStore
+from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_index import Ticket
 from torus_actors.storage.journal_space import JournalLimits
-from torus_actors.storage.journal_steps import ReadRecords, Step
+from torus_actors.storage.journal_steps import Commit, ReadRecords, Step
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +56,27 @@ class JournalDisk(BlockingActor):
 class OpenJournal:
     """The open journal of a node, and what drives it.
 
-    Steps run in a task of their own, so that one whose caller died still ends in order.
+    Steps run in a task of their own, so that one whose caller died still ends in order; a small
+    commit that finds nothing under way is started by whoever brings it.
 
     Args:
         system: whose ``journal_disk`` does the work.
         store: the journal.
+        direct: writes without a thread; None where that is not possible.
     """
 
-    def __init__(self, system: ActorSystem, store: JournalStore) -> None:
+    def __init__(
+        self, system: ActorSystem, store: JournalStore, direct: DirectWriter | None = None
+    ) -> None:
         self.system = system
         self.store = store
+        self._direct = direct
         self._driver: asyncio.Task[None] | None = None
+        self._under_way: asyncio.Future[None] | None = None
+        """Done when a write without a thread has ended; None while there is none."""
         self._paused = False
+        if direct is not None:
+            system.loop.add_reader(direct.notify_fd, direct.reap)
 
     @classmethod
     def open(
@@ -74,7 +87,14 @@ class OpenJournal:
         limits: JournalLimits | None = None,
     ) -> OpenJournal:
         """Open or begin the journal in a directory; blocks, before the node does anything else."""
-        return cls(system, JournalStore.open(disk, limits=limits, rng=rng))
+        store = JournalStore.open(disk, limits=limits, rng=rng)
+        direct: DirectWriter | None = None
+        if isinstance(disk, RealDisk):
+            try:
+                direct = DirectWriter(disk.root)
+            except OSError as error:
+                log.info("the journal writes by a thread: %s", error)
+        return cls(system, store, direct)
 
     def submit(self, ticket: Ticket | None, waiter: Callable[[Exception | None], None]) -> None:
         """See to it that a ticket is settled; ``waiter`` gets the outcome.
@@ -91,14 +111,51 @@ class OpenJournal:
 
     def kick(self) -> None:
         """Do what is to be done on the disk."""
-        if self._driver is None:
-            self._driver = self._own(self._drive())
+        if self._driver is not None or self._under_way is not None:
+            return
+        step = self._next_step()
+        if step is not None and not self._start_direct(step):
+            self._driver = self._own(self._drive(step))
+
+    def _next_step(self) -> Step | None:
+        store = self.store
+        return store.next_step() if store.waiting or not self._paused else None
+
+    def _start_direct(self, step: Step) -> bool:
+        """Start a small commit without a thread; whether that was possible."""
+        if self._direct is None or not isinstance(step, Commit):
+            return False
+
+        def ended(error: OSError | None) -> None:
+            under_way, self._under_way = self._under_way, None
+            if error is not None and error.errno == errno.EAGAIN:
+                # The same bytes in the same place harm nothing, however much of them is there.
+                self._driver = self._own(self._drive(step))
+            else:
+                self._end(step, None if error is None else Corruption(f"disk error: {error}"))
+                self.kick()
+            if under_way is not None and not under_way.done():
+                under_way.set_result(None)
+
+        name = segment_name(step.segment.index)
+        if not self._direct.start(name, step.buffers, step.offset, ended):
+            return False
+        self._under_way = self.system.loop.create_future()
+        return True
+
+    def _end(self, step: Step, error: TorusError | None) -> None:
+        if error is None:
+            self.store.end_step(step)
+            return
+        self.store.fail_step(step, error)
+        if self.store.failure is not None:
+            log.error("the journal %s", self.store.failure)
 
     async def pause(self) -> None:
         """Write what is waiting, and let the rest be until `resume`."""
         self._paused = True
-        if self._driver is not None:
-            await asyncio.wait([self._driver])
+        while (under_way := self._driver or self._under_way) is not None:
+            await asyncio.wait([under_way])
 
     def resume(self) -> None:
         """Go on after a `pause`."""
@@ -117,18 +174,19 @@ class OpenJournal:
             self.store.release(step)
             self.kick()
 
-    async def _drive(self) -> None:
-        store = self.store
+    async def _drive(self, step: Step | None) -> None:
+        """Have a worker do this step and those that follow, until one can do without."""
         try:
-            while (store.waiting or not self._paused) and (step := store.next_step()) is not None:
+            while step is not None:
                 try:
                     await self._run(step)
                 except TorusError as error:
-                    store.fail_step(step, error)
-                    if store.failure is not None:
-                        log.error("the journal %s", store.failure)
+                    self._end(step, error)
                 else:
-                    store.end_step(step)
+                    self._end(step, None)
+                step = self._next_step()
+                if step is not None and self._start_direct(step):
+                    return
         finally:
             self._driver = None
 
@@ -152,6 +210,10 @@ class OpenJournal:
 
     def close(self) -> None:
         """Close the files; blocks."""
+        if self._direct is not None:
+            if not self.system.loop.is_closed():
+                self.system.loop.remove_reader(self._direct.notify_fd)
+            self._direct.close()
         self.store.close()
 
 

@@ -14,11 +14,8 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +29,7 @@ from typing import Any
 import uvloop
 from rich.console import Console
 from rich.table import Table
+from rig import fio, nbdkit, ping_pong, plain_writes, resident
 
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, SupervisorSpec, expose, get
@@ -147,28 +145,6 @@ JOBS = (
 )
 
 
-def fio(uri: str, options: tuple[str, ...], seconds: float | None) -> dict[str, Any]:
-    """Run one fio job; its first job's result."""
-    command = [
-        "fio",
-        "--name=job",
-        "--ioengine=nbd",
-        f"--uri={uri}",
-        "--randrepeat=0",
-        "--output-format=json",
-        *options,
-    ]
-    if not any(option.startswith("--size") for option in options):
-        command.append(f"--size={VOLUME_BYTES}")
-    if seconds is not None:
-        command += ["--time_based", f"--runtime={seconds}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/tmp")
-    result: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    if result["error"]:
-        raise RuntimeError(f"fio failed: {done.stderr}")
-    return result
-
-
 def figure(job: Job, result: dict[str, Any]) -> float:
     """The number of a job that goes into the table."""
     both = (result["read"], result["write"])
@@ -180,8 +156,11 @@ def figure(job: Job, result: dict[str, Any]) -> float:
 def measure(job: Job, uri: str, seconds: float) -> float:
     """Prepare and run a job."""
     if job.prepare:
-        fio(uri, job.prepare, None)
-    return figure(job, fio(uri, job.options, seconds if job.timed else None))
+        fio(uri, job.prepare)
+    options = job.options
+    if not any(option.startswith("--size") for option in options):
+        options += (f"--size={VOLUME_BYTES}",)
+    return figure(job, fio(uri, options, seconds if job.timed else None))
 
 
 @contextmanager
@@ -222,23 +201,6 @@ def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-@contextmanager
-def nbdkit(folder: Path) -> Iterator[str | None]:
-    """A running nbdkit memory disk; None where it is not installed."""
-    if shutil.which("nbdkit") is None:
-        yield None
-        return
-    path = folder / "nbdkit.sock"
-    process = subprocess.Popen(["nbdkit", "-f", "-U", str(path), "memory", str(VOLUME_BYTES)])
-    try:
-        while not path.exists():
-            time.sleep(0.05)
-        yield f"nbd+unix:///?socket={path}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 class Echo(LoopActor):
@@ -319,71 +281,6 @@ CALL_FLOORS = {
 }
 
 
-def plain_writes(folder: Path) -> float:
-    """MB/s of user data that one process gets into the page cache as two new files.
-
-    What a cluster on one machine has to do at the least for two copies, before anything is sent.
-    """
-    block = os.urandom(512 << 10)
-    count = VOLUME_BYTES // len(block)
-    start = time.perf_counter()
-    files = [os.open(folder / f"plain-{n}", os.O_RDWR | os.O_CREAT) for n in range(2)]
-    for n in range(count):
-        for file in files:
-            os.pwrite(file, block, n * len(block))
-    elapsed = time.perf_counter() - start
-    for n, file in enumerate(files):
-        os.close(file)
-        (folder / f"plain-{n}").unlink()
-    return VOLUME_BYTES / elapsed / 1e6
-
-
-def _pong(port: multiprocessing.connection.Connection) -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    port.send(listener.getsockname())
-    peer, _ = listener.accept()
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    while data := peer.recv(256):
-        peer.sendall(data)
-
-
-def ping_pong(seconds: float) -> float:
-    """Round trips a second of two processes with blocking sockets: no call can be faster."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=_pong, args=(theirs,), daemon=True)
-    process.start()
-    with socket.create_connection(ours.recv()) as peer:
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            for _ in range(50):
-                peer.sendall(bytes(64))
-                peer.recv(256)
-            count += 50
-        rate = count / (time.perf_counter() - start)
-    process.join(5)
-    return rate
-
-
-def resident(parent: int) -> dict[str, float]:
-    """Resident MiB of each process of the cluster."""
-    found: dict[str, float] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            status = (entry / "status").read_text()
-            command = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"PPid:\t{parent}\n" not in status:
-            continue
-        kind = "client" if any(b"blk" in part for part in command[:4]) else "storage node"
-        size = int(status.split("VmRSS:")[1].split()[0]) / 1024
-        found[f"{kind} {entry.name}"] = size
-    return found
-
-
 def yardstick(title: str, unit: str, value: float) -> dict[str, Any]:
     """A row that says what the machine does without this system."""
     return {
@@ -437,14 +334,11 @@ def main() -> int:
     jobs = [job for job in JOBS if not arguments.only or job.name in arguments.only]
     with tempfile.TemporaryDirectory(prefix="torus-bench-") as name:
         folder = Path(name)
-        with nbdkit(folder) as kit, cluster(folder) as (torus, process):
+        with nbdkit(folder, VOLUME_BYTES) as kit, cluster(folder) as (torus, process):
             idle = resident(process.pid)
-            if not arguments.only:
-                rows.append(
-                    yardstick(
-                        "two plain files written anew, page cache", "MB/s", plain_writes(folder)
-                    )
-                )
+            written = plain_writes(folder, VOLUME_BYTES)
+            rows.append(yardstick("two plain files written anew, page cache", "MB/s", written))
+            rows.append(yardstick("TCP round trip of two processes", "/s", ping_pong(1.0)))
             for job in jobs:
                 with console.status(job.title):
                     other = measure(job, kit, arguments.seconds) if kit else 0.0
@@ -468,7 +362,6 @@ def main() -> int:
                 )
             used = resident(process.pid)
     if not arguments.only:
-        rows.append(yardstick("TCP round trip between processes, no actors", "/s", ping_pong(2.0)))
         for title, rate in call_rates(2.0).items():
             floor = CALL_FLOORS[title]
             rows.append(

@@ -188,6 +188,7 @@ class File(ReadSide):
             self.layers.thaw(index)
         for index, layer in self.layers.dirty.items():
             if layer.is_full(self.block_length(index)):
+                self.layers.filled(index)
                 self._wanted.add(index)
                 self._ready.append(index)
         if self._retry_timer is not None:
@@ -291,6 +292,7 @@ class File(ReadSide):
         self.pump()
 
     def _now_full(self, index: int) -> None:
+        self.layers.filled(index)
         if index not in self._wanted:
             self._wanted.add(index)
             self._ready.append(index)

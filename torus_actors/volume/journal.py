@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -148,29 +150,45 @@ class SessionJournal:
             Fenced: another session has begun.
             BlockUnavailable: a member did not store it; the journal is not active any more.
         """
-        payload = b"".join(record)
-        refs = [
-            home.append.remote(
-                self._volume_id, self._epoch, seq, payload=payload, timeout_s=APPEND_TIMEOUT_S
-            )
-            for home in self._homes.values()
-        ]
-        failure: TorusError | None = None
-        for member, ref in zip(self._members, refs, strict=True):
-            try:
-                identity = await ref
-                if self._identities[member] != identity:
-                    failure = BlockUnavailable(f"peer {member[:8]} has lost its journal")
-            except Fenced:
-                self.active = False
-                raise
-            except TorusError as error:
-                failure = error
-        if failure is not None:
-            self.active = False
-            self.broken = str(failure)
-            raise BlockUnavailable(f"the journal lost a member: {failure}") from failure
-        self.size += len(payload)
+        appended: asyncio.Future[TorusError | None] = self._system.loop.create_future()
+
+        def done(error: TorusError | None) -> None:
+            if not appended.done():
+                appended.set_result(error)
+
+        self.append_soon(seq, record, done)
+        error = await appended
+        if error is not None:
+            raise error
+
+    def append_soon(
+        self, seq: int, record: list[Buffer], done: Callable[[TorusError | None], None]
+    ) -> None:
+        """The same; ``done`` is called once, later, with None or with what ``append`` raises."""
+        _Append(self, self._homes, b"".join(record), done).send(seq)
+
+    def accepts(self, member: str, identity: int) -> bool:
+        """Whether a member's journal is the one that has the records before this."""
+        return self._identities[member] == identity
+
+    @property
+    def volume(self) -> tuple[int, int]:
+        """Whose log the records belong to: volume and epoch."""
+        return self._volume_id, self._epoch
+
+    def appended(self, size: int) -> None:
+        """All members have a record of that many bytes."""
+        self.size += size
+
+    def lose(self, error: TorusError) -> TorusError:
+        """A member did not store a record: the journal ends; returns what to tell."""
+        self.active = False
+        if isinstance(error, Fenced):
+            return error
+        self.broken = str(error)
+        told = BlockUnavailable(f"the journal lost a member: {error}")
+        told.__cause__ = error
+        return told
 
     async def retire(self) -> None:
         """A head covers everything, and the session ends: the next one need ask no member."""
@@ -201,6 +219,52 @@ def is_unreplayed(journal: Journal | None, head: Head | None) -> bool:
     """Whether a journal may hold what the head, read after it, does not have."""
     head_epoch = head.epoch if head is not None else 0
     return journal is not None and journal.epoch >= head_epoch and bool(journal.ensemble)
+
+
+class _Append:
+    """One record on its way to all members."""
+
+    __slots__ = ("_done", "_failure", "_homes", "_journal", "_left", "_payload")
+
+    def __init__(
+        self,
+        journal: SessionJournal,
+        homes: dict[str, Any],
+        payload: bytes,
+        done: Callable[[TorusError | None], None],
+    ) -> None:
+        self._journal = journal
+        self._homes = homes
+        self._payload = payload
+        self._done = done
+        self._left = len(homes)
+        self._failure: TorusError | None = None
+
+    def send(self, seq: int) -> None:
+        """Send it to all of them at once."""
+        volume, epoch = self._journal.volume
+        for member, home in self._homes.items():
+            ref = home.append.remote(
+                volume, epoch, seq, payload=self._payload, timeout_s=APPEND_TIMEOUT_S
+            )
+            ref.add_done_callback(partial(self._answered, member))
+
+    def _answered(self, member: str, answer: asyncio.Future[int]) -> None:
+        try:
+            if not self._journal.accepts(member, answer.result()):
+                self._failure = BlockUnavailable(f"peer {member[:8]} has lost its journal")
+        except TorusError as error:
+            # That the session is over says more than anything else.
+            if not isinstance(self._failure, Fenced):
+                self._failure = error
+        self._left -= 1
+        if self._left:
+            return
+        if self._failure is None:
+            self._journal.appended(len(self._payload))
+            self._done(None)
+        else:
+            self._done(self._journal.lose(self._failure))
 
 
 async def recover(

@@ -8,8 +8,9 @@ that is emptied once a turn of the loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,9 +36,9 @@ from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.nbd.protocol import STATE_HOLE, STATE_ZERO, errno_of
 from torus_actors.nbd.requests import Op, Piece, Reply, Request
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.change_log import INLINE_MAX
-from torus_actors.volume.commit import Committer, Superseded
+from torus_actors.volume.commit import Committer
 from torus_actors.volume.file import File, Spawn
+from torus_actors.volume.flushing import Flusher
 from torus_actors.volume.journal import (
     COMMIT_AGE_S,
     COMMIT_BYTES,
@@ -59,9 +60,6 @@ IDLE_CHECK_S = 1.0
 
 OUTBOX_RETRY_S = 0.05
 """Answers that the NBD server has no room for are offered again after this long."""
-
-WRITE_OUT_ROUNDS = 3
-"""How often a flush waits for whole blocks that were filled while it waited; then it commits."""
 
 UNSYNCED_MAX = 2048
 """Blocks that may be stored and not committed before a commit is due without being asked for: what
@@ -139,9 +137,7 @@ class Session:
         self._replies = system.actor("nbd_server").replies
         self._outbox: dict[int, list[Reply]] = {}
         self._emptying = False
-        self._flush_waiting: list[Callable[[TorusError | None], None]] = []
-        self._flushing: list[Callable[[TorusError | None], None]] = []
-        self._flush_wake = asyncio.Event()
+        self.flusher = Flusher(self)
         self._commit_waiting: list[Callable[[TorusError | None], None]] = []
         self._committing: list[Callable[[TorusError | None], None]] = []
         self._commit_wake = asyncio.Event()
@@ -200,21 +196,19 @@ class Session:
         """Go on under a (new) volume actor."""
         self._spawn = spawn
         self._minting = False
-        self._flush_waiting = self._flushing + self._flush_waiting
-        self._flushing = []
-        self._flush_wake.set()
+        self.flusher.resume()
         self._commit_waiting = self._committing + self._commit_waiting
         self._committing = []
         self.keeper.resume()
         self.file.resume(spawn)
         if self.epoch:
-            spawn(self._flusher())
+            spawn(self.flusher.run())
             spawn(self._committer_loop())
 
     def fence(self, error: Fenced) -> None:
         """Another session has begun: nothing is written any more."""
         self.file.fail(error)
-        self._flush_wake.set()
+        self.flusher.wake()
         self._commit_wake.set()
 
     def flush_soon(self, done: Callable[[TorusError | None], None]) -> None:
@@ -222,8 +216,7 @@ class Session:
         if isinstance(self.file.failure, Closed):
             done(self.file.failure)
             return
-        self._flush_waiting.append(done)
-        self._flush_wake.set()
+        self.flusher.ask(done)
 
     def commit_soon(self, done: Callable[[TorusError | None], None]) -> None:
         """Fold everything acknowledged so far into blocks and a new head, then call ``done``."""
@@ -236,94 +229,10 @@ class Session:
     def close(self) -> None:
         """Take no more requests; commit before. A flush that has not ended by now fails."""
         self.file.close()
-        waiting = self._flushing + self._flush_waiting + self._committing + self._commit_waiting
-        self._flushing, self._flush_waiting = [], []
+        waiting = self.flusher.give_up() + self._committing + self._commit_waiting
         self._committing, self._commit_waiting = [], []
         for done in waiting:
             done(self.file.failure)
-
-    async def _flusher(self) -> None:
-        """One flush after the other; those that come while one runs share the next."""
-        while True:
-            while not self._flush_waiting:
-                self._flush_wake.clear()
-                await self._flush_wake.wait()
-            self._flushing, self._flush_waiting = self._flush_waiting, []
-            error: TorusError | None = None
-            try:
-                await self._flush()
-            except TorusError as failed:
-                error = failed
-                log.warning("volume %s: flush failed: %s", self.name, failed)
-                if isinstance(failed, Fenced):
-                    self.file.fail(failed)
-            flushed, self._flushing = self._flushing, []
-            for done in flushed:
-                done(error)
-
-    async def _flush(self) -> None:
-        """Make everything acknowledged so far durable: by the journal, or else by a commit."""
-        if self.file.failure is not None:
-            raise self.file.failure
-        if self.committer.clean or await self._flush_by_journal():
-            return
-        committed: asyncio.Future[TorusError | None] = self.system.loop.create_future()
-
-        def done(error: TorusError | None) -> None:
-            if not committed.done():
-                committed.set_result(error)
-
-        self.commit_soon(done)
-        error = await committed
-        if error is not None:
-            raise error
-
-    def _may_journal(self) -> bool:
-        return self.journal.active and not self.log.needs_commit
-
-    async def _flush_by_journal(self) -> bool:
-        """Flush by appending a record; whether that was possible.
-
-        A record may name blocks, so those are made durable first. From the cut of the record to its
-        acknowledgement nothing else vouches for what is in it: whatever goes wrong in between makes
-        the next flush a commit.
-
-        Raises:
-            OutOfSpace, BlockUnavailable: what was written cannot be stored at all.
-            Fenced: another session has begun.
-        """
-        changes, file = self.log, self.file
-        if not self._may_journal():
-            return False
-        for _ in range(WRITE_OUT_ROUNDS):
-            # Whole blocks bypass the journal.
-            await self.committer.write_out(file.layers.full(file.block_length))
-            if changes.inline_bytes() <= INLINE_MAX:
-                break
-        else:
-            return False
-        if not self._may_journal():
-            return False
-        if changes.empty:
-            return True
-        covered = dict(file.unsynced)
-        for ref in changes.refs():
-            file.fresh.pop(ref, None)  # from here on a record may name it
-        record = changes.cut()
-        seq = changes.seq
-        acknowledged = False
-        try:
-            await self.committer.make_durable(covered)
-            await self.journal.append(seq, record)
-            acknowledged = file.failure is None
-        except Fenced:
-            raise
-        except (TorusError, Superseded) as error:
-            log.info("volume %s: committing instead of journaling: %s", self.name, error)
-        finally:
-            if not acknowledged:
-                changes.needs_commit = True
-        return acknowledged
 
     async def _committer_loop(self) -> None:
         """One commit after the other: when asked for, and when the journal is large or old."""
@@ -384,7 +293,7 @@ class Session:
     def _flush_if_quiet(self) -> None:
         quiet = self.system.loop.time() - self._written_at > IDLE_FLUSH_S
         told = self.journal.active and self.log.empty and not self.log.needs_commit
-        waiting = self._flush_waiting or self._flushing or self.file.failure is not None
+        waiting = self.flusher.busy or self.file.failure is not None
         if quiet and not told and not waiting and not self.committer.clean:
             self.flush_soon(lambda _: None)
 
@@ -490,6 +399,17 @@ class Session:
         if not self._emptying:
             self._emptying = True
             self.system.loop.call_soon(self._empty_outbox)
+
+    @contextlib.contextmanager
+    def answers_together(self) -> Iterator[None]:
+        """What is answered meanwhile leaves at the end, and not a turn of the loop later."""
+        nested, self._emptying = self._emptying, True
+        try:
+            yield
+        finally:
+            self._emptying = nested
+            if not nested:
+                self._empty_outbox()
 
     def _empty_outbox(self) -> None:
         self._emptying = False

@@ -7,7 +7,7 @@ moment it is in a layer; a layer is dropped only after the block that holds it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torus_actors.model.checksums import Buffer
 from torus_actors.model.extents import MISSING, ExtentMap, Piece
@@ -36,6 +36,8 @@ class WriteBack:
         self.dirty: dict[int, ExtentMap] = {}
         self.frozen: dict[int, ExtentMap] = {}
         self.log = ChangeLog()
+        self._full_dirty: dict[int, None] = {}
+        self._full_frozen: dict[int, None] = {}
 
     def write(self, index: int, offset: int, data: Buffer) -> ExtentMap:
         """Write into the dirty layer of a block; returns the layer."""
@@ -85,6 +87,9 @@ class WriteBack:
         assert index not in self.frozen
         layer = self.dirty.pop(index)
         self.frozen[index] = layer
+        if index in self._full_dirty:
+            del self._full_dirty[index]
+            self._full_frozen[index] = None
         self.log.froze(index)
         return layer
 
@@ -97,12 +102,16 @@ class WriteBack:
             layer.merge_from(newer)
             self.size += _cost(layer) - before
         self.dirty[index] = layer
+        if index in self._full_frozen:
+            del self._full_frozen[index]
+            self._full_dirty[index] = None
         self.log.thawed(index)
 
     def settle(self, index: int, layer: ExtentMap, ref: BlockRef | None, root: int) -> None:
         """The frozen layer is in the volume's map now, as a block or (no ref) a hole."""
         assert self.frozen.get(index) is layer
         del self.frozen[index]
+        self._full_frozen.pop(index, None)
         self.size -= _cost(layer)
         self.log.settled(index, ref, root)
 
@@ -115,16 +124,23 @@ class WriteBack:
                 gone = [i for i in layers if first <= i < last]
             for index in gone:
                 self.size -= _cost(layers.pop(index))
+        for marks in (self._full_dirty, self._full_frozen):
+            for index in [i for i in marks if first <= i < last]:
+                del marks[index]
         self.log.dropped(first, last)
 
-    def full(self, length_of: Callable[[int], int]) -> list[int]:
-        """Blocks that are filled completely and not in the map yet: they are on their way."""
-        return [
-            index
-            for layers in (self.dirty, self.frozen)
-            for index, layer in layers.items()
-            if layer.covered_bytes >= length_of(index)
-        ]
+    def filled(self, index: int) -> None:
+        """The dirty layer of a block covers all of it."""
+        self._full_dirty[index] = None
+
+    @property
+    def any_full(self) -> bool:
+        """Whether there are blocks that are filled completely and not in the map yet."""
+        return bool(self._full_dirty or self._full_frozen)
+
+    def full(self) -> list[int]:
+        """Those blocks: they are on their way."""
+        return [*self._full_frozen, *self._full_dirty]
 
     def indexes(self) -> Iterator[int]:
         """Every block with a layer, each once."""

@@ -1,0 +1,223 @@
+"""Flushes of a session: one after the other; those that come while one runs share the next.
+
+Most flushes have nothing to do but to append a record to the journal. Those are begun and ended by
+callbacks, within the turn of the loop that brings the request or the last answer, since a task
+would take as long as a disk. Whatever else there is to do is done by ``run``, a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torus_actors.errors import Fenced, TorusError
+from torus_actors.volume.change_log import INLINE_MAX
+from torus_actors.volume.commit import Superseded
+
+if TYPE_CHECKING:
+    from torus_actors.volume.session import Session
+
+log = logging.getLogger(__name__)
+
+WRITE_OUT_ROUNDS = 3
+"""How often a flush waits for whole blocks that were filled while it waited; then it commits."""
+
+Done = Callable[[TorusError | None], None]
+
+
+class Flusher:
+    """See the module.
+
+    Args:
+        session: whose file is flushed.
+
+    Attributes:
+        appending: whether a flush that needs no task is under way.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._waiting: list[Done] = []
+        self._under_way: list[Done] = []
+        self._wake = asyncio.Event()
+        self._parked = False
+        self.appending = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for a flush."""
+        return bool(self._waiting or self._under_way)
+
+    def ask(self, done: Done) -> None:
+        """Make everything acknowledged so far durable, then call ``done``."""
+        self._waiting.append(done)
+        self._begin()
+
+    def wake(self) -> None:
+        """Have ``run`` look at what there is to do."""
+        self._wake.set()
+
+    def resume(self) -> None:
+        """A new task is about to run: what the old one was at is done again."""
+        self._parked = False
+        if not self.appending:  # this goes on without it
+            self._waiting = self._under_way + self._waiting
+            self._under_way = []
+        self._wake.set()
+
+    def give_up(self) -> list[Done]:
+        """Forget who waits; returns them."""
+        waiting = self._under_way + self._waiting
+        self._under_way, self._waiting = [], []
+        return waiting
+
+    def _begin(self) -> None:
+        if self._parked and not self.appending and self._waiting and not self._append_at_once():
+            self._wake.set()
+
+    def _end(self, error: TorusError | None) -> None:
+        flushed, self._under_way = self._under_way, []
+        for done in flushed:
+            done(error)
+
+    # -- by callbacks ------------------------------------------------------------------------------
+
+    def _append_at_once(self) -> bool:
+        """Begin a flush that is nothing but a record of extents; whether it is one."""
+        session = self._session
+        changes, file = session.log, session.file
+        if (
+            file.failure is not None
+            or file.unsynced
+            or file.layers.any_full
+            or changes.empty
+            or not self._may_journal()
+            or changes.inline_bytes() > INLINE_MAX
+        ):
+            return False
+        # No block is unsynced, so what the record names is durable.
+        record = self._cut()
+        self._under_way, self._waiting = self._waiting, []
+        self.appending = True
+        session.journal.append_soon(changes.seq, record, self._appended)
+        return True
+
+    def _appended(self, error: TorusError | None) -> None:
+        session = self._session
+        self.appending = False
+        if isinstance(error, Fenced):
+            session.log.needs_commit = True
+            self._failed(error)
+            self._end(error)
+        elif error is not None or session.file.failure is not None:
+            # Nothing vouches for what was in the record, until a commit does.
+            session.log.needs_commit = True
+            if error is not None:
+                log.info("volume %s: committing instead of journaling: %s", session.name, error)
+            self._waiting = self._under_way + self._waiting
+            self._under_way = []
+        else:
+            flushed, self._under_way = self._under_way, []
+            self._begin()  # the members can be at work while these are told
+            with session.answers_together():
+                for done in flushed:
+                    done(None)
+            return
+        self._begin()
+
+    # -- as a task ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Flush whenever that is asked for and needs more than a record."""
+        while True:
+            while not self._waiting or self.appending:
+                self._wake.clear()
+                self._parked = True
+                await self._wake.wait()
+            self._parked = False
+            self._under_way, self._waiting = self._waiting, []
+            error: TorusError | None = None
+            try:
+                await self._flush()
+            except TorusError as failed:
+                error = failed
+                self._failed(failed)
+            self._end(error)
+
+    def _failed(self, error: TorusError) -> None:
+        log.warning("volume %s: flush failed: %s", self._session.name, error)
+        if isinstance(error, Fenced):
+            self._session.file.fail(error)
+
+    async def _flush(self) -> None:
+        """Make everything acknowledged so far durable: by the journal, or else by a commit."""
+        session = self._session
+        if session.file.failure is not None:
+            raise session.file.failure
+        if session.committer.clean or await self._flush_by_journal():
+            return
+        committed: asyncio.Future[TorusError | None] = session.system.loop.create_future()
+
+        def done(error: TorusError | None) -> None:
+            if not committed.done():
+                committed.set_result(error)
+
+        session.commit_soon(done)
+        error = await committed
+        if error is not None:
+            raise error
+
+    def _may_journal(self) -> bool:
+        return self._session.journal.active and not self._session.log.needs_commit
+
+    def _cut(self) -> list[bytes | bytearray | memoryview]:
+        """Make a record of all that was not told yet."""
+        changes, file = self._session.log, self._session.file
+        for ref in changes.refs():
+            file.fresh.pop(ref, None)  # from here on a record may name it
+        return changes.cut()
+
+    async def _flush_by_journal(self) -> bool:
+        """Flush by appending a record; whether that was possible.
+
+        A record may name blocks, so those are made durable first. From the cut of the record to its
+        acknowledgement nothing else vouches for what is in it: whatever goes wrong in between makes
+        the next flush a commit.
+
+        Raises:
+            OutOfSpace, BlockUnavailable: what was written cannot be stored at all.
+            Fenced: another session has begun.
+        """
+        session = self._session
+        changes, file = session.log, session.file
+        if not self._may_journal():
+            return False
+        for _ in range(WRITE_OUT_ROUNDS):
+            # Whole blocks bypass the journal.
+            await session.committer.write_out(file.layers.full())
+            if changes.inline_bytes() <= INLINE_MAX:
+                break
+        else:
+            return False
+        if not self._may_journal():
+            return False
+        if changes.empty:
+            return True
+        covered = dict(file.unsynced)
+        record = self._cut()
+        seq = changes.seq
+        acknowledged = False
+        try:
+            await session.committer.make_durable(covered)
+            await session.journal.append(seq, record)
+            acknowledged = file.failure is None
+        except Fenced:
+            raise
+        except (TorusError, Superseded) as error:
+            log.info("volume %s: committing instead of journaling: %s", session.name, error)
+        finally:
+            if not acknowledged:
+                changes.needs_commit = True
+        return acknowledged
