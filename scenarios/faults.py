@@ -371,8 +371,16 @@ async def second_client(field: Field) -> None:
 
 async def metadata_out(field: Field) -> None:
     """The metadata cannot be reached for a while."""
+    await _without_metadata(field, field.rng.choice((1.0, 5.0, 15.0)) * (0.5 + field.rng.random()))
+
+
+async def metadata_away(field: Field) -> None:
+    """The metadata cannot be reached for long."""
+    await _without_metadata(field, field.rng.uniform(10.0, 40.0))
+
+
+async def _without_metadata(field: Field, pause: float) -> None:
     cluster, rng = field.cluster, field.rng
-    pause = rng.choice((1.0, 5.0, 15.0)) * (0.5 + rng.random())
     how = rng.choice(("killed", "cut off", "frozen"))
     field.say(f"the metadata is {how} for {pause:.1f} s")
     host = cluster.meta_host
@@ -585,6 +593,7 @@ FAULTS: dict[str, Fault] = {
     "crash_client": crash_client,
     "second_client": second_client,
     "metadata_out": metadata_out,
+    "metadata_away": metadata_away,
     "wipe_leases": wipe_leases,
     "rot": rot,
     "disk_errors": disk_errors,

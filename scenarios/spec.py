@@ -230,6 +230,19 @@ _LIST = (
         duration_s=(25, 40),
     ),
     Scenario(
+        "long_outage",
+        "However long the metadata is away: flushes go on, and the next client finds all of them",
+        {"metadata_away": (2, 6), "crash_client": (8, 20), "crash_node": (8, 30)},
+        clients=(1, 2),
+        workload=Workload(flush=3.0),
+        errors_allowed=True,
+        duration_s=(40, 60),
+        knobs={
+            "torus_actors.volume.heads.COMMIT_BYTES": 64 << 10,
+            "torus_actors.volume.session.COMMIT_BYTES": 64 << 10,
+        },
+    ),
+    Scenario(
         "lease_wiped",
         "Leases that end unasked for are made again",
         {"wipe_leases": (2, 6)},

@@ -68,7 +68,7 @@ async def test_flush_fails_when_all_replicas_are_lost_and_nobody_has_the_data() 
             with pytest.raises(DeviceError) as failed:
                 await device.flush()
             assert failed.value.errno == Errno.EIO
-        assert device.client.session("v").commits == 0
+        assert device.client.session("v").heads.recorded == 0
         await device.write(0, b"y" * BLOCK)
         await device.flush()
         assert await (await reopened(device)).read(0, BLOCK) == b"y" * BLOCK
@@ -243,7 +243,7 @@ async def test_flushes_that_come_together_share_a_commit() -> None:
             await device.flush()
 
         await asyncio.gather(*[write_and_flush(100 * n) for n in range(20)])
-        assert device.client.session("v").commits <= 3
+        assert device.client.session("v").heads.recorded <= 3
 
 
 @virtual

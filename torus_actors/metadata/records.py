@@ -149,7 +149,8 @@ class Head(Record):
 
     ``root`` is the block ref of the INode's root block, ``root_crc`` that block's checksum,
     ``epoch`` the session that committed it, ``extra`` is opaque here. ``journal_seq`` is the last
-    record of that session's journal which the version includes.
+    record of that session's journal which the version includes, ``map_seq`` the last that was cut
+    before the map of blocks was: the map has the blocks that records up to it name, or newer ones.
     """
 
     inode: int
@@ -159,6 +160,7 @@ class Head(Record):
     epoch: int
     extra: bytes = b""
     journal_seq: int = 0
+    map_seq: int = 0
 
     def __post_init__(self) -> None:
         if len(self.root) != BLOCK_REF_SIZE:

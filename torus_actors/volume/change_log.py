@@ -6,16 +6,22 @@ in order, over that head gives everything that was flushed.
 
 A block carries the number of the last record that was cut before its content was fixed. What older
 records say of its place is in it, so a replay forgets that; what newer ones say lies over it.
+
+A record may instead hold a head, for which the metadata was away when it was due. It has all that
+the records up to the number in it say, so those need not be kept: that is how a journal stays small
+however long the metadata is away.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import msgpack
 
 from torus_actors.errors import Corruption
+from torus_actors.metadata.records import Head
 from torus_actors.model.checksums import Buffer
 from torus_actors.model.extents import ExtentMap
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
@@ -142,16 +148,23 @@ class ChangeLog:
         self._blocks.clear()
         self._frozen.clear()
         self._extents.clear()
+        return [self._begin_record(blocks, places, None), *data]
+
+    def cut_head(self, head: Head) -> list[Buffer]:
+        """Make a record of a head; what was not told yet stays for the next record."""
+        return [self._begin_record([], [], head.encode())]
+
+    def _begin_record(self, blocks: list[Any], places: list[Any], head: bytes | None) -> bytes:
         self.seq += 1
-        head = msgpack.packb([blocks, places])
-        return [_HEAD.pack(_MAGIC, len(head)) + head, *data]
+        packed: bytes = msgpack.packb([blocks, places, head])
+        return _HEAD.pack(_MAGIC, len(packed)) + packed
 
 
-def read_record(payload: Buffer) -> tuple[list[LoggedBlock], list[LoggedExtent]]:
+def read_record(payload: Buffer) -> tuple[list[LoggedBlock], list[LoggedExtent], Head | None]:
     """Read a record.
 
     Args:
-        payload: what ``cut`` gave, in one buffer; extents are views of it.
+        payload: what ``cut`` or ``cut_head`` gave, in one buffer; extents are views of it.
 
     Raises:
         Corruption: it is none.
@@ -162,7 +175,8 @@ def read_record(payload: Buffer) -> tuple[list[LoggedBlock], list[LoggedExtent]]
         if magic != _MAGIC:
             raise ValueError("wrong magic")
         at = _HEAD.size + size
-        packed_blocks, places = msgpack.unpackb(view[_HEAD.size : at])
+        packed_blocks, places, packed_head = msgpack.unpackb(view[_HEAD.size : at])
+        head = None if packed_head is None else Head.decode(packed_head)
         blocks: list[LoggedBlock] = [
             (int(index), _ref(ref), int(root), int(after))
             for index, ref, root, after in packed_blocks
@@ -180,7 +194,7 @@ def read_record(payload: Buffer) -> tuple[list[LoggedBlock], list[LoggedExtent]]
             raise ValueError("bytes are left over")
     except (struct.error, ValueError, TypeError, msgpack.UnpackException) as error:
         raise Corruption(f"a journal record cannot be read: {error}") from error
-    return blocks, extents
+    return blocks, extents, head
 
 
 def _ref(ref: bytes) -> BlockRef | None:
@@ -192,13 +206,24 @@ def _ref(ref: bytes) -> BlockRef | None:
 
 
 class Replay:
-    """What records add up to.
+    """What records add up to, over a head.
+
+    A head's map may be newer than records that it does not cover: blocks that were entered while it
+    was being written out are in it, and what those records name instead is older. From such records
+    only extents are taken.
 
     Memory is bounded by the size of the journal, which its session bounds.
+
+    Args:
+        map_seq: of the head; 0 if it is of another session.
     """
 
-    def __init__(self) -> None:
-        self.blocks: dict[int, tuple[BlockRef | None, int]] = {}
+    def __init__(self, map_seq: int = 0) -> None:
+        self._map_seq = map_seq
+        self.head: Head | None = None
+        """Replaces the head that the records are replayed over, if it is not None."""
+        self.blocks: dict[int, tuple[BlockRef | None, int, int]] = {}
+        """By position: ref, root checksum, and the number of the record that names it."""
         self._extents: dict[int, list[tuple[int, int, int, Buffer | None]]] = {}
         self.records = 0
 
@@ -208,9 +233,12 @@ class Replay:
         Raises:
             Corruption: it cannot be read.
         """
-        blocks, extents = read_record(payload)
+        blocks, extents, head = read_record(payload)
+        if head is not None:
+            self._go_on_from(head)
         for index, ref, root, after in blocks:
-            self.blocks[index] = (ref, root)
+            if seq > self._map_seq:
+                self.blocks[index] = (ref, root, seq)
             kept = [each for each in self._extents.get(index, ()) if each[0] > after]
             if kept:
                 self._extents[index] = kept
@@ -219,6 +247,17 @@ class Replay:
         for index, offset, length, buffer in extents:
             self._extents.setdefault(index, []).append((seq, offset, length, buffer))
         self.records += 1
+
+    def _go_on_from(self, head: Head) -> None:
+        """Forget what is in a head."""
+        self.head = head
+        self._map_seq = head.map_seq
+        self.blocks = {i: block for i, block in self.blocks.items() if block[2] > head.map_seq}
+        newer = {
+            index: [each for each in found if each[0] > head.journal_seq]
+            for index, found in self._extents.items()
+        }
+        self._extents = {index: found for index, found in newer.items() if found}
 
     def extents(self) -> Iterator[LoggedExtent]:
         """Writes to do over the blocks, in order."""

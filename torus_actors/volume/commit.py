@@ -79,6 +79,8 @@ class Committer:
         self._record = record
         self.complete = False
         """Whether the head being recorded has everything that was there when the commit began."""
+        self.map_seq = 0
+        """The last record of the journal that was cut before the last map was."""
         self.exact = False
         """Whether the last map that was cut is what the file was in one moment: every write that
         was acknowledged before, and none that was acknowledged after."""
@@ -130,6 +132,7 @@ class Committer:
                 file.fresh.clear()  # from here on a head may name them
                 # The same synchronous step as the plan: exactly what the plan may name.
                 covered = dict(file.unsynced)
+                self.map_seq = file.layers.log.seq
             except BaseException:
                 file.map.commit_failed(plan)
                 raise

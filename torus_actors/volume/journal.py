@@ -32,7 +32,7 @@ from torus_actors.errors import (
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import Head, Journal
 from torus_actors.metadata.service import MetadataService
-from torus_actors.model.checksums import Buffer
+from torus_actors.model.checksums import PAGE_SIZE, Buffer
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.change_log import Replay
@@ -46,6 +46,9 @@ RECOVER_PATIENCE_S = 15.0
 """How long opening a volume waits for one member of the last session's journal."""
 
 READ_BYTES = 4 << 20
+
+RECORD_OVERHEAD_BYTES = 128
+"""What a member adds to a record that comes alone."""
 
 COMMIT_BYTES = 64 << 20
 """A journal of this size is due to be folded into blocks."""
@@ -64,7 +67,8 @@ class SessionJournal:
 
     Attributes:
         active: whether records can be appended.
-        size: bytes appended since the last cut.
+        sent: number of the last record that was appended, or that a head covers.
+        size: bytes that the records since the last cut take on a member's disk.
         broken: why there is no ensemble now; empty if there is one or none was wanted yet.
     """
 
@@ -88,6 +92,7 @@ class SessionJournal:
         self._homes: dict[str, Any] = {}
         self._identities: dict[str, int] = {}
         self.active = False
+        self.sent = 0
         self.size = 0
         self.began_at = 0.0
         self.broken = ""
@@ -139,6 +144,7 @@ class SessionJournal:
         self._homes = homes
         self._identities = identities
         self.active = True
+        self.sent = covered_seq
         self.broken = ""
         self.size = 0
         self.began_at = self._system.loop.time()
@@ -158,6 +164,9 @@ class SessionJournal:
 
         self.append_soon(seq, record, done)
         error = await appended
+        if error is None and not self.active:
+            # Another record, on its way at the same time, was not stored.
+            error = BlockUnavailable(f"the journal lost a member: {self.broken}")
         if error is not None:
             raise error
 
@@ -165,6 +174,7 @@ class SessionJournal:
         self, seq: int, record: list[Buffer], done: Callable[[TorusError | None], None]
     ) -> None:
         """The same; ``done`` is called once, later, with None or with what ``append`` raises."""
+        self.sent = seq
         _Append(self, self._homes, b"".join(record), done).send(seq)
 
     def accepts(self, member: str, identity: int) -> bool:
@@ -178,7 +188,8 @@ class SessionJournal:
 
     def appended(self, size: int) -> None:
         """All members have a record of that many bytes."""
-        self.size += size
+        # The journal of a member is written by whole pages.
+        self.size += -(-(size + RECORD_OVERHEAD_BYTES) // PAGE_SIZE) * PAGE_SIZE
 
     def lose(self, error: TorusError) -> TorusError:
         """A member did not store a record: the journal ends; returns what to tell."""
@@ -208,6 +219,7 @@ class SessionJournal:
 
     def cut(self, upto_seq: int) -> None:
         """A head covers these records: the members may forget them."""
+        self.sent = max(self.sent, upto_seq)
         if upto_seq:
             for home in self._homes.values():
                 home.cut.tell(self._volume_id, self._epoch, upto_seq)
@@ -295,7 +307,9 @@ async def recover(
     journal, revision = await meta.journal(volume_id)
     if journal is None or not is_unreplayed(journal, head):
         return replay, revision
-    first = head.journal_seq + 1 if head is not None and head.epoch == journal.epoch else 1
+    first, map_seq = 1, 0
+    if head is not None and head.epoch == journal.epoch:
+        first, map_seq = head.journal_seq + 1, head.map_seq
     identities: dict[str, int] = msgpack.unpackb(journal.extra) if journal.extra else {}
     end = system.loop.time() + RECOVER_PATIENCE_S
     backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
@@ -305,13 +319,19 @@ async def recover(
             try:
                 home = system.actor("journal", node=member)
                 # A reader, of epoch 0, asks by the epoch that the member has promised already.
-                newest, _, last, lost, identity = await home.fence.remote(
+                newest, kept, last, lost, identity = await home.fence.remote(
                     volume_id, epoch or journal.epoch, timeout_s=APPEND_TIMEOUT_S
                 )
                 if lost or identities.get(member) != identity:
                     raise BlockUnavailable(f"peer {member[:8]} has lost records")
                 if newest == journal.epoch and last >= first:
-                    replay = await _read_tail(home, volume_id, journal.epoch, first, last)
+                    begin = max(first, kept)
+                    replay = Replay(map_seq)
+                    await _read_tail(replay, home, volume_id, journal.epoch, begin, last)
+                    # What was cut without the metadata's knowledge is in a head that follows.
+                    told = replay.head.journal_seq if replay.head is not None else first - 1
+                    if begin > told + 1:
+                        raise BlockUnavailable(f"peer {member[:8]} lacks records before {begin}")
                 return replay, revision
             except Fenced:
                 raise
@@ -325,8 +345,9 @@ async def recover(
             )
 
 
-async def _read_tail(home: Any, volume_id: int, epoch: int, first: int, last: int) -> Replay:
-    replay = Replay()
+async def _read_tail(
+    replay: Replay, home: Any, volume_id: int, epoch: int, first: int, last: int
+) -> None:
     following = first
     while following <= last:
         answer = await home.read_tail.remote(volume_id, epoch, following, READ_BYTES)
@@ -341,4 +362,3 @@ async def _read_tail(home: Any, volume_id: int, epoch: int, first: int, last: in
             replay.add(seq, payload[at : at + length])
             at += length
             following += 1
-    return replay

@@ -93,6 +93,7 @@ async def open_session(
             head, revision = await meta.head(record.id)
             # Only the journal of an older session is fenced; a reader leaves the writer alone.
             replay, journal_revision = await recover(system, meta, record.id, epoch, head)
+            head = replay.head or head
         else:
             head, revision = Head.decode(kept.head) if kept.head else None, 0
         nblocks = -(-record.size // block_size)
@@ -126,6 +127,10 @@ async def open_session(
             await session.file.truncate(record.size)
         await _apply(session, replay)
         session.replayed = replay.records
+        if replay.head is not None:
+            session.heads.owed = dataclasses.replace(
+                replay.head, epoch=epoch, journal_seq=0, map_seq=0
+            )
         if epoch:
             # If another lease was made meanwhile, it does not know of this lock.
             now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
@@ -146,7 +151,7 @@ async def open_session(
 async def _apply(session: Session, replay: Replay) -> None:
     """Put what the last session had flushed and not committed back into the file."""
     file, blockset = session.file, session.file.blockset
-    for index, (ref, root) in replay.blocks.items():
+    for index, (ref, root, _) in replay.blocks.items():
         if index < blockset.length:
             await file.with_pages(partial(_enter, blockset, index, ref, root))
     for index, offset, length, buffer in replay.extents():
@@ -247,8 +252,10 @@ async def close_session(session: Session, meta: MetadataService) -> None:
                 error = await flushed
         except TimeoutError:
             error = BlockUnavailable("the last flush did not end in time")
+    if isinstance(error, Again) and session.heads.owed is not None:
+        error = None  # the journal has everything, and the next session takes it over
     session.close()
-    if session.epoch and error is None:
+    if session.epoch and error is None and session.heads.owed is None:
         await session.journal.retire()
     if session.epoch:
         detaching = detach_later(system, meta, session.volume_id, session.epoch)

@@ -19,10 +19,8 @@ from torus_actors.errors import (
     Again,
     BlockUnavailable,
     Closed,
-    CompareFailed,
     Fenced,
     NotSupported,
-    OutcomeUnknown,
     Overloaded,
     TorusError,
 )
@@ -39,6 +37,7 @@ from torus_actors.runtime import ActorSystem
 from torus_actors.volume.commit import Committer
 from torus_actors.volume.file import File, Spawn
 from torus_actors.volume.flushing import Flusher
+from torus_actors.volume.heads import Heads
 from torus_actors.volume.journal import (
     COMMIT_AGE_S,
     COMMIT_BYTES,
@@ -106,7 +105,6 @@ class Session:
         self.epoch = epoch
         self.holder = holder
         self._meta = meta
-        self._head_revision = head_revision
         self._inodes = inodes
         self._inode = inodes.pop(0) if inodes else 0
         self._next_index = 0
@@ -125,6 +123,15 @@ class Session:
         self.file.commit_soon = lambda: self.commit_soon(lambda _: None)
         self.journal = journal
         self.log = self.file.layers.log
+        self.heads = Heads(
+            meta,
+            journal,
+            self.log,
+            name=record.name,
+            volume_id=record.id,
+            epoch=epoch,
+            revision=head_revision,
+        )
         self._covered_seq = 0
         self._covering_seq = 0
         self.committer = Committer(
@@ -142,7 +149,6 @@ class Session:
         self._committing: list[Callable[[TorusError | None], None]] = []
         self._commit_wake = asyncio.Event()
         self._written_at = 0.0
-        self.commits = 0
         self.replayed = 0
         """Records of the last session's journal that are in the layers: to be committed before the
         first read, since another replay might end with fewer of those nobody acknowledged."""
@@ -247,6 +253,7 @@ class Session:
                         await self._commit_wake.wait()
                 except TimeoutError:
                     self._flush_if_quiet()
+                    await self._pay()
                     if not self._commit_is_due():
                         continue
                 if self.keeper.wanted and self.file.failure is None:
@@ -277,7 +284,15 @@ class Session:
             self.file.fail(failed)
 
     def _revision_of_head(self) -> int:
-        return self._head_revision
+        return self.heads.revision
+
+    async def _pay(self) -> None:
+        """Store in the metadata what only the journal has, if it is back."""
+        if self.file.failure is None:
+            try:
+                await self.heads.pay()
+            except Fenced as failed:
+                self.file.fail(failed)
 
     def _commit_is_due(self) -> bool:
         if self.file.failure is not None or self.committer.clean:
@@ -306,11 +321,14 @@ class Session:
             changes.start(changes.seq)
         changes.needs_commit = False
         self._covering_seq = changes.seq
+        owed = self.heads.owed
         try:
             await self.committer.commit()
         except BaseException:
             changes.needs_commit = True
             raise
+        if owed is not None and self.heads.owed is owed:
+            await self.heads.store(owed)  # there is nothing newer
         self._covered_seq = self._covering_seq
         if journal.active:
             journal.cut(self._covered_seq)
@@ -333,36 +351,23 @@ class Session:
             epoch=self.epoch,
             extra=self.file.blockset.marshal(plan.root),
             journal_seq=self._covering_seq if self.committer.complete else self._covered_seq,
+            map_seq=self.committer.map_seq,
         )
         backoff = Backoff(self.system.rng, max_s=1.0)
         while True:
             try:
-                self._head_revision = await self._meta.commit_head(
-                    self.volume_id, self.epoch, self._head_revision, head
-                )
-                self.commits += 1
+                await self.heads.store(head)
                 return
-            except (Again, OutcomeUnknown) as error:
+            except Again as error:
                 log.info("volume %s: waiting for the metadata: %s", self.name, error)
-            except CompareFailed:
-                if not await self._adopt_head():
-                    raise
-                continue
+            # What a head does not cover, it cannot stand for in the journal.
+            if self.committer.complete and await self.heads.keep_in_journal(
+                head, bool(self._committing)
+            ):
+                if self.file.failure is not None:
+                    raise self.file.failure
+                return
             await backoff.wait()
-
-    async def _adopt_head(self) -> bool:
-        """Learn of a head that a predecessor of the volume actor recorded as it died.
-
-        Only this session writes heads of its epoch, and all they lead to is durable.
-        """
-        try:
-            head, revision = await self._meta.head(self.volume_id)
-        except (Again, OutcomeUnknown):
-            return True
-        if head is None or head.epoch != self.epoch or revision == self._head_revision:
-            return False
-        self._head_revision = revision
-        return True
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -518,7 +523,8 @@ class Session:
             "name": self.name,
             "size": self.size,
             "epoch": self.epoch,
-            "commits": self.commits,
+            "commits": self.heads.recorded,
+            "head": "metadata" if self.heads.owed is None else "journal",
             "journal_bytes": self.journal.size,
             "journal": "active" if self.journal.active else self.journal.broken or "none yet",
             "dirty_bytes": file.layers.size,

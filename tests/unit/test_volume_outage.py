@@ -1,0 +1,160 @@
+"""An attached volume without the metadata: flushes go on, journals stay small, nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.fakes import Cluster, Device, DeviceError, until, virtual
+from tests.unit.test_volume_flush import reopened
+from torus_actors.nbd.protocol import Errno
+from torus_actors.volume import heads, session
+
+BLOCK = 16 << 10
+SIZE = 100 * BLOCK
+SMALL = 256 << 10
+"""A journal of this size is folded."""
+
+
+@pytest.fixture(autouse=True)
+def small_journals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few hundred flushes fill them."""
+    monkeypatch.setattr(heads, "COMMIT_BYTES", SMALL)
+    monkeypatch.setattr(session, "COMMIT_BYTES", SMALL)
+
+
+async def cut_off(cluster: Cluster) -> Device:
+    """A volume whose session has its journal, and whose client cannot reach the metadata."""
+    device = await cluster.volume(SIZE)
+    for _ in range(2):
+        await device.write(0, b"first")
+        await device.flush()
+    assert device.client.session("v").journal.active
+    device.client.store.down = True
+    return device
+
+
+async def write_on(device: Device, rounds: int) -> bytearray:
+    """Flush after each of many small writes; returns what the volume then is."""
+    loop = asyncio.get_running_loop()
+    content = bytearray(SIZE)
+    content[:5] = b"first"
+    for n in range(rounds):
+        at = (n * 7919 * 512) % (SIZE - 4096)
+        data = bytes([n % 251 + 1]) * (1000 + n % 3000)
+        await device.write(at, data)
+        content[at : at + len(data)] = data
+        before = loop.time()
+        await device.flush()
+        assert loop.time() - before < 3.0, "a flush waited for the metadata"
+        await asyncio.sleep(0.05)
+    return content
+
+
+@virtual
+async def test_an_outage_fills_no_journal() -> None:
+    """Through a long outage flushes go on, and the journals are folded as ever.
+
+    Whatever was flushed is there for the next client, and the metadata was not asked for it.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        content = await write_on(device, 600)
+        owner = device.client.session("v")
+        assert owner.heads.owed is not None
+        assert owner.journal.size < 2 * SMALL, "the journal was not cut"
+        head, _ = await cluster.meta.head(owner.volume_id)
+        assert head is not None and head.inode < owner.heads.owed.inode
+        again = await reopened(device)
+        assert await again.read(0, SIZE) == content
+        head, _ = await cluster.meta.head(owner.volume_id)
+        assert head is not None and head.epoch == again.client.session("v").epoch
+
+
+@virtual
+async def test_a_member_that_is_lost_in_an_outage_loses_nothing() -> None:
+    """Any one member of the journal is enough to take over the head that only journals have."""
+    for lost in range(2):
+        async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+            device = await cut_off(cluster)
+            content = await write_on(device, 150)
+            owner = device.client.session("v")
+            assert owner.heads.owed is not None
+            members = [n for n in cluster.nodes.values() if n.node_id in owner.journal._members]
+            await members[lost].crash()
+            again = await reopened(device)
+            assert await again.read(0, SIZE) == content
+
+
+@virtual
+async def test_what_is_owed_is_paid() -> None:
+    """When the metadata is back it gets the head, without another write; then closing is orderly."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        content = await write_on(device, 150)
+        owner = device.client.session("v")
+        owed = owner.heads.owed
+        assert owed is not None
+        device.client.store.down = False
+        await until(lambda: owner.heads.owed is None)
+        head, _ = await cluster.meta.head(owner.volume_id)
+        assert head is not None and head.inode >= owed.inode
+        await device.release()
+        again = await (await cluster.client()).open("v")
+        assert await again.read(0, SIZE) == content
+
+
+@virtual
+async def test_a_volume_can_be_closed_in_an_outage() -> None:
+    """Closing waits for no metadata: the next session takes over what the journal has."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        content = await write_on(device, 20)
+        before = asyncio.get_running_loop().time()
+        await device.release()
+        assert asyncio.get_running_loop().time() - before < 20.0
+        device.client.store.down = False
+        again = await reopened(device)
+        assert await again.read(0, SIZE) == content
+
+
+@virtual
+async def test_large_trims_are_flushed_in_an_outage() -> None:
+    """What records cannot tell needs a commit; that too goes on without the metadata."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        content = await write_on(device, 50)
+        before = asyncio.get_running_loop().time()
+        await device.trim(0, 90 * BLOCK)
+        await device.flush()
+        assert asyncio.get_running_loop().time() - before < 20.0
+        content[: 90 * BLOCK] = bytes(90 * BLOCK)
+        await device.write(5 * BLOCK, b"after the trim")
+        await device.flush()
+        content[5 * BLOCK : 5 * BLOCK + 14] = b"after the trim"
+        again = await reopened(device)
+        assert await again.read(0, SIZE) == content
+
+
+@virtual
+async def test_a_session_that_is_replaced_in_an_outage_gets_nothing_in() -> None:
+    """A client that was cut off folds its journal; once another has the volume it cannot."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        content = await write_on(device, 100)
+        other = await cluster.client()
+        await asyncio.sleep(10.0)
+        theirs = await other.open("v")
+        assert await theirs.read(0, SIZE) == content
+        await theirs.write(0, b"THEIRS")
+        await theirs.flush()
+        await device.write(0, b"mine!!")
+        with pytest.raises(DeviceError) as failed:
+            await device.flush()
+        assert failed.value.errno == Errno.ESHUTDOWN
+        device.client.store.down = False
+        await asyncio.sleep(10.0)
+        await theirs.release()
+        last = await (await cluster.client()).open("v")
+        assert await last.read(0, 6) == b"THEIRS"
