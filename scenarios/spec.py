@@ -232,7 +232,7 @@ _LIST = (
     Scenario(
         "long_outage",
         "However long the metadata is away: flushes go on, and the next client finds all of them",
-        {"metadata_away": (2, 6), "crash_client": (8, 20), "crash_node": (8, 30)},
+        {"metadata_away": (2, 6), "crash_client": (5, 12), "crash_node": (8, 30)},
         clients=(1, 2),
         workload=Workload(flush=3.0),
         errors_allowed=True,

@@ -89,7 +89,7 @@ async def test_a_member_that_is_lost_in_an_outage_loses_nothing() -> None:
 
 @virtual
 async def test_what_is_owed_is_paid() -> None:
-    """When the metadata is back it gets the head, without another write; then closing is orderly."""
+    """When the metadata is back it gets the head, without another write; closing is orderly."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await cut_off(cluster)
         content = await write_on(device, 150)
