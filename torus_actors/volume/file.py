@@ -28,6 +28,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.model.blocksets import Blockset
+from torus_actors.model.buffers import BufferPool
 from torus_actors.model.checksums import Buffer, root_of, sums_of
 from torus_actors.model.extents import ExtentMap
 from torus_actors.model.inode_tree_walk import PageNeeded
@@ -47,6 +48,9 @@ and little enough for the slowest to finish within its time-out."""
 PRESSURE = 0.5
 """Share of the write cache above which partly written blocks are put on the ring. Below it they
 wait, because each costs a read of the rest of the block, and more writes may come to it."""
+
+ASSEMBLED_BYTES_MAX = 8 << 20
+"""Idle memory that is kept for blocks made of parts; those that are stored go to the read cache."""
 
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 2.0
@@ -153,6 +157,7 @@ class File(ReadSide):
         """Whether the cluster is full and garbage is being looked for."""
         self.commit_soon: Callable[[], None] = ignore
         self.spawn: Spawn | None = None
+        self._pool = BufferPool(ASSEMBLED_BYTES_MAX)
         self._ready: deque[int] = deque()
         self._wanted: set[int] = set()
         self._waiting: deque[tuple[int, Buffer | None, int, Done]] = deque()
@@ -586,7 +591,7 @@ class File(ReadSide):
             ((_, _, buffer),) = layer.items()
             if buffer is not None:
                 return buffer
-        block = bytearray(self.block_size)
+        below: Buffer = b""
         if not layer.is_full(self.block_length(index)):
             entry = await self.with_pages(lambda: self.blockset.get(index))
             if entry is not None:
@@ -595,7 +600,11 @@ class File(ReadSide):
                     cached = await self._replicator.read.remote(
                         entry.ref, entry.root, 0, self.block_size
                     )
-                block[: len(cached)] = cached
+                below = cached
+        block = self._pool.take(self.block_size)
+        block[: len(below)] = below
+        if len(below) < self.block_size and not layer.is_full(self.block_size):
+            block[len(below) :] = bytes(self.block_size - len(below))
         layer.overlay(block)
         return block
 
