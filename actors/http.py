@@ -132,6 +132,7 @@ class _Collector:
         yield from self._stores(status.get("block_store"))
         yield from self._numbers("replicator", status.get("replicator"))
         yield from self._numbers("rebalance", status.get("rebalancer"))
+        yield from self._numbers("collector", status.get("collector"))
         yield from self._actors()
         peers = status.get("bridge")
         if isinstance(peers, list):

@@ -32,6 +32,7 @@ from torus_actors.cli.units import (
     format_seconds,
     format_size,
     parse_address,
+    parse_seconds,
     parse_size,
 )
 from torus_actors.errors import Invalid, NotExist, TorusError
@@ -404,3 +405,31 @@ def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:
     cluster = DevCluster(dev_config(tmp_path), Settings())
     cluster.replication = 2
     assert "torusctl status" in cluster.banner()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), (" 2 d", 172800), ("45", 45)]
+)
+def test_times_are_read_as_people_write_them(text: str, seconds: float) -> None:
+    """Seconds, minutes, hours, days; without a unit they are seconds."""
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0m", "-5s", "5 weeks", "ten", "1h30m"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    """With a text that says how to write one."""
+    with pytest.raises(ValueError, match="10m"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [("5s", "at least 10 s"), ("soon", "or never"), ("-1", "or never")]
+)
+def test_remove_after_is_checked(given: str, told: str) -> None:
+    """Too short a time, or none, is bad usage."""
+    from click.testing import CliRunner
+
+    from torus_actors.cli.node import cli
+
+    done = CliRunner().invoke(cli, ["start", f"--remove-after={given}"])
+    assert done.exit_code == 2 and told in done.output

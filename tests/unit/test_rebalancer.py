@@ -9,8 +9,12 @@ import pytest
 
 from tests.fakes import Client, Cluster, StorageNode, until, virtual
 from tests.unit.test_replicator import Block
+from torus_actors.actors.rebalancer import Rebalancer
 from torus_actors.model.peers import Peer
 from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.runtime import ChildSpec
+
+BLOCK_SIZE = 16 << 10
 
 
 async def started(cluster: Cluster) -> Client:
@@ -201,3 +205,27 @@ async def test_killed_in_the_middle_it_begins_anew(victim: str) -> None:
             await asyncio.sleep(0.002)
             cluster.node(n % 3).kill(victim)
         await until(lambda: settled(cluster, blocks), 300)
+
+
+@virtual
+async def test_the_rate_is_a_bound_and_the_time_left_is_told() -> None:
+    """Blocks move no faster than they may, and the status says for how long still."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        source, target = cluster.node(0), cluster.node(1)
+        blocks = [Block(n) for n in range(160)]
+        for block in blocks:
+            source.stores[0].put(block.ref, block.data)
+        loop = asyncio.get_running_loop()
+        assert source.system is not None
+        rate = 16 * BLOCK_SIZE
+        slow = ChildSpec("rebalancer", lambda: Rebalancer(source.view, rate))
+        rebalancer = await source.system.spawn(slow, "root")
+        began = loop.time()
+        await rebalancer.start_pass.remote()
+        await asyncio.sleep(9.0)  # the first batch is of 128 blocks, and takes 8 s
+        told = await rebalancer.status.remote()
+        assert told["running"] and told["left"] == 32 and told["eta_s"] > 0.5
+        await until(lambda: len(target.refs()) == len(blocks))
+        assert loop.time() - began > len(blocks) / 16 - 1
+        told = await rebalancer.status.remote()
+        assert told["sent_bytes"] == 160 * BLOCK_SIZE
