@@ -482,3 +482,23 @@ async def test_the_collector_keeps_what_a_snapshot_needs_and_no_longer() -> None
         assert len(cluster.node(0).refs()) == 16
         again = await reopened(device)
         assert await again.read(0, SIZE) == pattern(5)
+
+
+@virtual
+async def test_a_snapshot_is_a_checkpoint() -> None:
+    """What the journal holds is folded into blocks for it, and the members may forget it."""
+    async with Cluster(journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        for n in range(3):
+            await device.write(n * 512, bytes([n + 1]) * 512)
+            await device.flush()
+        session = device.client.session("v")
+        assert session.journal.active and session.journal.size > 0
+        commits = session.commits
+        await snapshot(cluster, "s")
+        assert session.journal.active and session.journal.size == 0
+        assert session.commits > commits
+        # Nothing has changed since: the head is kept as it is.
+        commits = session.commits
+        await snapshot(cluster, "t")
+        assert session.commits == commits
