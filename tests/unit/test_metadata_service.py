@@ -845,3 +845,96 @@ def test_a_late_registration_does_not_replace_a_newer_incarnation(backend: Backe
         assert await f.service.peers() == [peer(incarnation=2)]
 
     run(backend, test)
+
+
+def test_a_request_for_a_snapshot_is_answered_once_by_the_session_of_now(backend: Backend) -> None:
+    """The answer makes the snapshot and removes the request, or does nothing at all."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        demo = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        epoch = await service.attach(demo.id, "vm1", lease)
+        revision = await service.commit_head(demo.id, epoch, 0, head_of(1, epoch))
+        mine = await service.grant_lease(60)
+        request = await service.request_snapshot(demo.id, "monday", mine)
+        assert await service.snapshot_request(request) == request
+        with pytest.raises(Again):
+            await service.request_snapshot(demo.id, "monday", mine)
+        with pytest.raises(CompareFailed):
+            await service.answer_request(request, epoch, revision + 1, GIB)
+        with pytest.raises(Fenced):
+            await service.answer_request(request, epoch - 1, revision, GIB)
+        assert await service.snapshots(demo.id) == []
+        made = await service.answer_request(request, epoch, revision, GIB)
+        assert (made.nonce, made.size) == (request.nonce, GIB)
+        assert Head.decode(made.head) == head_of(1, epoch)
+        assert await service.snapshot_request(request) is None
+        with pytest.raises(CompareFailed):
+            await service.answer_request(request, epoch, revision, GIB)
+        with pytest.raises(Exists):
+            await service.request_snapshot(demo.id, "monday", mine)
+
+        second = await service.request_snapshot(demo.id, "tuesday", mine)
+        await service.refuse_request(second, "no room")
+        refused = await service.snapshot_request(second)
+        assert refused is not None and refused.error == "no room"
+        await service.withdraw_request(second)
+        assert await service.snapshot_request(second) is None
+        third = await service.request_snapshot(demo.id, "wednesday", mine)
+        await service.revoke_lease(mine)
+        assert await service.snapshot_request(third) is None
+        with pytest.raises(CompareFailed):
+            await service.answer_request(third, epoch, revision, GIB)
+        assert [each.name for each in await service.snapshots(demo.id)] == ["monday"]
+
+    run(backend, test)
+
+
+def test_going_back_to_a_snapshot_is_one_step_under_the_sessions_epoch(backend: Backend) -> None:
+    """Head and size change together, unless anything else changed or the snapshot is gone."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        demo = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        epoch = await service.attach(demo.id, "vm1", lease)
+        revision = await service.commit_head(demo.id, epoch, 0, head_of(1, epoch))
+        snapshot = await service.create_snapshot(demo.id, "monday", epoch=epoch)
+        with pytest.raises(CompareFailed):
+            await service.create_snapshot(demo.id, "never", epoch=epoch + 1)
+        larger = await service.resize_volume("demo", 2 * GIB)
+        back = dataclasses.replace(head_of(7, epoch), size=GIB)
+        with pytest.raises(CompareFailed):
+            await service.restore_snapshot(demo, epoch, revision, snapshot, back)
+        with pytest.raises(CompareFailed):
+            await service.restore_snapshot(larger, epoch, revision - 1, snapshot, back)
+        with pytest.raises(Fenced):
+            await service.restore_snapshot(larger, epoch + 1, revision, snapshot, back)
+        assert await service.volume("demo") == larger
+        await service.restore_snapshot(larger, epoch, revision, snapshot, back)
+        head, revision = await service.head(demo.id)
+        assert head == back and (await service.volume("demo")).size == GIB
+        await service.delete_snapshot(demo.id, "monday")
+        now = await service.volume("demo")
+        with pytest.raises(CompareFailed):
+            await service.restore_snapshot(now, epoch, revision, snapshot, head_of(9, epoch))
+        assert (await service.head(demo.id))[0] == back
+
+    run(backend, test)
+
+
+def test_a_ring_without_a_peer_that_is_registered_is_refused(backend: Backend) -> None:
+    """The change names who must be away, and is not made if one of them is there."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        _, version = await service.ring()
+        lease = await service.grant_lease(60)
+        await service.register_peer(peer(1), lease)
+        with pytest.raises(CompareFailed):
+            await service.set_ring(b"without 1", version + 1, absent=[peer(1).peer_id])
+        await service.set_ring(b"without 2", version + 1, absent=[peer(2).peer_id])
+        assert await service.ring() == (b"without 2", version + 1)
+
+    run(backend, test)
