@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ from torus_actors.model.buffers import BufferPool
 from torus_actors.model.checksums import Buffer
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorHandle, ActorSystem, LoopActor, Reply, expose
+from torus_actors.storage.aio import READ, AioQueue, Transfer
 from torus_actors.storage.disk import Disk, RealDisk
 from torus_actors.storage.mfile import MFileStore
-from torus_actors.storage.store import BlockStore, FlushBatch, Level, Location
+from torus_actors.storage.store import BlockStore, DirectRead, FlushBatch, Level, Location
 from torus_actors.wire.limits import PAYLOAD_MAX
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,9 @@ POOLED_READ_MIN = 64 << 10
 
 POOLED_READ_BYTES = 16 << 20
 """Memory for reads that is kept while none are under way."""
+
+READS_MAX = 256
+"""Small reads that the disk works on at once; more go by threads."""
 
 IDLE_FLUSH_S = 2.0
 """Blocks that nobody flushed are made durable once none came for this long."""
@@ -111,6 +116,7 @@ class OpenStores:
         self.stores = stores
         self.level = Level.OK
         self._readers = itertools.cycle(READERS)
+        self.aio = _make_aio(system, stores[DATA])
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self._idle_flush: asyncio.TimerHandle | None = None
@@ -324,8 +330,25 @@ class OpenStores:
         """Close the files; what was not flushed is gone."""
         if self._idle_flush is not None:
             self._idle_flush.cancel()
+        if self.aio is not None:
+            if not self.system.loop.is_closed():
+                self.system.loop.remove_reader(self.aio.notify_fd)
+            self.aio.close()
         for store in self.stores:
             store.close()
+
+
+def _make_aio(system: ActorSystem, store: BlockStore) -> AioQueue | None:
+    """What reads without threads; None where that is not possible, or nothing would use it."""
+    if not store.reads_direct:
+        return None
+    try:
+        queue = AioQueue(READS_MAX)
+    except OSError as error:
+        log.info("small reads go by threads: %s", error)
+        return None
+    system.loop.add_reader(queue.notify_fd, queue.reap)
+    return queue
 
 
 class BlockStoreActor(LoopActor):
@@ -374,40 +397,26 @@ class BlockStoreActor(LoopActor):
         """
         if sum(length for _, _, length in RANGE.iter_unpack(_whole(items))) > PAYLOAD_MAX:
             raise Invalid(f"more than {PAYLOAD_MAX >> 20} MiB asked for at once")
-        answers: list[tuple[bytes, memoryview] | TorusError | None] = []
-        cold: list[tuple[int, Location, int, int]] = []
-        cold_at: list[int] = []
+        answers: list[_Answer | None] = []
+        cold: list[_Cold] = []
         for packed, offset, length in RANGE.iter_unpack(items):
             kind = INODES if packed[5] else DATA
             store = self._stores[kind]
-            answer: tuple[bytes, memoryview] | TorusError | None
+            answer: _Answer | None
             try:
                 location = store.locate(packed)
                 length = min(length, location.length - offset)
                 answer = store.read_nowait(location, offset, length, True)
                 if answer is None:
                     store.pin(location)
-                    cold.append((kind, location, offset, length))
-                    cold_at.append(len(answers))
+                    cold.append((len(answers), kind, location, offset, length))
             except TorusError as error:
                 answer = error
             answers.append(answer)
-        if not cold:
+        if cold:
+            _ColdReads(self._opened, answers, cold, reply).start()
+        else:
             _answer_ranges(reply, answers)
-            return
-
-        def arrived(future: asyncio.Future[Any]) -> None:
-            for kind, location, _, _ in cold:
-                self._stores[kind].unpin(location)
-            error = None if future.cancelled() else future.exception()
-            if error is not None or future.cancelled():
-                reply.fail(error or BlockUnavailable("the read was given up"))
-                return
-            for at, answer in zip(cold_at, future.result(), strict=True):
-                answers[at] = answer
-            _answer_ranges(reply, answers)
-
-        self._opened.next_reader().read_many.remote(cold).add_done_callback(arrived)
 
     @expose(remote=True, idempotent=True)
     async def check_blocks(self, refs: bytes, deep: bool = False, durable: bool = False) -> bytes:
@@ -524,15 +533,87 @@ class BlockStoreActor(LoopActor):
         return answer
 
 
+_Answer = tuple[bytes, memoryview] | TorusError
+"""Checksum list and data of a range, or why not."""
+
+_Cold = tuple[int, int, Location, int, int]
+"""A range that the disk is needed for: number of the answer, store, location, offset, length."""
+
+
+class _ColdReads:
+    """The ranges of one message that need the disk: without a thread where that is possible."""
+
+    def __init__(
+        self, opened: OpenStores, answers: list[_Answer | None], cold: list[_Cold], reply: Any
+    ) -> None:
+        self._opened = opened
+        self._answers = answers
+        self._cold = cold
+        self._reply = reply
+        self._left = len(cold)
+
+    def start(self) -> None:
+        """Start them all; the reply is answered when the last has ended."""
+        opened = self._opened
+        threaded = self._cold
+        if opened.aio is not None:
+            transfers: list[Transfer] = []
+            direct: list[_Cold] = []
+            threaded = []
+            for item in self._cold:
+                _, kind, location, offset, length = item
+                plan = opened.stores[kind].plan_direct(location, offset, length)
+                if plan is None:
+                    threaded.append(item)
+                else:
+                    ended = partial(self._transferred, item, plan)
+                    transfers.append(Transfer(READ, plan.fd, plan.memory, plan.offset, ended))
+                    direct.append(item)
+            if transfers:
+                threaded += direct[opened.aio.start(transfers) :]
+        if threaded:
+            self._by_thread(threaded)
+
+    def _by_thread(self, items: list[_Cold]) -> None:
+        ranges = [item[1:] for item in items]
+        reading = self._opened.next_reader().read_many.remote(ranges)
+        reading.add_done_callback(partial(self._read, items))
+
+    def _transferred(self, item: _Cold, plan: DirectRead, result: int) -> None:
+        if result >= item[4]:
+            self._arrived(item, (plan.sums, plan.memory[: item[4]]))
+        else:
+            self._by_thread([item])  # which finds out what is wrong, if anything is
+
+    def _read(self, items: list[_Cold], future: asyncio.Future[Any]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is None and not future.cancelled():
+            found = future.result()
+            for item, answer in zip(items, found, strict=True):
+                if isinstance(answer, tuple):
+                    self._opened.stores[item[1]].keep_sums(item[2], answer[0])
+        else:
+            told = error if isinstance(error, TorusError) else None
+            found = [told or BlockUnavailable("the read was given up")] * len(items)
+        for item, answer in zip(items, found, strict=True):
+            self._arrived(item, answer)
+
+    def _arrived(self, item: _Cold, answer: _Answer) -> None:
+        number, kind, location, _, _ = item
+        self._opened.stores[kind].unpin(location)
+        self._answers[number] = answer
+        self._left -= 1
+        if not self._left:
+            _answer_ranges(self._reply, self._answers)
+
+
 def _whole(items: bytes) -> bytes:
     if len(items) % RANGE.size:
         raise Invalid(f"{len(items)} bytes are not a list of ranges")
     return items
 
 
-def _answer_ranges(
-    reply: Any, answers: Sequence[tuple[bytes, memoryview] | TorusError | None]
-) -> None:
+def _answer_ranges(reply: Any, answers: Sequence[_Answer | None]) -> None:
     statuses: list[bytes] = []
     buffers: list[Buffer] = []
     for answer in answers:

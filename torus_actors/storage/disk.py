@@ -65,6 +65,11 @@ class File(abc.ABC):
             cannot tell. Then the same read has to be made with `preadv` in a thread.
         """
 
+    @property
+    def direct_fd(self) -> int:
+        """The descriptor that passes the page cache by, for asynchronous reads; -1 for none."""
+        return -1
+
     @abc.abstractmethod
     def pwritev(self, buffers: Sequence[ReadBuffer], offset: int) -> None:
         """Write all buffers one behind the other at ``offset`` (bytes).
@@ -234,6 +239,10 @@ class RealFile(File):
         self._path = path
         self._nowait = hasattr(os, "RWF_NOWAIT")
         self._refuses_direct = False
+
+    @property
+    def direct_fd(self) -> int:
+        return -1 if self._refuses_direct else self._direct_fd
 
     def preadv(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
         total = sum(map(len, buffers))

@@ -18,6 +18,7 @@ from torus_actors.storage.index import Layout
 from torus_actors.storage.store import (
     Allocator,
     BlockStore,
+    DirectRead,
     FlushBatch,
     Location,
     StoreStats,
@@ -212,6 +213,16 @@ class MemoryStore(BlockStore):
     ) -> tuple[bytes, memoryview] | None:
         self._check_current(location)
         return self.read(location, offset, length, want_sums)
+
+    @property
+    def reads_direct(self) -> bool:
+        return False
+
+    def keep_sums(self, location: Location, sums: bytes) -> None:
+        """Nothing: they are where the block is."""
+
+    def plan_direct(self, location: Location, offset: int, length: int) -> DirectRead | None:
+        return None
 
     def read(
         self, location: Location, offset: int, length: int, want_sums: bool

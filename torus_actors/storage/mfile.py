@@ -31,7 +31,7 @@ from torus_actors.errors import (
     OutOfSpace,
     Overloaded,
 )
-from torus_actors.model.buffers import aligned
+from torus_actors.model.buffers import BufferPool, aligned
 from torus_actors.model.checksums import PAGE_SIZE, Buffer, sums_size
 from torus_actors.model.refs import BlockRef
 from torus_actors.storage import slots as states
@@ -44,11 +44,12 @@ from torus_actors.storage.index import (
     entry_seed,
     pack_entry,
 )
-from torus_actors.storage.mfile_open import DIRECT_BLOCK_MIN, Opened, open_files
+from torus_actors.storage.mfile_open import Opened, open_files
 from torus_actors.storage.slots import SlotTable
 from torus_actors.storage.store import (
     Allocator,
     BlockStore,
+    DirectRead,
     FlushBatch,
     Location,
     StoreStats,
@@ -59,8 +60,17 @@ from torus_actors.storage.store import (
     new_buffer,
 )
 
-SUMS_KEPT_MAX = 4096
-"""Checksum lists kept in memory for random reads: 2 MiB for blocks of 512 KiB."""
+SUMS_KEPT_MAX = 8192
+"""Checksum lists kept in memory for random reads: 4 MiB for blocks of 512 KiB."""
+
+PAGES_BYTES_MAX = 4 << 20
+"""Idle memory that is kept for small reads past the page cache."""
+
+PAGE_NUMBER_BITS = 12
+"""The largest block has 4,096 pages."""
+
+SEEN_MAX = 32768
+"""Small reads remembered, to tell what is read again: 3 MiB. Only that goes into the page cache."""
 
 
 class MFileBatch(FlushBatch):
@@ -141,7 +151,7 @@ class MFileStore(BlockStore):
         self.block_size = opened.header.block_size
         self.incarnation = opened.header.incarnation
         self._layout = Layout(self.block_size)
-        self._direct = self.block_size >= DIRECT_BLOCK_MIN
+        self._direct = self._data.direct_fd >= 0
         self._seed = entry_seed(opened.header.store_id)
         self._generation = opened.generation
         self._allocate = allocate
@@ -157,7 +167,10 @@ class MFileStore(BlockStore):
         self._pins: dict[int, int] = {}
         self._failure: str | None = None
         self._sums: dict[int, tuple[int, bytes]] = {}
-        """Generation and checksum list of slots read in part, the oldest first."""
+        """Generation and checksum list of slots written or read in part, the oldest first."""
+        self._pages = BufferPool(PAGES_BYTES_MAX)
+        self._seen: dict[int, None] = {}
+        """Generation and page of small reads, the oldest first."""
         self._edges: list[memoryview] = []
         """Memory for what stands around a block in its slot: one for each thread that writes."""
 
@@ -219,6 +232,7 @@ class MFileStore(BlockStore):
         # Not after a failure: the write may still be going on somewhere.
         self._edges.append(edges)
         ticket.length = len(data)
+        ticket.sums = bytes(sums)
 
     def commit(self, ticket: Ticket) -> bool:
         if not ticket.length or ticket.failed:
@@ -234,6 +248,8 @@ class MFileStore(BlockStore):
             return False
         self._generation += 1
         table.insert(slot, ticket.ref, ticket.root, ticket.length, self._generation)
+        if self._direct:
+            self.keep_sums(self.locate(ticket.ref), ticket.sums)
         self._puts[slot] = pack_entry(
             ticket.ref, ticket.root, ticket.length, self._generation, slot, self._seed
         )
@@ -321,22 +337,54 @@ class MFileStore(BlockStore):
         self, location: Location, offset: int, length: int, want_sums: bool
     ) -> tuple[bytes, memoryview] | None:
         self._check_current(location)
-        if self._direct and length >= DIRECT_READ_MIN:
-            # Only small reads leave anything in the page cache, and looking there for a whole
-            # block would have the kernel begin to read it.
+        if self._direct and not self._may_be_cached(location, offset, length):
+            # Looking there would have the kernel begin to read it.
             return None
-        if want_sums and offset:
+        known = self._known_sums(location) if want_sums and offset else None
+        if known is not None:
             # Random reads come back to the same blocks: their lists are small, and kept.
-            known = self._sums.get(location.slot)
-            if known is not None and known[0] == location.generation:
-                found = self._read(self._data.preadv_nowait, location, offset, length, False)
-                return None if found is None else (known[1], found[1])
+            found = self._read(self._data.preadv_nowait, location, offset, length, False)
+            return None if found is None else (known, found[1])
         found = self._read(self._data.preadv_nowait, location, offset, length, want_sums)
         if found is not None and want_sums and length < location.length:
-            if len(self._sums) >= SUMS_KEPT_MAX:
-                del self._sums[next(iter(self._sums))]
-            self._sums[location.slot] = (location.generation, found[0])
+            self.keep_sums(location, found[0])
         return found
+
+    def _may_be_cached(self, location: Location, offset: int, length: int) -> bool:
+        """Whether a range may be in the page cache, or is worth to be: it was read before."""
+        if length >= DIRECT_READ_MIN:
+            return False
+        key = location.generation << PAGE_NUMBER_BITS | offset // PAGE_SIZE
+        if key in self._seen:
+            return True
+        if len(self._seen) >= SEEN_MAX:
+            del self._seen[next(iter(self._seen))]
+        self._seen[key] = None
+        return False
+
+    def _known_sums(self, location: Location) -> bytes | None:
+        known = self._sums.get(location.slot)
+        return known[1] if known is not None and known[0] == location.generation else None
+
+    def keep_sums(self, location: Location, sums: bytes) -> None:
+        if len(self._sums) >= SUMS_KEPT_MAX and location.slot not in self._sums:
+            del self._sums[next(iter(self._sums))]
+        self._sums[location.slot] = (location.generation, sums)
+
+    @property
+    def reads_direct(self) -> bool:
+        return self._direct
+
+    def plan_direct(self, location: Location, offset: int, length: int) -> DirectRead | None:
+        check_range(location.length, offset, length)
+        fd = self._data.direct_fd
+        known = self._known_sums(location)
+        if fd < 0 or known is None:
+            return None
+        # The room of a block is whole pages, though it may be shorter.
+        memory = self._pages.take(-(-length // PAGE_SIZE) * PAGE_SIZE)
+        start = self._layout.slot_offset(location.slot) + self._layout.sums_room + offset
+        return DirectRead(known, fd, start, memory)
 
     def read(
         self, location: Location, offset: int, length: int, want_sums: bool

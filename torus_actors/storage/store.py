@@ -67,6 +67,18 @@ class Location(NamedTuple):
     """Tells this use of the slot from an earlier one."""
 
 
+class DirectRead(NamedTuple):
+    """A range of a block, and where it is in a file opened past the page cache."""
+
+    sums: bytes
+    """Checksum list of the block."""
+    fd: int
+    offset: int
+    """Bytes, a whole page."""
+    memory: memoryview
+    """Where to read to, whole pages."""
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Ticket:
     """A put under way: a slot that nobody else writes to."""
@@ -76,6 +88,8 @@ class Ticket:
     slot: int
     length: int = 0
     """Set by `BlockStore.write`; 0 until the data is written."""
+    sums: bytes = b""
+    """Likewise: the checksum list."""
     failed: bool = False
     """The write met an error of the medium: the slot is not to be used again."""
 
@@ -312,6 +326,23 @@ class BlockStore(abc.ABC):
             Invalid: a range that breaks the rules above.
             BlockNotExist: the block was deleted since it was located.
             Corruption: the medium cannot give the bytes.
+        """
+
+    @property
+    @abc.abstractmethod
+    def reads_direct(self) -> bool:
+        """Whether `plan_direct` may have an answer."""
+
+    @abc.abstractmethod
+    def keep_sums(self, location: Location, sums: bytes) -> None:
+        """Remember a block's checksum list, which a worker has read, for `plan_direct`."""
+
+    @abc.abstractmethod
+    def plan_direct(self, location: Location, offset: int, length: int) -> DirectRead | None:
+        """How to read a range without a thread, past the page cache; by the owner, while pinned.
+
+        Returns:
+            None if that cannot be done: `read` it in a worker.
         """
 
     @abc.abstractmethod
