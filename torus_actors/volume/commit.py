@@ -58,8 +58,8 @@ class Committer:
     Args:
         file: what to flush.
         next_inode_ref: names for pages.
-        next_inode: ends the present INode number and returns it: blocks put from now on get
-            another, so that what a head's number or an older one marks is in that head or dead.
+        next_inode: ends the present INode number and returns the one that blocks put from now on
+            get: what a lower one marks is in the head that is being made, or dead.
         record: stores the new head of that INode number; retries by itself while the metadata
             cannot be reached.
     """

@@ -173,19 +173,20 @@ class Session:
         return BlockRef.of(self.volume_id, self._inode, self._next_index, BlockType.INODE)
 
     def _next_inode(self) -> int:
-        """Go over to the next INode number; blocks put from now on belong to the next commit.
+        """Go over to the next INode number and return it: blocks put from now on have it.
+
+        Those with a lower one are in the map by now, or nobody's.
 
         With the metadata away the numbers may run out: the last one is then used on, which is safe,
         because an index is never given out twice, and only makes collecting coarser.
         """
-        used = self._inode
         if self._inodes:
             self._inode = self._inodes.pop(0)
             self._next_index = 0
         if len(self._inodes) < MINTED // 2 and not self._minting and self._spawn is not None:
             self._minting = True
             self._spawn(self._mint())
-        return used
+        return self._inode
 
     async def _mint(self) -> None:
         try:
