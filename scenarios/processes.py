@@ -139,11 +139,16 @@ class Process:
     @property
     def output(self) -> str:
         """What it has printed since it was last started."""
-        return self._log.read_text(errors="replace")
+        return self._log.read_text(errors="replace") if self._starts else ""
+
+    @property
+    def boot(self) -> str:
+        """Names the process that runs, or ran last: another for each start."""
+        return f"{self.name}.{self._starts}"
 
     @property
     def _log(self) -> Path:
-        return self.directory / f"{self.name}.{self._starts}.log"
+        return self.directory / f"{self.boot}.log"
 
     def launch(self) -> Self:
         """Start it, and do not wait."""
@@ -179,6 +184,15 @@ class Process:
     def running(self) -> bool:
         """Whether it has not ended."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM, without waiting."""
+        self._running.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
         """Wait for its end, and return its status."""

@@ -1,0 +1,99 @@
+"""The command line's half that runs real processes: ``run --real``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from torus_actors.scenarios import netns
+from torus_actors.scenarios.real_faults import NOT_REAL
+from torus_actors.scenarios.real_run import (
+    RealResult,
+    draw_real,
+    gains_from_network,
+    needs_network,
+    not_real,
+    run_real,
+)
+from torus_actors.scenarios.spec import Scenario
+
+FAILURES_SHOWN = 10
+
+
+def run_on_real_processes(scenario: Scenario, seed: int, seconds: float | None) -> NoReturn:
+    """Run a scenario, say how it ended, and exit.
+
+    Args:
+        scenario: which.
+        seed: of all that is drawn.
+        seconds: faults strike no longer than this.
+    """
+    if reason := not_real(scenario):
+        refuse(f"{scenario.name} has no real form: {reason}")
+    need_programs("etcd")
+    replay = ["run", scenario.name, "--seed", str(seed), "--real"]
+    if seconds is not None:
+        replay += ["--seconds", f"{seconds:g}"]
+    network = None
+    if needs_network(scenario) or (gains_from_network(scenario) and os.geteuid() == 0):
+        try:
+            netns.enter([sys.executable, "-m", "torus_actors.scenarios", *replay])
+            network = netns.Network()
+        except netns.Unavailable as error:
+            if needs_network(scenario):
+                refuse(f"{scenario.name} cuts the network: {error}")
+            say(f"nothing will be cut: {error}")
+    drawn = draw_real(scenario, seed, seconds)
+    say(f"{scenario.name}, seed {seed}, on real processes: {scenario.why}")
+    say(drawn.describe())
+    left_out = [kind for kind in scenario.faults if kind in NOT_REAL]
+    if left_out:
+        say(f"without {', '.join(left_out)}, which have no real form")
+    end_in_order()
+    result = run_real(scenario, seed, drawn, network, say)
+    finish(result, replay)
+
+
+def finish(result: RealResult, replay: Sequence[str]) -> NoReturn:
+    """Print how a run ended, and exit."""
+    say("")
+    say(result.describe())
+    if not result.failures:
+        say("passed")
+        sys.exit(0)
+    say("FAILED")
+    for failure in result.failures[:FAILURES_SHOWN]:
+        say(f"  {failure}")
+    say(f"logs: {result.logs}")
+    say(f"again: python -m torus_actors.scenarios {' '.join(replay)}")
+    sys.exit(1)
+
+
+def say(text: str) -> None:
+    """Print a line at once: who watches wants to see how far it is."""
+    click.echo(text)
+    sys.stdout.flush()
+
+
+def refuse(text: str) -> NoReturn:
+    """One line on standard error, and status 1."""
+    click.echo(text, err=True)
+    sys.exit(1)
+
+
+def need_programs(*programs: str) -> None:
+    """Refuse where one is missing."""
+    for program in programs:
+        if shutil.which(program) is None:
+            refuse(f"{program} is not installed")
+
+
+def end_in_order() -> None:
+    """On SIGTERM do what is done on Ctrl-C: kill all that was started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

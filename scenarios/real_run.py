@@ -1,0 +1,306 @@
+"""One run of a scenario on real processes.
+
+The same data as for the simulator, and the same draw of a seed; but what happens when is up to the
+machine, so a seed that fails need not fail again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torus_actors.scenarios.faults import OVERLAPPING
+from torus_actors.scenarios.netns import Network
+from torus_actors.scenarios.oracle import VolumeOracle
+from torus_actors.scenarios.processes import Unexpected
+from torus_actors.scenarios.real_cluster import RealCluster
+from torus_actors.scenarios.real_faults import (
+    CUTTING,
+    CUTTING_IF_POSSIBLE,
+    NOT_REAL,
+    REAL_FAULTS,
+    RealField,
+)
+from torus_actors.scenarios.real_workload import RealDriver
+from torus_actors.scenarios.spec import Drawn, Scenario, draw
+
+REST_S = 3.0
+"""Load goes on for so long after the last fault."""
+
+LAST_SESSION_S_MAX = 150.0
+CONVERGE_S_MAX = 120.0
+"""All copies are there so long after the last fault at the latest."""
+
+CONVERGE_POLL_S = 1.0
+
+IN_PART = {"everything"}
+"""Scenarios that make sense without those of their faults that have no real form."""
+
+
+@dataclass(slots=True)
+class RealResult:
+    """How a run ended.
+
+    Attributes:
+        failures: what must not happen and did; none is success.
+        logs: where the processes' logs are, if they were kept.
+        took_s: wall clock, all in all.
+        slowest_s: of all operations.
+    """
+
+    failures: list[str] = field(default_factory=list)
+    logs: Path | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    operations: int = 0
+    flushes: int = 0
+    errors: int = 0
+    sessions: int = 0
+    took_s: float = 0.0
+    slowest_s: float = 0.0
+
+    def describe(self) -> str:
+        """In two lines."""
+        counts = ", ".join(f"{kind} {count}" for kind, count in self.counts.items()) or "none"
+        return (
+            f"faults: {counts}\n"
+            f"{self.operations} operations, {self.flushes} flushes, {self.errors} errors seen by "
+            f"clients, {self.sessions} sessions, the slowest operation {self.slowest_s:.1f} s; "
+            f"{self.took_s:.0f} s altogether"
+        )
+
+
+def not_real(scenario: Scenario) -> str:
+    """Why a scenario cannot run on real processes; nothing if it can."""
+    if scenario.knobs:
+        return "it sets constants that real processes do not take"
+    lacking = [kind for kind in scenario.faults if kind not in REAL_FAULTS]
+    if lacking and scenario.name not in IN_PART:
+        return f"{lacking[0]}: {NOT_REAL[lacking[0]]}"
+    return ""
+
+
+def needs_network(scenario: Scenario) -> bool:
+    """Whether its hosts must have addresses of their own."""
+    return bool(CUTTING & set(scenario.faults))
+
+
+def gains_from_network(scenario: Scenario) -> bool:
+    """Whether more can be done to it then."""
+    return bool((CUTTING | CUTTING_IF_POSSIBLE) & set(scenario.faults))
+
+
+def draw_real(scenario: Scenario, seed: int, seconds: float | None) -> Drawn:
+    """What the seed makes of the scenario, without the faults that have no real form.
+
+    Args:
+        scenario: one that can run.
+        seed: decides.
+        seconds: faults strike no longer than this.
+    """
+    drawn = draw(scenario, seed)
+    faults = {kind: every_s for kind, every_s in drawn.faults.items() if kind in REAL_FAULTS}
+    duration_s = drawn.duration_s if seconds is None else min(seconds, drawn.duration_s)
+    return dataclasses.replace(drawn, faults=faults, duration_s=duration_s)
+
+
+@contextlib.contextmanager
+def working_directory(result: RealResult) -> Iterator[Path]:
+    """A directory that is removed at the end, unless the run failed."""
+    directory = Path(tempfile.mkdtemp(prefix="torus-real-"))
+    try:
+        yield directory
+    except BaseException:
+        result.logs = directory
+        raise
+    if result.failures:
+        result.logs = directory
+        for folder in directory.glob("node-*/"):
+            shutil.rmtree(folder)
+    else:
+        shutil.rmtree(directory)
+
+
+def run_real(
+    scenario: Scenario,
+    seed: int,
+    drawn: Drawn,
+    network: Network | None,
+    say: Callable[[str], None],
+) -> RealResult:
+    """Run a scenario, and end all its processes.
+
+    Args:
+        scenario: one that can run.
+        seed: of all that is drawn.
+        drawn: from it.
+        network: for the hosts; None puts all on loopback.
+        say: called with each line of progress.
+    """
+    result = RealResult()
+    began = time.monotonic()
+    with working_directory(result) as directory:
+        asyncio.run(_play(scenario, seed, drawn, network, directory, say, result))
+    result.took_s = time.monotonic() - began
+    return result
+
+
+async def _play(
+    scenario: Scenario,
+    seed: int,
+    drawn: Drawn,
+    network: Network | None,
+    directory: Path,
+    say: Callable[[str], None],
+    result: RealResult,
+) -> None:
+    rng = random.Random(f"{seed}/real")
+    cluster = RealCluster(directory, drawn.shape, say, rng, network)
+    result.failures = cluster.failures
+    drivers: list[RealDriver] = []
+    try:
+        try:
+            await cluster.start()
+            drivers = make_drivers(cluster, scenario, drawn, seed)
+            await _acts(cluster, scenario, drawn, drivers, seed, result)
+        except Unexpected as error:
+            cluster.fail(str(error))
+    finally:
+        await cluster.end()
+        for driver in drivers:
+            result.operations += driver.operations
+            result.flushes += driver.flushes
+            result.errors += driver.errors
+            result.sessions += driver.sessions
+            result.slowest_s = max(result.slowest_s, driver.slowest_s)
+
+
+def make_drivers(
+    cluster: RealCluster, scenario: Scenario, drawn: Drawn, seed: int
+) -> list[RealDriver]:
+    """One for each volume, beginning on different clients."""
+    drivers = []
+    hosts = cluster.client_hosts
+    for number, size in enumerate(drawn.shape.volume_bytes):
+        turned = number % len(hosts)
+        oracle = VolumeOracle(number, size, cluster.fail)
+        drivers.append(
+            RealDriver(
+                cluster,
+                oracle,
+                f"v{number}",
+                hosts[turned:] + hosts[:turned],
+                drawn.workload,
+                random.Random(f"{seed}/work/{number}"),
+                scenario.errors_allowed,
+            )
+        )
+    return drivers
+
+
+async def _acts(
+    cluster: RealCluster,
+    scenario: Scenario,
+    drawn: Drawn,
+    drivers: list[RealDriver],
+    seed: int,
+    result: RealResult,
+) -> None:
+    work = [asyncio.create_task(driver.run()) for driver in drivers]
+    try:
+        await asyncio.sleep(scenario.calm_s)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + drawn.duration_s
+        fields = RealField(cluster, drivers, random.Random(f"{seed}/fault"), drawn.broken_max)
+        async with asyncio.TaskGroup() as group:
+            for kind, every_s in drawn.faults.items():
+                rng = random.Random(f"{seed}/fault/{kind}")
+                group.create_task(_strike(kind, every_s, end, fields, rng, result))
+            group.create_task(asyncio.sleep(drawn.duration_s))
+        cluster.say("no more faults")
+        await cluster.heal()
+        # Everything must get to work again, and then come to rest.
+        await asyncio.sleep(REST_S)
+        for driver in drivers:
+            driver.stopping = True
+        _, pending = await asyncio.wait(work, timeout=LAST_SESSION_S_MAX)
+        for driver, task in zip(drivers, work, strict=True):
+            if task in pending:
+                cluster.fail(f"the workload of {driver.name} did not come to its end")
+            else:
+                task.result()
+    finally:
+        for task in work:
+            task.cancel()
+        await asyncio.wait(work)
+    await last_look(cluster, drivers)
+    await converge(cluster, [driver.name for driver in drivers], scrub=not scenario.all_copies)
+
+
+async def _strike(
+    kind: str,
+    every_s: float,
+    end: float,
+    fields: RealField,
+    rng: random.Random,
+    result: RealResult,
+) -> None:
+    loop = asyncio.get_running_loop()
+    fault = REAL_FAULTS[kind]
+    async with asyncio.TaskGroup() as under_way:
+        while True:
+            pause = min(rng.expovariate(1 / every_s), 4 * every_s)
+            if loop.time() + pause >= end:
+                return
+            await asyncio.sleep(pause)
+            result.counts[kind] = result.counts.get(kind, 0) + 1
+            if kind in OVERLAPPING:
+                under_way.create_task(fault(fields))
+            else:
+                await fault(fields)
+
+
+async def last_look(cluster: RealCluster, drivers: list[RealDriver]) -> None:
+    """A client that has cached nothing reads all volumes, twice, with a write in between."""
+    for host in cluster.client_hosts:
+        await cluster.stop(host)
+    host = cluster.client_hosts[0]
+    for _ in range(2):
+        if not await cluster.boot_client(host):
+            cluster.fail("the last client did not start")
+            return
+        for driver in drivers:
+            driver.host = host
+            await driver.last_session(host)
+        await cluster.stop(host)
+    cluster.say("all volumes were read back")
+
+
+async def converge(cluster: RealCluster, volumes: list[str], scrub: bool) -> None:
+    """Wait until every block has all its copies, each read and compared with its checksums.
+
+    Args:
+        cluster: nothing is broken in it any more.
+        volumes: names.
+        scrub: have the nodes look for damaged copies, which nobody else may have read.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + CONVERGE_S_MAX
+    while True:
+        if scrub:
+            cluster.say((await cluster.tool("torusctl", "debug", "scrub")).strip())
+        lacking = [await cluster.audit(name, deep=True) for name in volumes]
+        if not any(lacking):
+            cluster.say("all copies are there and right")
+            return
+        if loop.time() > end:
+            cluster.fail(f"copies lack in the end: {'; '.join(t for t in lacking if t)}")
+            return
+        await asyncio.sleep(CONVERGE_POLL_S)
