@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from torus_actors.scenarios.explore import explore, jobs_of
-from torus_actors.scenarios.real_main import run_on_real_processes
+from torus_actors.scenarios.real_main import endure_, run_on_real_processes
 from torus_actors.scenarios.real_run import needs_network, not_real
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS, draw
@@ -123,6 +123,9 @@ def explore_(
     for result in failed:
         console.print(result.replay, markup=False)
     sys.exit(1 if failed else 0)
+
+
+main.add_command(endure_)
 
 
 def _summary(result: Result) -> None:

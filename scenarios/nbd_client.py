@@ -188,14 +188,18 @@ class NbdClient:
             self._fail(error)
 
     async def _reply(self) -> None:
-        head = await self._reader.readexactly(p.CHUNK.size)
-        magic, flags, kind, cookie, length = p.CHUNK.unpack(head)
+        head = await self._reader.readexactly(p.SIMPLE_REPLY.size)
+        magic, errno, cookie = p.SIMPLE_REPLY.unpack(head)
+        if magic == p.SIMPLE_REPLY_MAGIC:
+            # "A server SHOULD NOT use a simple reply to a READ"; to the others it may.
+            self._answered(cookie, NbdError(errno, "") if errno else None)
+            return
         if magic != p.STRUCTURED_REPLY_MAGIC:
             raise ConnectionAbortedError(f"a reply begins with {magic:#x}")
+        head += await self._reader.readexactly(p.CHUNK.size - len(head))
+        _, flags, kind, cookie, length = p.CHUNK.unpack(head)
         body = await self._reader.readexactly(length)
-        pending = self._pending.get(cookie)
-        if pending is None:
-            raise ConnectionAbortedError(f"a reply to request {cookie}, which is not under way")
+        pending = self._under_way(cookie)
         if kind == Chunk.OFFSET_DATA:
             at = _OFFSET.unpack_from(body)[0] - pending.offset
             pending.data[at : at + length - _OFFSET.size] = body[_OFFSET.size :]
@@ -209,13 +213,23 @@ class NbdClient:
         elif kind != Chunk.NONE:
             raise ConnectionAbortedError(f"a reply chunk of kind {kind}")
         if flags & p.CHUNK_DONE:
-            del self._pending[cookie]
-            if pending.done.done():
-                return  # whoever asked does not wait any more
-            if pending.error is not None:
-                pending.done.set_exception(pending.error)
-            else:
-                pending.done.set_result(None)
+            self._answered(cookie, pending.error)
+
+    def _under_way(self, cookie: int) -> _Pending:
+        pending = self._pending.get(cookie)
+        if pending is None:
+            raise ConnectionAbortedError(f"a reply to request {cookie}, which is not under way")
+        return pending
+
+    def _answered(self, cookie: int, error: NbdError | None) -> None:
+        pending = self._under_way(cookie)
+        del self._pending[cookie]
+        if pending.done.done():
+            return  # whoever asked does not wait any more
+        if error is not None:
+            pending.done.set_exception(error)
+        else:
+            pending.done.set_result(None)
 
     def _fail(self, error: ConnectionError) -> None:
         if self._lost is None:

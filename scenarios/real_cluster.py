@@ -359,8 +359,14 @@ class RealCluster(processes.Cluster):
         ring: dict[str, Any] = json.loads(await self.tool("torusctl", "ring", "get", "--json"))
         return ring
 
-    async def audit(self, volume: str, deep: bool) -> str:
-        """Whether all copies of a volume's blocks are there: what lacks, or nothing."""
+    async def audit(self, volume: str, deep: bool, placed: bool = False) -> str:
+        """Whether all copies of a volume's blocks are there: what lacks, or nothing.
+
+        Args:
+            volume: name.
+            deep: have all copies read and verified.
+            placed: whether each must be where the ring wants it, too.
+        """
         options = ["--deep"] if deep else []
         status, out, err = await self._run(
             "torusctl", "volume", "check", volume, "--json", *options
@@ -370,7 +376,7 @@ class RealCluster(processes.Cluster):
         found = json.loads(out)
         lacking = {
             name: found[name]
-            for name in ("fewer", "missing", "corrupt", "misplaced", "silent")
+            for name in ("fewer", "missing", "corrupt", "silent", *["misplaced"] * placed)
             if found[name]
         }
         if found["expected"] < self.shape.replication:

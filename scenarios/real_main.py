@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from torus_actors.scenarios import netns
+from torus_actors.scenarios.endure import endure
 from torus_actors.scenarios.real_faults import NOT_REAL
 from torus_actors.scenarios.real_run import (
     RealResult,
@@ -60,10 +61,33 @@ def run_on_real_processes(scenario: Scenario, seed: int, seconds: float | None) 
     finish(result, replay)
 
 
+@click.command("endure")
+@click.option("--rounds", type=click.IntRange(0), default=50, show_default=True)
+@click.option("--everything-rounds", type=click.IntRange(0), default=20, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+def endure_(rounds: int, everything_rounds: int, seed: int) -> None:
+    """Kill -9 nodes, client and etcd under load, round after round, on real processes.
+
+    After each round everything that was flushed must be read back. In the everything-rounds all are
+    killed at once.
+    """
+    need_programs("etcd")
+    end_in_order()
+    result = endure(rounds, everything_rounds, seed, say)
+    say("")
+    say(result.summary())
+    options = ["--rounds", str(rounds), "--everything-rounds", str(everything_rounds)]
+    _verdict(result, ["endure", *options, "--seed", str(seed)])
+
+
 def finish(result: RealResult, replay: Sequence[str]) -> NoReturn:
     """Print how a run ended, and exit."""
     say("")
     say(result.describe())
+    _verdict(result, replay)
+
+
+def _verdict(result: RealResult, replay: Sequence[str]) -> NoReturn:
     if not result.failures:
         say("passed")
         sys.exit(0)

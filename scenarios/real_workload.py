@@ -23,6 +23,9 @@ T = TypeVar("T")
 OP_S_MAX = 120.0
 """No operation takes longer, whatever happens: faults end long before."""
 
+SLOW_S = 3.0
+"""What takes longer is worth a line of progress."""
+
 OPEN_S_MAX = 120.0
 """A volume can be opened within this: a lease has to end first, and faults to pass."""
 
@@ -87,6 +90,8 @@ class RealDriver:
         self.fenced_errors = 0
         """Operations refused to a session that another one had followed."""
         self.stopping = False
+        self.verified = asyncio.Event()
+        """Set when the present session has read all of the volume."""
         self._rng = rng
         self._moved = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -103,7 +108,7 @@ class RealDriver:
                 continue
             task = self._tasks.get(host.boot)
             if task is None or task.done():
-                task = asyncio.create_task(self._session(host, host.boot))
+                task = asyncio.create_task(self.session(host))
                 self._tasks[host.boot] = task
             self._moved.clear()
             moved = asyncio.create_task(self._moved.wait())
@@ -121,14 +126,20 @@ class RealDriver:
 
     # -- one session -------------------------------------------------------------------------------
 
-    async def _session(self, host: RealHost, boot: str) -> None:
+    async def session(self, host: RealHost) -> None:
+        """Open the volume, read all of it, and work on it until told to stop or cut off."""
+        boot = host.boot
+        self.verified.clear()
         client = await self.open(host, boot)
         if client is None:
             return
         use = _Use(host, boot, self.oracle.open(boot), client)
         self.sessions += 1
         try:
-            if await self.verify(use) and await self._first_write(use):
+            if await self.verify(use):
+                self.verified.set()
+                if not await self._first_write(use):
+                    return
                 await self._second_connection(use)
                 await asyncio.gather(*[self._work(use) for _ in range(self.workload.workers)])
                 if self.stopping and not use.session.fenced:
@@ -285,7 +296,11 @@ class RealDriver:
         began = time.monotonic()
         async with asyncio.timeout(OP_S_MAX):
             result = await operation
-        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        took_s = time.monotonic() - began
+        self.slowest_s = max(self.slowest_s, took_s)
+        if took_s > SLOW_S:
+            name = getattr(operation, "__name__", "operation")
+            self.cluster.say(f"{self.name}: a {name} took {took_s:.1f} s")
         return result
 
     def _failed(self, what: str, error: Exception, use: _Use) -> bool:
