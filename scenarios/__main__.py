@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from torus_actors.scenarios.explore import explore, jobs_of
-from torus_actors.scenarios.real_main import endure_, run_on_real_processes
+from torus_actors.scenarios.real_main import endure_, real_, run_on_real_processes
 from torus_actors.scenarios.real_run import needs_network, not_real
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS, draw
@@ -126,6 +126,7 @@ def explore_(
 
 
 main.add_command(endure_)
+main.add_command(real_)
 
 
 def _summary(result: Result) -> None:

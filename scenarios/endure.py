@@ -64,7 +64,7 @@ SHAPE = Shape(
 FIO = (
     "--name=job", "--ioengine=nbd", "--rw=randrw", "--bs=16k", "--iodepth=4",
     f"--size={FIO_BYTES}", "--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1",
-    "--fsync=8", "--rate_iops=60,60", "--time_based", "--runtime=10",
+    "--fsync=8", "--rate_iops=60,60", "--time_based", "--runtime=4",
 )  # fmt: skip
 
 

@@ -94,6 +94,10 @@ class EtcdServer:
             self._process.wait()
             self._process = None
 
+    def close(self) -> None:
+        """The same: for ``contextlib.closing``."""
+        self.kill()
+
     def pause(self) -> None:
         """SIGSTOP: it stays connected and never answers."""
         assert self._process is not None

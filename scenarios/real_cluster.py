@@ -201,8 +201,10 @@ class RealCluster(processes.Cluster):
         )  # fmt: skip
         if not all(await asyncio.gather(*[self.boot_node(host) for host in self.hosts])):
             raise Unexpected("the nodes do not come up")
-        for index, size in enumerate(shape.volume_bytes):
-            await self.tool("torusctl", "volume", "create", f"v{index}", str(size))
+        sizes = enumerate(shape.volume_bytes)
+        await asyncio.gather(
+            *[self.tool("torusctl", "volume", "create", f"v{n}", str(size)) for n, size in sizes]
+        )
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def start_etcd(self) -> None:

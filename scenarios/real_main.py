@@ -1,10 +1,11 @@
-"""The command line's half that runs real processes: ``run --real``."""
+"""The command line's half that runs real processes: ``run --real``, ``real``, ``endure``."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -22,9 +23,11 @@ from torus_actors.scenarios.real_run import (
     not_real,
     run_real,
 )
-from torus_actors.scenarios.spec import Scenario
+from torus_actors.scenarios.spec import SCENARIOS, Scenario
 
 FAILURES_SHOWN = 10
+
+PROGRAM = (sys.executable, "-m", "torus_actors.scenarios")
 
 
 def run_on_real_processes(scenario: Scenario, seed: int, seconds: float | None) -> NoReturn:
@@ -44,7 +47,7 @@ def run_on_real_processes(scenario: Scenario, seed: int, seconds: float | None) 
     network = None
     if needs_network(scenario) or (gains_from_network(scenario) and os.geteuid() == 0):
         try:
-            netns.enter([sys.executable, "-m", "torus_actors.scenarios", *replay])
+            netns.enter([*PROGRAM, *replay])
             network = netns.Network()
         except netns.Unavailable as error:
             if needs_network(scenario):
@@ -78,6 +81,31 @@ def endure_(rounds: int, everything_rounds: int, seed: int) -> None:
     say(result.summary())
     options = ["--rounds", str(rounds), "--everything-rounds", str(everything_rounds)]
     _verdict(result, ["endure", *options, "--seed", str(seed)])
+
+
+@click.command("real")
+@click.argument("names", nargs=-1, type=click.Choice(sorted(SCENARIOS)))
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--seconds", type=float, default=10.0, show_default=True, help="See run.")
+def real_(names: tuple[str, ...], seed: int, seconds: float) -> None:
+    """Run scenarios on real processes, one after the other; without NAMES all that can be run."""
+    failed = []
+    root = os.geteuid() == 0
+    chosen = names or tuple(name for name, each in SCENARIOS.items() if not not_real(each))
+    for name in chosen:
+        if needs_network(SCENARIOS[name]) and not root:
+            say(f"{name}: left out, it cuts the network, which needs root")
+            continue
+        arguments = ["run", name, "--seed", str(seed), "--seconds", f"{seconds:g}", "--real"]
+        done = subprocess.run([*PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            failed.append(name)
+            say(done.stdout)
+        else:
+            say(f"{name}: {' '.join(done.stdout.splitlines()[-2:])}")
+    if failed:
+        say(f"FAILED: {', '.join(failed)}")
+    sys.exit(1 if failed else 0)
 
 
 def finish(result: RealResult, replay: Sequence[str]) -> NoReturn:

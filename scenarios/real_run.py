@@ -32,7 +32,7 @@ from torus_actors.scenarios.real_faults import (
 from torus_actors.scenarios.real_workload import RealDriver
 from torus_actors.scenarios.spec import Drawn, Scenario, draw
 
-REST_S = 3.0
+REST_S = 2.0
 """Load goes on for so long after the last fault."""
 
 LAST_SESSION_S_MAX = 150.0
@@ -269,8 +269,7 @@ async def _strike(
 
 async def last_look(cluster: RealCluster, drivers: list[RealDriver]) -> None:
     """A client that has cached nothing reads all volumes, twice, with a write in between."""
-    for host in cluster.client_hosts:
-        await cluster.stop(host)
+    await asyncio.gather(*[cluster.stop(host) for host in cluster.client_hosts])
     host = cluster.client_hosts[0]
     for _ in range(2):
         if not await cluster.boot_client(host):
@@ -296,7 +295,7 @@ async def converge(cluster: RealCluster, volumes: list[str], scrub: bool) -> Non
     while True:
         if scrub:
             cluster.say((await cluster.tool("torusctl", "debug", "scrub")).strip())
-        lacking = [await cluster.audit(name, deep=True) for name in volumes]
+        lacking = await asyncio.gather(*[cluster.audit(name, deep=True) for name in volumes])
         if not any(lacking):
             break
         if loop.time() > end:
@@ -305,7 +304,8 @@ async def converge(cluster: RealCluster, volumes: list[str], scrub: bool) -> Non
         await asyncio.sleep(CONVERGE_POLL_S)
     # There are enough; that each is where the ring wants it would take until the next round.
     cluster.say((await cluster.tool("torusctl", "debug", "rebalance")).strip())
-    for name in volumes:
-        if lacking_now := await cluster.audit(name, deep=True, placed=True):
-            cluster.fail(f"after rebalancing: {lacking_now}")
+    audits = [cluster.audit(name, deep=False, placed=True) for name in volumes]
+    for misplaced in await asyncio.gather(*audits):
+        if misplaced:
+            cluster.fail(f"after rebalancing: {misplaced}")
     cluster.say("all copies are there and right")
