@@ -155,11 +155,12 @@ class RealCluster(processes.Cluster):
 
     def listen_of(self, host: RealHost) -> str:
         """Where tools can ask a node or a client."""
-        if host in self.hosts:
-            return self.address(host.index)
+        return self.address(host.index) if host in self.hosts else self._client_address(host.index)
+
+    def _client_address(self, index: int) -> str:
         if self.network is None:
-            return super().address(NODES_MAX + host.index)
-        return f"{self.network.address(host.name)}:{PORT}"
+            return super().address(NODES_MAX + index)
+        return f"{self.network.address(f'client-{index}')}:{PORT}"
 
     def add_node(self) -> RealHost:
         """One more machine for a storage node."""
@@ -178,10 +179,9 @@ class RealCluster(processes.Cluster):
         name = f"client-{index}"
         if self.network is not None:
             self.network.add(name)
-        listen = RealHost(name, index, Process("", [], self.directory, ""))
         process = self.client(
             None,
-            *("--listen", self.listen_of(listen), "--lease", str(self.lease_s)),
+            *("--listen", self._client_address(index), "--lease", str(self.lease_s)),
             *("--read-cache", str(max(self.shape.read_cache_bytes, 1))),
             *("--write-cache", str(self.shape.write_cache_bytes)),
         )
