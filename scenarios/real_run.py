@@ -13,6 +13,7 @@ import random
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,15 +118,14 @@ def working_directory(result: RealResult) -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="torus-real-"))
     try:
         yield directory
-    except BaseException:
-        result.logs = directory
-        raise
-    if result.failures:
-        result.logs = directory
-        for folder in directory.glob("node-*/"):
-            shutil.rmtree(folder)
-    else:
-        shutil.rmtree(directory)
+        if result.failures:
+            result.logs = directory
+    finally:
+        if result.logs is None:
+            shutil.rmtree(directory)
+        else:
+            for folder in directory.glob("node-*/"):
+                shutil.rmtree(folder)
 
 
 def run_real(
@@ -172,6 +172,9 @@ async def _play(
             await _acts(cluster, scenario, drawn, drivers, seed, result)
         except Unexpected as error:
             cluster.fail(str(error))
+        except Exception:
+            # A fault of this program itself is a failed run too.
+            cluster.fail(traceback.format_exc())
     finally:
         await cluster.end()
         for driver in drivers:
@@ -253,7 +256,6 @@ async def _strike(
     result: RealResult,
 ) -> None:
     loop = asyncio.get_running_loop()
-    fault = REAL_FAULTS[kind]
     async with asyncio.TaskGroup() as under_way:
         while True:
             pause = min(rng.expovariate(1 / every_s), 4 * every_s)
@@ -262,9 +264,16 @@ async def _strike(
             await asyncio.sleep(pause)
             result.counts[kind] = result.counts.get(kind, 0) + 1
             if kind in OVERLAPPING:
-                under_way.create_task(fault(fields))
+                under_way.create_task(_once(kind, fields))
             else:
-                await fault(fields)
+                await _once(kind, fields)
+
+
+async def _once(kind: str, fields: RealField) -> None:
+    try:
+        await REAL_FAULTS[kind](fields)
+    except Unexpected as error:
+        fields.cluster.fail(f"{kind}: {error}")
 
 
 async def last_look(cluster: RealCluster, drivers: list[RealDriver]) -> None:
