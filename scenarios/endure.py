@@ -16,6 +16,7 @@ import contextlib
 import random
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,13 @@ from torus_actors.scenarios.cluster import Shape
 from torus_actors.scenarios.oracle import SECTOR, VolumeOracle
 from torus_actors.scenarios.processes import Unexpected
 from torus_actors.scenarios.real_cluster import RealCluster, RealHost
-from torus_actors.scenarios.real_run import RealResult, converge, last_look, working_directory
+from torus_actors.scenarios.real_run import (
+    RealResult,
+    converge,
+    interruptible,
+    last_look,
+    working_directory,
+)
 from torus_actors.scenarios.real_workload import RealDriver
 from torus_actors.scenarios.workload import Workload
 
@@ -113,7 +120,8 @@ def endure(
     result = EnduranceResult()
     began = time.monotonic()
     with working_directory(result) as directory:
-        asyncio.run(_endure(rounds, everything_rounds, seed, directory, say, result))
+        work = _endure(rounds, everything_rounds, seed, directory, say, result)
+        asyncio.run(interruptible(work))
     result.took_s = time.monotonic() - began
     return result
 
@@ -135,6 +143,9 @@ async def _endure(
         await endurance.run(rounds, everything_rounds)
     except Unexpected as error:
         cluster.fail(str(error))
+    except Exception:
+        # A fault of this program itself is a failed run too.
+        cluster.fail(traceback.format_exc())
     finally:
         await cluster.end()
         endurance.count()

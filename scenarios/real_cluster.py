@@ -46,6 +46,9 @@ TOOL_S_MAX = 90.0
 POLL_S = 0.02
 WATCH_S = 0.5
 
+MORTAL = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
+"""Before a command line: it ends when this process does. In a private world all do."""
+
 BUG = "Traceback (most recent call last)"
 """In the log of a process: an error that nobody foresaw."""
 
@@ -110,7 +113,7 @@ class RealCluster(processes.Cluster):
         folder = directory / "etcd"
         folder.mkdir()
         if network is None:
-            self.etcd = EtcdServer(folder)
+            self.etcd = EtcdServer(folder, prefix=MORTAL)
         else:
             self.etcd = EtcdServer(folder, network.add(META), network.prefix(META))
         super().__init__(
@@ -151,7 +154,7 @@ class RealCluster(processes.Cluster):
 
     def prefix(self, name: str) -> Sequence[str]:
         """See Cluster."""
-        return () if self.network is None else self.network.prefix(name)
+        return MORTAL if self.network is None else self.network.prefix(name)
 
     def listen_of(self, host: RealHost) -> str:
         """Where tools can ask a node or a client."""

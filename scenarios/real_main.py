@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,7 +58,6 @@ def run_on_real_processes(scenario: Scenario, seed: int, seconds: float | None) 
     left_out = [kind for kind in scenario.faults if kind in NOT_REAL]
     if left_out:
         say(f"without {', '.join(left_out)}, which have no real form")
-    end_in_order()
     result = run_real(scenario, seed, drawn, network, say)
     finish(result, replay)
 
@@ -75,7 +73,6 @@ def endure_(rounds: int, everything_rounds: int, seed: int) -> None:
     killed at once.
     """
     need_programs("etcd")
-    end_in_order()
     result = endure(rounds, everything_rounds, seed, say)
     say("")
     say(result.summary())
@@ -144,8 +141,3 @@ def need_programs(*programs: str) -> None:
     for program in programs:
         if shutil.which(program) is None:
             refuse(f"{program} is not installed")
-
-
-def end_in_order() -> None:
-    """On SIGTERM do what is done on Ctrl-C: kill all that was started."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)

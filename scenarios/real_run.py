@@ -11,12 +11,14 @@ import contextlib
 import dataclasses
 import random
 import shutil
+import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torus_actors.scenarios.faults import OVERLAPPING
 from torus_actors.scenarios.netns import Network
@@ -147,9 +149,32 @@ def run_real(
     result = RealResult()
     began = time.monotonic()
     with working_directory(result) as directory:
-        asyncio.run(_play(scenario, seed, drawn, network, directory, say, result))
+        asyncio.run(interruptible(_play(scenario, seed, drawn, network, directory, say, result)))
     result.took_s = time.monotonic() - began
     return result
+
+
+async def interruptible(work: Coroutine[Any, Any, None]) -> None:
+    """Do some work; SIGINT and SIGTERM cancel it once, so that it can end all that it started.
+
+    Raises:
+        KeyboardInterrupt: it was cancelled so.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+    asked: list[int] = []
+
+    def ask(number: int) -> None:
+        if not asked:
+            asked.append(number)
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask, number)
+    await asyncio.wait([task])
+    if asked:
+        raise KeyboardInterrupt
+    task.result()
 
 
 async def _play(
