@@ -24,7 +24,7 @@ from torus_actors.scenarios.faults import OVERLAPPING
 from torus_actors.scenarios.netns import Network
 from torus_actors.scenarios.oracle import VolumeOracle
 from torus_actors.scenarios.processes import Unexpected
-from torus_actors.scenarios.real_cluster import RealCluster
+from torus_actors.scenarios.real_cluster import START_S_MAX, RealCluster
 from torus_actors.scenarios.real_faults import (
     CUTTING,
     CUTTING_IF_POSSIBLE,
@@ -243,6 +243,8 @@ async def _acts(
 ) -> None:
     work = [asyncio.create_task(driver.run()) for driver in drivers]
     try:
+        async with asyncio.timeout(START_S_MAX):
+            await asyncio.gather(*[driver.verified.wait() for driver in drivers])
         await asyncio.sleep(scenario.calm_s)
         loop = asyncio.get_running_loop()
         end = loop.time() + drawn.duration_s
