@@ -119,6 +119,7 @@ class RealCluster(processes.Cluster):
         super().__init__(
             directory, f"etcd://{self.etcd.endpoint}", NODES_MAX + 4, secrets.token_hex(16)
         )
+        self._remove_after_s = int(shape.remove_after_s)
         self._size = str(max(shape.store_bytes, STORE_BYTES_MIN))
         self.hosts: list[RealHost] = []
         for _ in range(shape.nodes):
@@ -173,7 +174,8 @@ class RealCluster(processes.Cluster):
         name = f"node-{index}"
         if self.network is not None:
             self.network.add(name)
-        process = self.node(index, "--lease", str(self.lease_s), size=self._size)
+        options = ("--lease", str(self.lease_s), "--remove-after", f"{self._remove_after_s}s")
+        process = self.node(index, *options, size=self._size)
         host = RealHost(name, index, process)
         self.hosts.append(host)
         return host

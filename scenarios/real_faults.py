@@ -7,6 +7,7 @@ have none.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from torus_actors.errors import TorusError
+from torus_actors.scenarios.faults import EVICTED_S_MAX
 from torus_actors.scenarios.processes import Unexpected, require
 from torus_actors.scenarios.real_cluster import META, RealCluster, RealHost
 from torus_actors.scenarios.real_workload import RealDriver
@@ -123,6 +125,51 @@ async def lose_node(field: RealField) -> None:
         if lacking := await field.settled():
             cluster.fail(f"a lost node's blocks were not copied in time: {lacking}")
         field.whole(host)
+
+
+async def abandon_node(field: RealField) -> None:
+    """A node is gone, and nobody does anything about it; it may come back much later."""
+    async with field.changing:
+        cluster, rng = field.cluster, field.rng
+        if field.broken or await field.settled():
+            return
+        if len((await cluster.ring())["peers"]) <= max(cluster.shape.replication, 2):
+            return
+        host = field.victim()
+        if host is None:
+            return
+        peer = cluster.node_id(host)
+        returns = rng.random() < 0.5
+        field.say(f"{host.name} is gone{'' if returns else ' for good'}, and nobody cares")
+        host.wanted = False
+        cluster.kill(host)
+        if not await _in_ring(cluster, peer, False):
+            cluster.fail(f"{host.name} was not taken out of the ring in time")
+        elif lacking := await field.settled():
+            cluster.fail(f"the blocks of a node that is gone were not copied: {lacking}")
+        field.say(f"{host.name} has left the ring")
+        if returns:
+            await cluster.boot_node(host)
+            if not await _in_ring(cluster, peer, True):
+                cluster.fail(f"{host.name} has not come back into the ring")
+        else:
+            cluster.forget(host)
+            await cluster.boot_node(cluster.add_node())
+        field.whole(host)
+
+
+async def _in_ring(cluster: RealCluster, peer: str, wanted: bool) -> bool:
+    """Wait until a node is in the ring, or is not; whether that was in time."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + EVICTED_S_MAX + 3 * cluster.shape.remove_after_s
+    while True:
+        with contextlib.suppress(Unexpected):  # etcd may be away
+            ring = await cluster.ring()
+            if (peer in {each["id"] for each in ring["peers"]}) == wanted:
+                return True
+        if loop.time() > end:
+            return False
+        await asyncio.sleep(SETTLED_POLL_S)
 
 
 async def restart_all(field: RealField) -> None:
@@ -436,6 +483,7 @@ RealFault = Callable[[RealField], Coroutine[Any, Any, None]]
 REAL_FAULTS: dict[str, RealFault] = {
     "crash_node": crash_node,
     "lose_node": lose_node,
+    "abandon_node": abandon_node,
     "restart_all": restart_all,
     "cut_client": cut_client,
     "cut_peers": cut_peers,
@@ -465,6 +513,7 @@ NOT_REAL = {
     "disk_full": "a node takes its room when it is made, so that no write finds none",
     "reset_connections": "nothing here breaks single connections",
     "slow_network": "not every kernel can delay packets (netem)",
+    "take_snapshots": "what they hold is compared inside the simulator only",
     "collect_now": "there is no command that starts a collection",
 }
 """Faults without a real form, and why."""

@@ -45,7 +45,7 @@ async def refused(operation: Awaitable[None]) -> None:
 
 
 def test_a_zombie_writes_nothing_any_more(cluster: Cluster) -> None:
-    """torus#230, torus#261, torus#317: a client that is back writes nothing under its lost lease.
+    """Regression, coreos/torus#230, 261, 317: a client that is back writes under no lost lease.
 
     It is stopped with a write and a flush under way, and for longer than its lease. Another client
     opens the volume, finds what the first had flushed, and writes. When the first one wakes up its
