@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torus_actors.scenarios.cluster import Shape
+from torus_actors.scenarios.nbd_client import NbdClient
 from torus_actors.scenarios.oracle import SECTOR, VolumeOracle
 from torus_actors.scenarios.processes import Unexpected
 from torus_actors.scenarios.real_cluster import RealCluster, RealHost
@@ -297,12 +298,19 @@ class _Endurance:
         if program is None:
             self.cluster.say("fio is not installed: the rounds go without it")
             return
-        uri = f"--uri=nbd+unix:///v1?socket={self.fio_host.process.socket}"
+        socket = self.fio_host.process.socket
+        uri = f"--uri=nbd+unix:///v1?socket={socket}"
+        # A user for as long as it takes: without etcd a volume stays open, but cannot be opened.
+        user = await NbdClient.connect(socket, "v1")
+        try:
+            await self._fio_jobs([program, *FIO, uri])
+        finally:
+            await user.abandon()
+
+    async def _fio_jobs(self, command: list[str]) -> None:
         while not self.fio_stopping:
             job = await asyncio.create_subprocess_exec(
-                program,
-                *FIO,
-                uri,
+                *command,
                 cwd=self.cluster.directory,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
