@@ -338,8 +338,16 @@ async def second_client(field: RealField) -> None:
 
 async def metadata_out(field: RealField) -> None:
     """Etcd cannot be reached for a while."""
+    await _without_etcd(field, field.rng.choice((1.0, 5.0, 15.0)) * (0.5 + field.rng.random()))
+
+
+async def metadata_away(field: RealField) -> None:
+    """Etcd cannot be reached for long."""
+    await _without_etcd(field, field.rng.uniform(10.0, 40.0))
+
+
+async def _without_etcd(field: RealField, pause: float) -> None:
     cluster, rng = field.cluster, field.rng
-    pause = rng.choice((1.0, 5.0, 15.0)) * (0.5 + rng.random())
     how = rng.choice(
         ("killed", "frozen") if cluster.network is None else ("killed", "frozen", "cut")
     )
@@ -493,6 +501,7 @@ REAL_FAULTS: dict[str, RealFault] = {
     "crash_client": crash_client,
     "second_client": second_client,
     "metadata_out": metadata_out,
+    "metadata_away": metadata_away,
     "wipe_leases": wipe_leases,
     "rot": rot,
     "change_members": change_members,
@@ -503,7 +512,7 @@ REAL_FAULTS: dict[str, RealFault] = {
 CUTTING = {"cut_client", "cut_peers", "cut_one_way"}
 """Those that need hosts with addresses of their own."""
 
-CUTTING_IF_POSSIBLE = {"metadata_out", "second_client"}
+CUTTING_IF_POSSIBLE = {"metadata_out", "metadata_away", "second_client"}
 """Those that do more where there are such hosts."""
 
 NOT_REAL = {
