@@ -29,7 +29,9 @@ def main() -> None:
 @main.command("list")
 def list_() -> None:
     """List the scenarios and what each is about."""
-    table = Table("scenario", "real", "why", "faults", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("scenario", "real", "why", "faults"):
+        table.add_column(column, no_wrap=column in ("scenario", "real"))
     for scenario in SCENARIOS.values():
         faults = ", ".join(scenario.faults) or "none"
         real = "no" if not_real(scenario) else "root" if needs_network(scenario) else "yes"
