@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from torus_actors.scenarios.explore import explore, jobs_of
+from torus_actors.scenarios.real_main import endure_, real_, run_on_real_processes
+from torus_actors.scenarios.real_run import needs_network, not_real
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS, draw
 
@@ -21,16 +23,20 @@ FAILURES_SHOWN = 10
 
 @click.group()
 def main() -> None:
-    """Run failure scenarios in a simulator, each from one seed."""
+    """Run failure scenarios, each from one seed: in a simulator, or on real processes."""
 
 
 @main.command("list")
 def list_() -> None:
     """List the scenarios and what each is about."""
-    table = Table("scenario", "why", "faults", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("scenario", "real", "why", "faults"):
+        table.add_column(column, no_wrap=column in ("scenario", "real"))
     for scenario in SCENARIOS.values():
         faults = ", ".join(scenario.faults) or "none"
-        table.add_row(scenario.name, scenario.why, faults if len(faults) < 60 else "all of them")
+        real = "no" if not_real(scenario) else "root" if needs_network(scenario) else "yes"
+        shown = faults if len(faults) < 60 else "all of them"
+        table.add_row(scenario.name, real, scenario.why, shown)
     console.print(table)
 
 
@@ -39,9 +45,15 @@ def list_() -> None:
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--trace", "trace_path", type=click.Path(), help="Write every event to this file.")
 @click.option("--quiet", is_flag=True, help="Print the events only of a run that fails.")
-def run_(name: str, seed: int, trace_path: str | None, quiet: bool) -> None:
-    """Run one scenario with one seed: always the same run."""
+@click.option("--real", is_flag=True, help="On real processes, in real time.")
+@click.option("--seconds", type=float, help="With --real: faults strike no longer than this.")
+def run_(
+    name: str, seed: int, trace_path: str | None, quiet: bool, real: bool, seconds: float | None
+) -> None:
+    """Run one scenario with one seed: in the simulator always the same run."""
     scenario = SCENARIOS[name]
+    if real:
+        run_on_real_processes(scenario, seed, seconds)
     console.print(f"{name}, seed {seed}: {scenario.why}", markup=False)
     console.print(draw(scenario, seed).describe(), markup=False)
     if trace_path is None:
@@ -113,6 +125,10 @@ def explore_(
     for result in failed:
         console.print(result.replay, markup=False)
     sys.exit(1 if failed else 0)
+
+
+main.add_command(endure_)
+main.add_command(real_)
 
 
 def _summary(result: Result) -> None:

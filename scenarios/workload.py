@@ -63,6 +63,38 @@ class Workload:
     span: float = 1.0
 
 
+def choose(
+    kind: str, load: Workload, rng: random.Random, block: int, volume_bytes: int
+) -> tuple[int, int]:
+    """Where the next operation goes.
+
+    Args:
+        kind: of operation.
+        load: says how such ranges look.
+        rng: decides.
+        block: size of the volume's blocks.
+        volume_bytes: its size.
+
+    Returns:
+        Offset and length, bytes; whole sectors.
+    """
+    size = int(volume_bytes * load.span) // block * block
+    if rng.random() < load.hot_share:
+        size = max(size // 10 // block * block, block)
+    if kind != "read" and rng.random() < load.whole_blocks:
+        count = rng.randint(1, 3)
+        first = rng.randrange(size // block)
+        count = min(count, size // block - first)
+        return first * block, count * block
+    sectors = rng.randint(1, load.bytes_max // SECTOR)
+    if rng.random() < 0.7:
+        sectors = -(-sectors // 8) * 8  # as most file systems do
+        first = rng.randrange(size // 4096) * 8
+    else:
+        first = rng.randrange(size // SECTOR)
+    return first * SECTOR, min(sectors, size // SECTOR - first) * SECTOR
+
+
 class Driver:
     """Keeps one volume in use.
 
@@ -269,23 +301,8 @@ class Driver:
                 return
 
     def _choose(self, kind: str) -> tuple[int, int]:
-        load, rng = self.workload, self._rng
         block = self.cluster.shape.block_size
-        size = int(self.oracle.size * load.span) // block * block
-        if rng.random() < load.hot_share:
-            size = max(size // 10 // block * block, block)
-        if kind != "read" and rng.random() < load.whole_blocks:
-            count = rng.randint(1, 3)
-            first = rng.randrange(size // block)
-            count = min(count, size // block - first)
-            return first * block, count * block
-        sectors = rng.randint(1, load.bytes_max // SECTOR)
-        if rng.random() < 0.7:
-            sectors = -(-sectors // 8) * 8  # as most file systems do
-            first = rng.randrange(size // 4096) * 8
-        else:
-            first = rng.randrange(size // SECTOR)
-        return first * SECTOR, min(sectors, size // SECTOR - first) * SECTOR
+        return choose(kind, self.workload, self._rng, block, self.oracle.size)
 
     async def _operate(
         self, kind: str, volume: Any, session: Session, who: str, offset: int, length: int

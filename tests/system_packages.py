@@ -14,6 +14,7 @@ import sys
 PACKAGES = {
     "etcd": "etcd-server",
     "fio": "fio",
+    "ip": "iproute2",
     "mke2fs": "e2fsprogs",
     "nbdcopy": "libnbd-bin",
     "nbdfuse": "libnbd-bin",
@@ -22,6 +23,7 @@ PACKAGES = {
     "openssl": "openssl",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
+    "unshare": "util-linux",
 }
 """Program to Debian package."""
 

@@ -14,6 +14,7 @@ from torus_actors.cli.common import (
     SIZE,
     Group,
     Settings,
+    lease_option,
     run_main,
     version_option,
 )
@@ -89,6 +90,7 @@ def cli() -> None:
 @click.option(
     "--insecure", is_flag=True, help="Allow addresses beyond loopback without protection."
 )
+@lease_option
 @click.option("--with-parent", is_flag=True, hidden=True)
 @click.pass_obj
 def serve(
@@ -110,6 +112,7 @@ def serve(
     default_export: str | None,
     wait_lock: float,
     insecure: bool,
+    lease: int | None,
     with_parent: bool,
 ) -> None:
     """Serve VOLUME over NBD until SIGINT or SIGTERM; without it, every volume by its name.
@@ -127,6 +130,7 @@ def serve(
         raise click.UsageError("--default-export goes with no VOLUME: VOLUME is the default")
     import asyncio
 
+    from torus_actors.actors.heartbeat import LEASE_TTL_S
     from torus_actors.actors.nbd_server import NbdAddress
     from torus_actors.actors.replicator import ReadLevel, WriteLevel
     from torus_actors.cli.daemon import run_daemon, serve_until_stopped
@@ -163,6 +167,7 @@ def serve(
         listen=listen,
         read_level=ReadLevel(read_level),
         write_level=WriteLevel(write_level),
+        lease_ttl_s=lease or LEASE_TTL_S,
     )
     shown = default_export if volume is None else volume
     uris = [_unix_uri(path, shown) for path in sockets]

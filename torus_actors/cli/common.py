@@ -222,6 +222,14 @@ def version_option() -> Callable[[F], F]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
+lease_option = click.option(
+    "--lease",
+    type=click.IntRange(1, 3600),
+    metavar="SECONDS",
+    help="How long the cluster waits for this process when it falls silent, before it counts as "
+    "gone and its volumes may be opened elsewhere. Default: 6",
+)
+
 
 class Failed(TorusError):
     """The command did what it could, and the result is a failure; the text says which."""

@@ -18,6 +18,7 @@ from torus_actors.cli.common import (
     Group,
     ParamType,
     Settings,
+    lease_option,
     run_main,
     version_option,
 )
@@ -159,6 +160,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 @click.option(
     "--insecure", is_flag=True, help="Allow addresses beyond loopback without protection."
 )
+@lease_option
 @click.option("--with-parent", is_flag=True, hidden=True)
 @click.pass_obj
 def start(
@@ -175,6 +177,7 @@ def start(
     http: Address | None,
     nbd: Address | None,
     insecure: bool,
+    lease: int | None,
     with_parent: bool,
 ) -> None:
     """Run a storage node until SIGINT or SIGTERM.
@@ -182,6 +185,7 @@ def start(
     Without options, on a fresh machine, it is a cluster of its own: it keeps the metadata and is
     the only peer, with replication 1, on loopback.
     """
+    from torus_actors.actors.heartbeat import LEASE_TTL_S
     from torus_actors.actors.nbd_server import NbdAddress
     from torus_actors.cli.daemon import run_daemon, serve_until_stopped
     from torus_actors.node import NbdConfig, NodeConfig, StorageNode, check_exposure, start_node
@@ -214,6 +218,7 @@ def start(
         http=http,
         remove_after_s=remove_after or None,
         rebalance_rate_bytes_s=rebalance_rate,
+        lease_ttl_s=lease or LEASE_TTL_S,
     )
 
     async def ready(node: StorageNode) -> None:

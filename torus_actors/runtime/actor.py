@@ -205,6 +205,9 @@ class LoopActor(_Exposing, pykka.Actor):
             await asyncio.wait_for(self.cleanup(), timeout_s)
         except TorusError as error:
             log.warning("%s: cleanup: %s", self.cell.name, error)
+        except TimeoutError:
+            # No bug: what it waits for (a last flush, say) may not be had.
+            log.warning("%s: cleanup was not done within %g s", self.cell.name, timeout_s)
         except Exception:
             log.exception("%s: cleanup failed", self.cell.name)
 
