@@ -8,7 +8,7 @@ copies, right to the last byte, on its owners; and nothing else is stored anywhe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torus_actors.errors import TorusError
 from torus_actors.metadata import keys as table
@@ -26,6 +26,17 @@ from torus_actors.storage.store import BlockStore
 
 class Unreadable(Exception):
     """A page of a committed tree cannot be read from any node that is up."""
+
+
+class Excess(NamedTuple):
+    """A block that should not be where it is."""
+
+    ref: BlockRef
+    host: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{BlockRef(self.ref)} on {self.host} {self.why}"
 
 
 class Checker:
@@ -224,14 +235,15 @@ class Checker:
             if all(_problem(host, ref, root, True) for host in hosts)
         ]
 
-    async def garbage(self) -> list[str]:
+    async def garbage(self) -> list[Excess | str]:
         """Blocks that are stored and not reachable, or stored by a node that does not own them."""
         ring = await self.cluster.ring()
         try:
             reachable = self.reachable()
         except Unreadable as error:
             return [str(error)]
-        found = []
+        found: list[Excess | str] = []
+        replication = self.cluster.shape.replication
         for host in self.cluster.nodes:
             if not host.up:
                 continue
@@ -239,9 +251,9 @@ class Checker:
                 refs, _ = store.refs_from(0, 1 << 30)
                 for ref in refs:
                     if ref not in reachable:
-                        found.append(f"{BlockRef(ref)} on {host.name} is garbage")
-                    elif host.node_id not in owners_of(ring, ref, self.cluster.shape.replication):
-                        found.append(f"{BlockRef(ref)} on {host.name} is not its own")
+                        found.append(Excess(ref, host.name, "is garbage"))
+                    elif host.node_id not in owners_of(ring, ref, replication):
+                        found.append(Excess(ref, host.name, "is not its own"))
         return found
 
 

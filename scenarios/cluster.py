@@ -150,6 +150,7 @@ class Cluster:
         self.store = ObservedStore(MemoryStore())
         self.meta = MetadataService(self.store, rng=self.rng("driver"), wall_clock=self.wall_clock)
         """The driver's own way to the metadata: never down."""
+        self._ring: tuple[bytes, rings.Ring] | None = None
         self.failures: list[str] = []
         self.node_watchers: list[Callable[[Host], None]] = []
         """Called with each storage node that has started."""
@@ -207,7 +208,9 @@ class Cluster:
     async def ring(self) -> rings.Ring:
         """The ring as the metadata has it."""
         data, _ = await self.meta.ring()
-        return rings.unmarshal(data)
+        if self._ring is None or self._ring[0] != data:
+            self._ring = (data, rings.unmarshal(data))
+        return self._ring[1]
 
     def _machine(self, host: Host) -> Machine:
         boot = host.boots
