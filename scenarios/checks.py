@@ -89,10 +89,13 @@ class Checker:
         except Unreadable:
             return  # with so many nodes down nothing can be said
         for ref in refs:
-            if ref in reachable:
-                others = [h for h in self.cluster.nodes if h is not host and _stored(h, ref)]
-                if not others:
-                    self.cluster.fail(f"{host.name} deletes the last copy of {ref}, which is alive")
+            root = reachable.get(ref)
+            if root is None:
+                continue
+            others = [h for h in self.cluster.nodes if h is not host and _good(h, ref, root)]
+            if len(others) < self.cluster.shape.replication:
+                names = ", ".join(h.name for h in others) or "nobody"
+                self.cluster.fail(f"{host.name} deletes {ref}, which is alive; {names} has it")
 
     def _on_change(self, operation: Operation) -> None:
         row = None
@@ -222,19 +225,6 @@ class Checker:
                     lacking.append(f"{ref} on {host.name}: {problem}")
         return lacking
 
-    async def lost(self) -> list[str]:
-        """Reachable blocks without a single good copy on any node."""
-        try:
-            reachable = self.reachable()
-        except Unreadable as error:
-            return [str(error)]
-        hosts = [host for host in self.cluster.nodes if host.up]
-        return [
-            str(ref)
-            for ref, root in reachable.items()
-            if all(_problem(host, ref, root, True) for host in hosts)
-        ]
-
     async def garbage(self) -> list[Excess | str]:
         """Blocks that are stored and not reachable, or stored by a node that does not own them."""
         ring = await self.cluster.ring()
@@ -274,6 +264,11 @@ def _store_of(host: Host, ref: BlockRef) -> BlockStore:
 def _stored(host: Host, ref: BlockRef) -> bool:
     """Whether a node has a block, or had it when it died."""
     return host.tree is not None and host.tree.stores is not None and _store_of(host, ref).has(ref)
+
+
+def _good(host: Host, ref: BlockRef, root: int) -> bool:
+    """Whether a node that runs has a right copy, or one that does not had one when it died."""
+    return not _problem(host, ref, root, True) if host.up else _stored(host, ref)
 
 
 def _problem(host: Host, ref: BlockRef, root: int, deep: bool) -> str:

@@ -38,9 +38,6 @@ class Scenario:
         workload: what is done to each volume.
         errors_allowed: whether clients that no fault hit may see an operation fail.
         broken_max: nodes broken at a time; None is one fewer than there are copies.
-        all_copies: whether in the end every copy must be there and right. Not where copies rot
-            that nobody reads.
-        no_garbage: whether in the end nothing else may be stored.
         remove_after_s: after which nodes take one that is gone out of the ring.
         knobs: further constants to set, by dotted name.
     """
@@ -59,8 +56,6 @@ class Scenario:
     workload: Workload = field(default_factory=Workload)
     errors_allowed: bool = False
     broken_max: int | None = None
-    all_copies: bool = True
-    no_garbage: bool = True
     remove_after_s: Range = (REMOVE_AFTER_S, REMOVE_AFTER_S)
     knobs: dict[str, Any] = field(default_factory=dict)
 
@@ -175,6 +170,7 @@ _LIST = (
         "A node that is gone for good is replaced; its blocks are copied from the others",
         {"lose_node": (4, 8)},
         nodes=(4, 5),
+        replication=(2, 3),
         duration_s=(25, 40),
     ),
     Scenario(
@@ -260,15 +256,13 @@ _LIST = (
     Scenario(
         "bit_rot",
         "A copy that rots is never given to a client, and is repaired from another",
-        {"rot": (0.1, 0.5)},
-        all_copies=False,
+        {"rot": (0.1, 0.5), "crash_client": (5, 15)},
+        clients=(1, 2),
     ),
     Scenario(
         "disk_errors",
         "A disk that fails now and then costs no client an error",
         {"disk_errors": (1, 4)},
-        all_copies=False,
-        no_garbage=False,
     ),
     Scenario(
         "slow_disk",
@@ -377,6 +371,10 @@ _LIST = (
             "kill_actor": (3, 20),
             "collect_now": (3, 20),
             "take_snapshots": (5, 20),
+            "lose_node": (20, 60),
+            "restart_all": (20, 60),
+            "rot": (5, 20),
+            "disk_errors": (5, 30),
         },
         nodes=(3, 5),
         replication=(2, 3),
