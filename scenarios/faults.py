@@ -293,7 +293,7 @@ def _others(cluster: Cluster, host: Host) -> list[str]:
 
 
 def _ways(here: str, others: list[str], only: str = "") -> tuple[list[tuple[str, str]], str]:
-    """The ways between a host and others, or those out of it or into it only; and which, in words."""
+    """The ways between a host and others, or only out of it or into it; and which, in words."""
     out = [(here, other) for other in others]
     into = [(other, here) for other in others]
     if not only:

@@ -132,6 +132,7 @@ class _Play:
                 drawn.workload,
                 cluster.rng(f"workload{oracle.number}"),
                 scenario.errors_allowed,
+                scenario.op_s_max,
             )
             for oracle in self.oracles
         ]

@@ -120,6 +120,7 @@ class SimTask(asyncio.Task[Any]):
     """A task that knows its process; made by `SimLoop.create_task`, in few steps: they are many."""
 
     process: SimProcess | None
+    _log_destroy_pending: bool
 
 
 class SimHandle(asyncio.TimerHandle):
@@ -127,9 +128,7 @@ class SimHandle(asyncio.TimerHandle):
 
     __slots__ = ("process",)
 
-    def __init__(
-        self, when: float, callback: Callable[..., Any], args: Any, context: Any
-    ) -> None:
+    def __init__(self, when: float, callback: Callable[..., Any], args: Any, context: Any) -> None:
         # Not the constructor of the base, which is twice as slow for what is not needed here.
         if context is None:
             context = copy_context()
@@ -334,4 +333,3 @@ class SimLoop(asyncio.BaseEventLoop):
         self._ready.clear()
         self._timers.clear()
         super().close()
-

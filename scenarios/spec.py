@@ -16,6 +16,15 @@ from torus_actors.scenarios.workload import Workload
 
 Range = tuple[float, float]
 
+OP_S_MAX = 5.0
+"""Three seconds for a peer that says nothing any more, as it is promised, and some for the rest."""
+
+ROOM_S_MAX = 60.0
+"""Where an operation may wait until the collector has made room, which takes two passes."""
+
+OUTAGE_S_MAX = 120.0
+"""Where more than R-1 nodes may be away: an operation may wait until they are back."""
+
 KNOBS: dict[str, Any] = {
     "torus_actors.actors.block_store.INODE_ROOM_MIN": 32 << 20,
 }
@@ -37,6 +46,7 @@ class Scenario:
         calm_s: before the first fault.
         workload: what is done to each volume.
         errors_allowed: whether clients that no fault hit may see an operation fail.
+        op_s_max: the liveness bound: how long an operation of a client that no fault hit may take.
         broken_max: nodes broken at a time; None is one fewer than there are copies.
         remove_after_s: after which nodes take one that is gone out of the ring.
         knobs: further constants to set, by dotted name.
@@ -55,6 +65,7 @@ class Scenario:
     calm_s: float = 1.0
     workload: Workload = field(default_factory=Workload)
     errors_allowed: bool = False
+    op_s_max: float = OP_S_MAX
     broken_max: int | None = None
     remove_after_s: Range = (REMOVE_AFTER_S, REMOVE_AFTER_S)
     knobs: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +163,7 @@ _LIST = (
         volume_bytes=(1 << 20, 2 << 20),
         workload=Workload(whole_blocks=0.8, pause_s=0.05, flush=0.3),
         duration_s=(30, 40),
+        op_s_max=ROOM_S_MAX,
     ),
     Scenario(
         "node_crash",
@@ -164,6 +176,7 @@ _LIST = (
         {"crash_node": (0.5, 2), "freeze_node": (4, 10)},
         errors_allowed=True,
         broken_max=9,
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "node_lost",
@@ -252,6 +265,7 @@ _LIST = (
         volume_bytes=(1 << 20, 2 << 20),
         errors_allowed=True,
         knobs={"torus_actors.actors.block_store.INODE_ROOM_MIN": 4 << 20},
+        op_s_max=ROOM_S_MAX,
     ),
     Scenario(
         "bit_rot",
@@ -268,6 +282,7 @@ _LIST = (
         "slow_disk",
         "One slow disk does not make the cluster slow for long, and breaks nothing",
         {"slow_disk": (2, 5)},
+        op_s_max=30.0,
     ),
     Scenario(
         "torn_write",
@@ -382,6 +397,7 @@ _LIST = (
         volumes=(1, 3),
         errors_allowed=True,
         duration_s=(20, 40),
+        op_s_max=OUTAGE_S_MAX,
     ),
 )
 

@@ -25,7 +25,7 @@ from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.oracle import SECTOR, Session, VolumeOracle
 
 OP_S_MAX = 240.0
-"""No operation takes longer, whatever happens: faults end long before."""
+"""Deadline of every operation, whatever happens: faults end long before."""
 
 OPEN_S_MAX = 120.0
 """A volume can be opened within this, once the cluster is whole: a lease has to end first."""
@@ -73,6 +73,7 @@ class Driver:
         workload: what to do.
         rng: what to do next.
         errors_allowed: whether an operation may fail; a fenced session always may.
+        op_s_max: how long an operation may take; of a client that a fault hit, up to its deadline.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Driver:
         workload: Workload,
         rng: random.Random,
         errors_allowed: bool,
+        op_s_max: float = OP_S_MAX,
     ) -> None:
         self.cluster = cluster
         self.oracle = oracle
@@ -92,6 +94,7 @@ class Driver:
         self.host = hosts[0]
         self.workload = workload
         self.errors_allowed = errors_allowed
+        self.op_s_max = op_s_max
         self.session: Session | None = None
         self.operations = 0
         self.flushes = 0
@@ -329,6 +332,8 @@ class Driver:
             elapsed = self.cluster.loop.time() - began
             if elapsed > self.slowest_s:
                 self.slowest_s, self.slowest = elapsed, what
+            if elapsed > self.op_s_max:
+                self.cluster.fail(f"{who}: {what} of {self.name} took {elapsed:.1f} s")
 
     def _failed(
         self, what: str, error: TorusError, who: str, session: Session, began: float

@@ -325,9 +325,7 @@ class _Circle:
             for position, (_, owner) in enumerate(points):
                 self._at_owner.setdefault(owner, []).append(position)
 
-    def _fill(
-        self, owners: list[str], weighted: list[str], arrange: _Arrange
-    ) -> list[PeerList]:
+    def _fill(self, owners: list[str], weighted: list[str], arrange: _Arrange) -> list[PeerList]:
         # Going down the circle, the order at a point is that at the point above with the owner
         # moved to the front. The first round only finds the order with which to begin.
         order = weighted
