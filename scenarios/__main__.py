@@ -131,13 +131,12 @@ def speed_() -> None:
 
 def _summary(result: Result) -> None:
     counts = ", ".join(f"{kind} {count}" for kind, count in result.counts.items()) or "none"
-    slowest = (
-        f", the slowest a {result.slowest} of {result.slowest_s:.1f} s" if result.slowest else ""
-    )
+    slowest = f"a {result.slowest} of {result.slowest_s:.1f} s" if result.slowest else "none"
     console.print(
         f"\nfaults: {counts}\n"
-        f"{result.operations} operations{slowest}, {result.flushes} flushes, {result.errors} errors "
-        f"seen by clients, {result.sessions} sessions, {result.deletions} deletions\n"
+        f"{result.operations} operations, {result.flushes} flushes, {result.errors} errors seen by "
+        f"clients, {result.sessions} sessions, {result.deletions} deletions; slowest operation: "
+        f"{slowest}\n"
         f"{result.virtual_s:.1f} s simulated in {result.cpu_s:.1f} s of a core; "
         f"trace {result.digest}",
         markup=False,
