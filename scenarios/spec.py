@@ -23,7 +23,8 @@ ROOM_S_MAX = 60.0
 """Where an operation may wait until the collector has made room, which takes two passes."""
 
 OUTAGE_S_MAX = 120.0
-"""Where more than R-1 nodes may be away: an operation may wait until they are back."""
+"""Where more than R-1 nodes may be away, or one and the metadata: an operation may wait until they
+are back."""
 
 KNOBS: dict[str, Any] = {
     "torus_actors.actors.block_store.INODE_ROOM_MIN": 32 << 20,
@@ -200,6 +201,8 @@ _LIST = (
         replication=(2, 3),
         duration_s=(20, 30),
         remove_after_s=(25, 50),
+        # A session that loses a member of its journal needs the metadata for another.
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "rolling_restart",
