@@ -15,10 +15,14 @@ from torus_actors.scenarios.real_main import endure_, real_, run_on_real_process
 from torus_actors.scenarios.real_run import needs_network, not_real
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS, draw
+from torus_actors.scenarios.speed import measure
 
 console = Console(highlight=False, soft_wrap=True)
 
 FAILURES_SHOWN = 10
+
+SEEDS = 200
+"""As many as the default tests run."""
 
 
 @click.group()
@@ -69,7 +73,7 @@ def run_(
 
 
 @main.command("explore")
-@click.option("--seeds", type=int, help="Seeds for each scenario; without --minutes 10.")
+@click.option("--seeds", type=int, help=f"How many, one run each; without --minutes {SEEDS}.")
 @click.option("--first", type=int, default=1, show_default=True, help="The first seed.")
 @click.option("--jobs", type=int, default=os.cpu_count() or 1, show_default=True)
 @click.option("--minutes", type=float, help="Stop after so many minutes.")
@@ -83,11 +87,13 @@ def run_(
 def explore_(
     seeds: int | None, first: int, jobs: int, minutes: float | None, names: tuple[str, ...]
 ) -> None:
-    """Run many seeds; print what fails, with the command that replays it."""
-    chosen = list(names) or list(SCENARIOS)
+    """Run many seeds; print what fails, with the command that replays it.
+
+    A seed decides everything, the scenario too: every fourth seed is `everything`, between them the
+    others take turns. With --scenario, only those take turns.
+    """
     if seeds is None and minutes is None:
-        seeds = 10
-    total = None if seeds is None else seeds * len(chosen)
+        seeds = SEEDS
     runs: list[int] = []
     failed: list[Result] = []
     columns = (
@@ -98,7 +104,7 @@ def explore_(
     )
     simulated = cpu = 0.0
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("runs", total=total)
+        bar = progress.add_task("runs", total=seeds)
 
         def done(result: Result) -> None:
             nonlocal simulated, cpu
@@ -115,7 +121,7 @@ def explore_(
                 )
                 progress.update(bar, description=f"{len(failed)} failed")
 
-        explore(jobs_of(chosen, first, seeds), jobs, minutes, done)
+        explore(jobs_of(names, first, seeds), jobs, minutes, done)
     speed = simulated / cpu if cpu else 0.0
     console.print(
         f"{len(runs)} runs, {len(failed)} failed; {simulated:.0f} simulated seconds, "
@@ -127,16 +133,26 @@ def explore_(
     sys.exit(1 if failed else 0)
 
 
+@main.command("speed")
+def speed_() -> None:
+    """Measure the simulator: five nodes with load, the same every time."""
+    speed = measure()
+    console.print(speed.describe(), markup=False)
+    sys.exit(1 if any(result.failures for result in speed.results) else 0)
+
+
 main.add_command(endure_)
 main.add_command(real_)
 
 
 def _summary(result: Result) -> None:
     counts = ", ".join(f"{kind} {count}" for kind, count in result.counts.items()) or "none"
+    slowest = f"a {result.slowest} of {result.slowest_s:.1f} s" if result.slowest else "none"
     console.print(
         f"\nfaults: {counts}\n"
         f"{result.operations} operations, {result.flushes} flushes, {result.errors} errors seen by "
-        f"clients, {result.sessions} sessions, {result.deletions} deletions\n"
+        f"clients, {result.sessions} sessions, {result.deletions} deletions; slowest operation: "
+        f"{slowest}\n"
         f"{result.virtual_s:.1f} s simulated in {result.cpu_s:.1f} s of a core; "
         f"trace {result.digest}",
         markup=False,

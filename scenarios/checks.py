@@ -8,7 +8,7 @@ copies, right to the last byte, on its owners; and nothing else is stored anywhe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torus_actors.errors import TorusError
 from torus_actors.metadata import keys as table
@@ -26,6 +26,17 @@ from torus_actors.storage.store import BlockStore
 
 class Unreadable(Exception):
     """A page of a committed tree cannot be read from any node that is up."""
+
+
+class Excess(NamedTuple):
+    """A block that should not be where it is."""
+
+    ref: BlockRef
+    host: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{BlockRef(self.ref)} on {self.host} {self.why}"
 
 
 class Checker:
@@ -78,10 +89,13 @@ class Checker:
         except Unreadable:
             return  # with so many nodes down nothing can be said
         for ref in refs:
-            if ref in reachable:
-                others = [h for h in self.cluster.nodes if h is not host and _stored(h, ref)]
-                if not others:
-                    self.cluster.fail(f"{host.name} deletes the last copy of {ref}, which is alive")
+            root = reachable.get(ref)
+            if root is None:
+                continue
+            others = [h for h in self.cluster.nodes if h is not host and _good(h, ref, root)]
+            if len(others) < self.cluster.shape.replication:
+                names = ", ".join(h.name for h in others) or "nobody"
+                self.cluster.fail(f"{host.name} deletes {ref}, which is alive; {names} has it")
 
     def _on_change(self, operation: Operation) -> None:
         row = None
@@ -211,27 +225,15 @@ class Checker:
                     lacking.append(f"{ref} on {host.name}: {problem}")
         return lacking
 
-    async def lost(self) -> list[str]:
-        """Reachable blocks without a single good copy on any node."""
-        try:
-            reachable = self.reachable()
-        except Unreadable as error:
-            return [str(error)]
-        hosts = [host for host in self.cluster.nodes if host.up]
-        return [
-            str(ref)
-            for ref, root in reachable.items()
-            if all(_problem(host, ref, root, True) for host in hosts)
-        ]
-
-    async def garbage(self) -> list[str]:
+    async def garbage(self) -> list[Excess | str]:
         """Blocks that are stored and not reachable, or stored by a node that does not own them."""
         ring = await self.cluster.ring()
         try:
             reachable = self.reachable()
         except Unreadable as error:
             return [str(error)]
-        found = []
+        found: list[Excess | str] = []
+        replication = self.cluster.shape.replication
         for host in self.cluster.nodes:
             if not host.up:
                 continue
@@ -239,9 +241,9 @@ class Checker:
                 refs, _ = store.refs_from(0, 1 << 30)
                 for ref in refs:
                     if ref not in reachable:
-                        found.append(f"{BlockRef(ref)} on {host.name} is garbage")
-                    elif host.node_id not in owners_of(ring, ref, self.cluster.shape.replication):
-                        found.append(f"{BlockRef(ref)} on {host.name} is not its own")
+                        found.append(Excess(ref, host.name, "is garbage"))
+                    elif host.node_id not in owners_of(ring, ref, replication):
+                        found.append(Excess(ref, host.name, "is not its own"))
         return found
 
 
@@ -262,6 +264,11 @@ def _store_of(host: Host, ref: BlockRef) -> BlockStore:
 def _stored(host: Host, ref: BlockRef) -> bool:
     """Whether a node has a block, or had it when it died."""
     return host.tree is not None and host.tree.stores is not None and _store_of(host, ref).has(ref)
+
+
+def _good(host: Host, ref: BlockRef, root: int) -> bool:
+    """Whether a node that runs has a right copy, or one that does not had one when it died."""
+    return not _problem(host, ref, root, True) if host.up else _stored(host, ref)
 
 
 def _problem(host: Host, ref: BlockRef, root: int, deep: bool) -> str:

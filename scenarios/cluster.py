@@ -102,6 +102,8 @@ class Host:
         disk_factor: how much slower than usual its disk is.
         boots: processes started so far.
         wanted: whether the program shall run; a program that is wanted and not there is restarted.
+        cut_after: so many more operations of its disks, and it dies in the next.
+        cut_kills: the program is killed then; otherwise the power fails.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Host:
     wanted: bool = False
     starting: bool = False
     cut_after: int | None = None
+    cut_kills: bool = False
 
     @property
     def up(self) -> bool:
@@ -150,6 +153,7 @@ class Cluster:
         self.store = ObservedStore(MemoryStore())
         self.meta = MetadataService(self.store, rng=self.rng("driver"), wall_clock=self.wall_clock)
         """The driver's own way to the metadata: never down."""
+        self._ring: tuple[bytes, rings.Ring] | None = None
         self.failures: list[str] = []
         self.node_watchers: list[Callable[[Host], None]] = []
         """Called with each storage node that has started."""
@@ -207,7 +211,9 @@ class Cluster:
     async def ring(self) -> rings.Ring:
         """The ring as the metadata has it."""
         data, _ = await self.meta.ring()
-        return rings.unmarshal(data)
+        if self._ring is None or self._ring[0] != data:
+            self._ring = (data, rings.unmarshal(data))
+        return self._ring[1]
 
     def _machine(self, host: Host) -> Machine:
         boot = host.boots
@@ -243,8 +249,12 @@ class Cluster:
                 host.cut_after -= 1
                 if host.cut_after < 0:
                     host.cut_after = None
-                    self.say(f"{host.name} loses power in a {operation.kind} of {path}")
-                    self.power_off(host)
+                    how = "is killed" if host.cut_kills else "loses power"
+                    self.say(f"{host.name} {how} in a {operation.kind} of {path}")
+                    if host.cut_kills:
+                        self.kill(host)
+                    else:
+                        self.power_off(host)
                     raise PowerCut
 
         disk.on_operation = seen

@@ -1,4 +1,4 @@
-"""Many runs of many scenarios, on several processor cores."""
+"""Many runs, on several processor cores: each is one seed, which also says what scenario it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS, draw
+
+EVERYTHING = "everything"
+EVERYTHING_EVERY = 4
 
 WAITING_MAX = 4
 """Runs handed out ahead for each core."""
@@ -25,12 +28,25 @@ def run_safely(name: str, seed: int) -> Result:
         return Result(name, seed, failures=[traceback.format_exc()], drawn=drawn)
 
 
+def scenario_of(seed: int, names: Sequence[str] = ()) -> str:
+    """Which scenario a seed plays: every fourth `everything`, between them the others in turn.
+
+    So any 200 seeds in a row try each scenario at least five times. With ``names``, those take
+    turns.
+    """
+    if names:
+        return names[seed % len(names)]
+    if seed % EVERYTHING_EVERY == 0:
+        return EVERYTHING
+    others = [name for name in SCENARIOS if name != EVERYTHING]
+    return others[(seed - seed // EVERYTHING_EVERY) % len(others)]
+
+
 def jobs_of(names: Sequence[str], first: int, seeds: int | None) -> Iterator[tuple[str, int]]:
-    """Scenario and seed of each run: every scenario with one seed, then with the next."""
+    """Scenario and seed of each run; see `scenario_of`."""
     numbers = itertools.count(first) if seeds is None else range(first, first + seeds)
     for seed in numbers:
-        for name in names:
-            yield name, seed
+        yield scenario_of(seed, names), seed
 
 
 def explore(

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from torus_actors.errors import TorusError
 from torus_actors.metadata.ring_changes import change_ring
 from torus_actors.model import rings
 from torus_actors.model.refs import BlockRef
@@ -21,6 +22,7 @@ from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
 from torus_actors.scenarios.snapshots import Snapshots, take_snapshots
 from torus_actors.scenarios.workload import Driver
 from torus_actors.storage.index import DATA_OFFSET, Layout
+from torus_actors.storage.journal_format import NAME_PREFIX, segment_name
 from torus_actors.storage.mfile_open import DATA_PATH
 
 HEALED_S_MAX = 240.0
@@ -80,13 +82,13 @@ class Field:
         """The node is well again, as far as this fault goes."""
         self.broken.pop(host.name, None)
 
-    async def settled(self) -> bool:
-        """Wait until all copies are there; whether they were in time."""
+    async def settled(self, deep: bool = False) -> bool:
+        """Wait until all copies are there, and right if ``deep``; whether they were in time."""
         loop = self.cluster.loop
         end = loop.time() + HEALED_S_MAX
         while loop.time() < end:
             await asyncio.sleep(1.0)
-            if not await self.checker.lacking(deep=False):
+            if not await self.checker.lacking(deep):
                 return True
         return False
 
@@ -107,14 +109,11 @@ async def crash_node(field: Field) -> None:
 
 async def _die(field: Field, host: Host) -> None:
     cluster, rng = field.cluster, field.rng
-    how = rng.choice(("kill", "power", "power in an operation"))
-    if how == "power in an operation":
-        host.cut_after = rng.randrange(12)
-        for _ in range(40):
-            await asyncio.sleep(0.05)
-            if not host.up:
-                return
-        host.cut_after = None
+    how = rng.choice(("kill", "power", "kill", "power"))
+    if rng.random() < 0.5:
+        await _cut_in_operation(host, rng.randrange(12), how == "kill")
+        if not host.up:
+            return
     if how == "kill":
         field.say(f"{host.name} is killed")
         cluster.kill(host)
@@ -123,33 +122,46 @@ async def _die(field: Field, host: Host) -> None:
         cluster.power_off(host)
 
 
+async def _cut_in_operation(host: Host, operations: int, kill: bool, wait_s: float = 2.0) -> None:
+    """Have the host die in the disk operation after so many, if there is one soon."""
+    host.cut_after, host.cut_kills = operations, kill
+    for _ in range(40):
+        await asyncio.sleep(wait_s / 40)
+        if not host.up:
+            return
+    host.cut_after = None
+
+
 async def lose_node(field: Field) -> None:
-    """A node is gone with its disk: taken out of the ring, and another joins."""
+    """Nodes are gone with their disks, up to all but one of a block's; others join instead."""
     async with field._changing:
-        if field.broken or not await field.settled():
+        # Not what rots either: a good copy may be in one place only.
+        if field.broken or not await field.settled(deep=field.rotten is not None):
             return
-        cluster = field.cluster
+        cluster, rng = field.cluster, field.rng
         ring = await cluster.ring()
-        if len(ring.members) <= cluster.shape.replication:
-            return
-        host = field.victim()
-        if host is None:
-            return
-        peer = host.node_id
-        field.say(f"{host.name} burns down")
-        host.wanted = False
-        cluster.power_off(host)
-        host.disks.clear()
-        await asyncio.sleep(field.rng.uniform(0.0, 8.0))
-        field.say(f"{host.name} is taken out of the ring")
-        cluster.may_leave.add(peer)
-        await change_ring(cluster.meta, _without(peer), field.rng)
-        await asyncio.sleep(field.rng.uniform(0.0, 3.0))
-        await cluster.start_node(cluster.add_host())
+        room = len(ring.members) - cluster.shape.replication
+        count = min(rng.randint(1, cluster.shape.replication - 1), room)
+        lost = [host for _ in range(count) if (host := field.victim()) is not None]
+        for host in lost:
+            field.say(f"{host.name} burns down")
+            host.wanted = False
+            cluster.power_off(host)
+            host.disks.clear()
+        if field.rotten in lost:
+            field.rotten = None
+        await asyncio.sleep(rng.uniform(0.0, 8.0))
+        for host in lost:
+            field.say(f"{host.name} is taken out of the ring")
+            cluster.may_leave.add(host.node_id)
+            await change_ring(cluster.meta, _without(host.node_id), rng)
+            await asyncio.sleep(rng.uniform(0.0, 3.0))
+            await cluster.start_node(cluster.add_host())
         if not await field.settled():
             lacking = await field.checker.lacking(deep=False)
             cluster.fail(f"a lost node's blocks were not copied in time: {lacking[:3]}")
-        field.whole(host)
+        for host in lost:
+            field.whole(host)
 
 
 async def abandon_node(field: Field) -> None:
@@ -159,7 +171,7 @@ async def abandon_node(field: Field) -> None:
     """
     async with field._changing:
         cluster, rng = field.cluster, field.rng
-        if field.broken or not await field.settled():
+        if field.broken or not await field.settled(deep=field.rotten is not None):
             return
         ring = await cluster.ring()
         if len(ring.members) <= max(cluster.shape.replication, 2):
@@ -231,8 +243,9 @@ async def cut_client(field: Field) -> None:
     targets = [META_ADDRESS]
     if rng.random() < 0.5:
         targets += [node.address for node in cluster.nodes]
-    field.say(f"{host.name} is cut off from {len(targets)} hosts")
-    with _Cut(cluster, [(host.address, t) for t in targets] + [(t, host.address) for t in targets]):
+    ways, how = _ways(host.address, targets, rng.choice(("", "", "out", "in")))
+    field.say(f"{host.name} is cut off from {len(targets)} hosts{how}")
+    with _Cut(cluster, ways):
         others = [h for h in driver.hosts if h is not host]
         if others and rng.random() < 0.8:
             driver.move(rng.choice(others))
@@ -246,12 +259,11 @@ async def cut_peers(field: Field) -> None:
     if host is None:
         return
     cluster, rng = field.cluster, field.rng
-    others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
+    others = _others(cluster, host)
     if rng.random() < 0.5:
         others = rng.sample(others, rng.randint(1, len(others)))
     field.say(f"{host.name} is cut off from {len(others)} hosts")
-    ways = [(host.address, o) for o in others] + [(o, host.address) for o in others]
-    with _Cut(cluster, ways):
+    with _Cut(cluster, _ways(host.address, others)[0]):
         await asyncio.sleep(rng.choice((0.5, 2.0, 10.0)) * (0.5 + rng.random()))
     field.say(f"{host.name} is back")
     await asyncio.sleep(2.0)
@@ -264,15 +276,29 @@ async def cut_one_way(field: Field) -> None:
     if host is None:
         return
     cluster, rng = field.cluster, field.rng
-    others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
-    outward = rng.random() < 0.5
-    field.say(f"{host.name} can{'not be heard' if outward else ' hear nobody'}")
-    ways = [(host.address, o) if outward else (o, host.address) for o in others]
+    others = _others(cluster, host)
+    ways, how = _ways(host.address, others, rng.choice(("out", "in")))
+    field.say(f"{host.name} is cut off{how}")
     with _Cut(cluster, ways):
         await asyncio.sleep(rng.choice((0.5, 2.0, 10.0)) * (0.5 + rng.random()))
     field.say(f"{host.name} is back")
     await asyncio.sleep(2.0)
     field.whole(host)
+
+
+def _others(cluster: Cluster, host: Host) -> list[str]:
+    """All other addresses, that of the metadata included."""
+    hosts = [*cluster.nodes, *cluster.clients, cluster.meta_host]
+    return [other.address for other in hosts if other is not host]
+
+
+def _ways(here: str, others: list[str], only: str = "") -> tuple[list[tuple[str, str]], str]:
+    """The ways between a host and others, or only out of it or into it; and which, in words."""
+    out = [(here, other) for other in others]
+    into = [(other, here) for other in others]
+    if not only:
+        return out + into, ""
+    return (out, ": it cannot be heard") if only == "out" else (into, ": it hears nobody")
 
 
 class _Cut:
@@ -364,8 +390,7 @@ async def second_client(field: Field) -> None:
         await asyncio.sleep(field.rng.uniform(5.0, 15.0))
         process.resume()
         return
-    ways = [(first.address, META_ADDRESS), (META_ADDRESS, first.address)]
-    with _Cut(field.cluster, ways):
+    with _Cut(field.cluster, _ways(first.address, [META_ADDRESS])[0]):
         await asyncio.sleep(field.rng.uniform(5.0, 20.0))
 
 
@@ -395,9 +420,7 @@ async def _without_metadata(field: Field, pause: float) -> None:
         await asyncio.sleep(pause)
         process.resume()
     else:
-        others = [h.address for h in [*cluster.nodes, *cluster.clients]]
-        ways = [(META_ADDRESS, o) for o in others] + [(o, META_ADDRESS) for o in others]
-        with _Cut(cluster, ways):
+        with _Cut(cluster, _ways(META_ADDRESS, _others(cluster, host))[0]):
             await asyncio.sleep(pause)
     field.say("the metadata is back")
     await asyncio.sleep(2.0)
@@ -414,38 +437,93 @@ async def wipe_leases(field: Field) -> None:
 
 
 async def rot(field: Field) -> None:
-    """A byte of a stored block changes, always on the same node: one copy at most is bad."""
+    """A byte of a stored block or record changes, always on the same node: one copy at most is bad.
+
+    Not a byte of a header of the journal's files: a node that lost one does not start any more, and
+    is a node lost.
+    """
     cluster, rng = field.cluster, field.rng
     if field.rotten is None:
         field.rotten = rng.choice(cluster.nodes)
     host = field.rotten
     if not host.up:
         return
-    store = host.tree.stores.stores[0]
+    area = rng.choice(("blocks", "blocks", "inodes", "journal"))
+    found = _in_journal(host, rng) if area == "journal" else _in_store(host, area, rng)
+    if found is not None:
+        path, at, what = found
+        field.say(f"a byte of {what} rots on {host.name}")
+        host.disks[f"/{host.name}/{area}"].rot(path, at)
+
+
+def _in_store(host: Host, area: str, rng: random.Random) -> tuple[str, int, str] | None:
+    """File, place and name of a byte of a stored block."""
+    store = host.tree.stores.stores[("blocks", "inodes").index(area)]
     refs, _ = store.refs_from(0, 1 << 20)
     if not refs:
-        return
+        return None
     ref = BlockRef(rng.choice(refs))
     location = store.locate(ref)
     layout = Layout(store.block_size)
     at = DATA_OFFSET + location.slot * layout.slot_size + rng.randrange(location.length)
-    field.say(f"a byte of {ref} rots on {host.name}")
-    host.disks[f"/{host.name}/blocks"].rot(DATA_PATH, at)
+    return DATA_PATH, at, f"block {ref}"
+
+
+def _in_journal(host: Host, rng: random.Random) -> tuple[str, int, str] | None:
+    """File, place and name of a byte of a record that may still be needed."""
+    journal = host.tree.journal.store
+    volumes = journal.volumes()
+    if not volumes:
+        return None
+    volume = rng.choice(volumes)
+    epoch, first, last, _ = journal.fenced(volume)
+    if not epoch:
+        return None
+    seq = rng.randint(first, last)
+    try:
+        _, step = journal.locate(volume, epoch, seq, 1)
+    except TorusError:
+        return None  # lost already
+    journal.release(step)
+    if not step.items:
+        return None
+    _, _, stored, segment = step.items[0]
+    at = stored.offset + rng.randrange(max(stored.length, 1))
+    return segment_name(segment.index), at, f"record {seq} of volume {volume}"
+
+
+AREAS = ("blocks", "inodes", "journal")
+"""What a node has on its disk."""
 
 
 async def disk_errors(field: Field) -> None:
-    """A few operations of one node's disk fail."""
+    """A few operations of one node's disk fail: reads, writes (made in part), or syncs.
+
+    What could not be synced is not written to any more, and says so: the node is restarted then.
+    """
     host = field.victim()
     if host is None:
         return
     rng = field.rng
-    disk = host.disks[f"/{host.name}/blocks"]
-    kind = rng.choice(("read", "write"))
-    field.say(f"the disk of {host.name} fails to {kind}")
+    area, kind = rng.choice(AREAS), rng.choice(("read", "write", "sync"))
+    disk = host.disks[f"/{host.name}/{area}"]
+    field.say(f"the disk of {host.name} fails to {kind} {area}")
     disk.inject(kind, errno.EIO, times=rng.randint(1, 5))
     await asyncio.sleep(rng.uniform(1.0, 5.0))
     disk.heal()
+    await restart_if_failed(field.cluster, host)
     field.whole(host)
+
+
+async def restart_if_failed(cluster: Cluster, host: Host) -> None:
+    """Do what the message of a store or journal that failed asks for."""
+    if not host.up:
+        return
+    parts = [*host.tree.stores.stores, host.tree.journal.store]
+    if any(part.failure is not None for part in parts):
+        cluster.say(f"{host.name} is restarted, because its disk failed")
+        cluster.kill(host)
+        await cluster.start_node(host)
 
 
 async def disk_full(field: Field) -> None:
@@ -453,11 +531,19 @@ async def disk_full(field: Field) -> None:
     host = field.victim()
     if host is None:
         return
-    disk = host.disks[f"/{host.name}/blocks"]
     field.say(f"the disk of {host.name} is full")
-    disk.inject("write", errno.ENOSPC, path=DATA_PATH, times=1 << 30)
+    disks = [host.disks[f"/{host.name}/{area}"] for area in AREAS]
+    *stores, journal = disks
+    for disk in stores:
+        disk.inject("write", errno.ENOSPC, path=DATA_PATH, times=1 << 30)
+    # The journal's files were written in full when they were made; there can be no further one.
+    count = sum(name.startswith(NAME_PREFIX) for name in journal.listdir())
+    for index in range(count + 2):
+        path = f"{segment_name(index)}.new"
+        journal.inject("write", errno.ENOSPC, path=path, times=1 << 30)
     await asyncio.sleep(field.rng.uniform(0.5, 6.0))
-    disk.heal()
+    for disk in disks:
+        disk.heal()
     field.whole(host)
 
 
@@ -482,6 +568,10 @@ async def power_cut(field: Field) -> None:
         if driver.host.process is not None:
             driver.expendable.add(driver.host.process.name)
     wanted = [host for host in cluster.nodes if host.wanted]
+    # It fails everywhere within moments, in an operation of the disk where there is one.
+    await asyncio.gather(
+        *[_cut_in_operation(host, field.rng.randrange(3), False, 0.02) for host in wanted]
+    )
     for host in everybody:
         cluster.power_off(host)
     await asyncio.sleep(field.rng.uniform(0.5, 5.0))
@@ -504,11 +594,10 @@ async def reset_connections(field: Field) -> None:
 async def slow_network(field: Field) -> None:
     """All that one host sends or gets takes longer, by a random time each."""
     cluster, rng = field.cluster, field.rng
-    host = rng.choice([*cluster.nodes, *cluster.clients])
+    host = rng.choice([*cluster.nodes, *cluster.clients, cluster.meta_host])
     extra = rng.choice((0.002, 0.02, 0.2))
-    others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
     field.say(f"packets of {host.name} take up to {extra * 1000:g} ms more")
-    ways = [(host.address, o) for o in others] + [(o, host.address) for o in others]
+    ways, _ = _ways(host.address, _others(cluster, host))
     for way in ways:
         cluster.network.slow(*way, extra)
     await asyncio.sleep(rng.uniform(1.0, 8.0))
@@ -608,6 +697,9 @@ FAULTS: dict[str, Fault] = {
     "collect_now": collect_now,
     "take_snapshots": take_snapshots,
 }
+
+DAMAGING = {"rot", "disk_errors"}
+"""Those that damage what is stored, which nobody finds before it is read: the scrubber must."""
 
 OVERLAPPING = {"crash_node", "cut_peers", "cut_one_way", "freeze_node", "slow_disk", "disk_errors"}
 """Those of which one may begin before the last has ended: each takes a node that is not broken."""

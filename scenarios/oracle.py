@@ -251,11 +251,17 @@ class Session:
         if zeros:
             sequence = -sequence
         else:
-            data = b"".join([stamp(oracle.number, n, sequence) for n in range(first, last)])
+            pack, number = _STAMP.pack, oracle.number
+            stamps = [pack(_MAGIC, number, n, sequence) * _REPEAT for n in range(first, last)]
+            data = b"".join(stamps)
         if not self.fenced:
             later = oracle.later
             for sector in range(first, last):
-                later.setdefault(sector, []).append(sequence)
+                tried = later.get(sector)
+                if tried is None:
+                    later[sector] = [sequence]
+                else:
+                    tried.append(sequence)
         write = Write(offset, first, last, sequence, data)
         if not self.fenced:
             for taking in oracle.takings:
@@ -268,8 +274,7 @@ class Session:
             self._wrote_in_vain = True
             return
         oracle = self._oracle
-        for sector in range(write.first, write.last):
-            oracle.acked[sector] = write.sequence
+        oracle.acked.update(dict.fromkeys(range(write.first, write.last), write.sequence))
         for taking in oracle.takings:
             taking.acked(write)
 
@@ -290,16 +295,20 @@ class Session:
             self._late_flush(flush)
             return
         oracle = self._oracle
+        later, acked, durable = oracle.later, oracle.acked, oracle.durable
         for sector, sequence in flush.covered.items():
-            later = oracle.later.get(sector)
-            if later is None or sequence not in later:
+            tried = later.get(sector)
+            if tried is None:
                 continue  # another flush, answered before, covered more
-            del later[: later.index(sequence) + 1]
-            oracle.durable[sector] = sequence
-            if not later:
-                del oracle.later[sector]
-            if oracle.acked.get(sector) == sequence:
-                del oracle.acked[sector]
+            if tried[-1] == sequence:
+                del later[sector]
+            elif sequence in tried:
+                del tried[: tried.index(sequence) + 1]
+            else:
+                continue
+            durable[sector] = sequence
+            if acked.get(sector) == sequence:
+                del acked[sector]
 
     def _late_flush(self, flush: Flush) -> None:
         """Acknowledged after another client came: that one must have found what it covers."""

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 import pykka
 
-from torus_actors.scenarios.checks import Checker
+from torus_actors.scenarios.checks import Checker, Excess
 from torus_actors.scenarios.cluster import Cluster, Host
-from torus_actors.scenarios.faults import FAULTS, OVERLAPPING, Field
+from torus_actors.scenarios.faults import DAMAGING, FAULTS, OVERLAPPING, Field, restart_if_failed
 from torus_actors.scenarios.oracle import VolumeOracle
 from torus_actors.scenarios.simloop import SimLoop, Stuck, current_process
 from torus_actors.scenarios.spec import KNOBS, Drawn, Scenario, draw
@@ -42,6 +42,8 @@ class Result:
         digest: equal for two runs of a seed.
         virtual_s: how long it was inside.
         cpu_s: processor time that it took.
+        slowest_s: the longest that an operation took, of clients that no fault hit themselves.
+        slowest: which it was.
         lines: the last lines of the trace.
     """
 
@@ -56,6 +58,8 @@ class Result:
     errors: int = 0
     sessions: int = 0
     deletions: int = 0
+    slowest_s: float = 0.0
+    slowest: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     drawn: Drawn | None = None
@@ -66,9 +70,11 @@ class Result:
         return f"python -m torus_actors.scenarios run {self.scenario} --seed {self.seed}"
 
 
-def run(scenario: Scenario, seed: int, trace_file: TextIO | None = None) -> Result:
-    """Run a scenario with a seed, in virtual time."""
-    drawn = draw(scenario, seed)
+def run(
+    scenario: Scenario, seed: int, trace_file: TextIO | None = None, drawn: Drawn | None = None
+) -> Result:
+    """Run a scenario with a seed, in virtual time; as the seed says, or as ``drawn`` does."""
+    drawn = drawn or draw(scenario, seed)
     result = Result(scenario.name, seed, drawn=drawn)
     trace = Trace(trace_file)
     loop = SimLoop()
@@ -126,6 +132,7 @@ class _Play:
                 drawn.workload,
                 cluster.rng(f"workload{oracle.number}"),
                 scenario.errors_allowed,
+                scenario.op_s_max,
             )
             for oracle in self.oracles
         ]
@@ -201,6 +208,7 @@ class _Play:
         for host in cluster.nodes:
             if host.wanted and not host.up:
                 await cluster.start_node(host)
+            await restart_if_failed(cluster, host)
 
     async def _last_look(self) -> None:
         """A client that has cached nothing reads all volumes, twice, with a write in between."""
@@ -224,20 +232,28 @@ class _Play:
 
     async def _converge(self) -> None:
         """All copies are made, and all garbage goes."""
-        loop, scenario, checker = self.loop, self.scenario, self.checker
+        loop, checker = self.loop, self.checker
+        damaged = any(kind in DAMAGING for kind in self.scenario.faults)
         end = loop.time() + CONVERGE_S_MAX
         lacking: list[str] = []
-        garbage: list[str] = []
+        garbage: list[Excess | str] = []
         while loop.time() < end:
             await asyncio.sleep(2.0)
-            lacking = await (checker.lacking() if scenario.all_copies else checker.lost())
-            garbage = await checker.garbage() if scenario.no_garbage else []
+            garbage = await checker.garbage()
+            # Every byte is read once the rest is as it should be.
+            lacking = await checker.lacking(deep=False)
             if not lacking and not garbage:
-                return
+                lacking = await checker.lacking()
+                if not lacking:
+                    return
+                if damaged:
+                    for host in self.cluster.members_up:
+                        host.tree.system.actor("scrubber").start_pass.tell()
         if lacking:
             self.cluster.fail(f"{len(lacking)} copies lack in the end: {'; '.join(lacking[:3])}")
         if garbage:
-            self.cluster.fail(f"{len(garbage)} blocks too many: {'; '.join(garbage[:3])}")
+            told = "; ".join(map(str, garbage[:3]))
+            self.cluster.fail(f"{len(garbage)} blocks too many: {told}")
 
     def finish(self) -> None:
         """Count."""
@@ -247,6 +263,8 @@ class _Play:
             result.flushes += driver.flushes
             result.errors += driver.errors
             result.sessions += driver.sessions
+            if driver.slowest_s > result.slowest_s:
+                result.slowest_s, result.slowest = driver.slowest_s, driver.slowest
         result.deletions = self.checker.deletions
 
 
@@ -276,14 +294,20 @@ def _own_actors() -> Iterator[None]:
     """Take the actors of killed processes out of pykka's registry, which would keep them for ever.
 
     What they hold is in cycles; it is collected now, so that memory does not grow from run to run.
+    A run is short enough not to collect during it, which takes a tenth of its time, and which would
+    end what was left alone at moments that depend on what ran before.
     """
     before = {ref.actor_urn for ref in pykka.ActorRegistry.get_all()}
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
         for ref in pykka.ActorRegistry.get_all():
             if ref.actor_urn not in before:
                 pykka.ActorRegistry.unregister(ref)
+        if collecting:
+            gc.enable()
         gc.collect()
 
 

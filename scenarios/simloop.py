@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import heapq
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextvars import copy_context
+from heapq import heappop, heappush
 from typing import Any
 
 START_S = 1000.0
@@ -116,16 +117,10 @@ def current_process() -> SimProcess | None:
 
 
 class SimTask(asyncio.Task[Any]):
-    """A task that knows its process."""
+    """A task that knows its process; made by `SimLoop.create_task`, in few steps: they are many."""
 
-    def __init__(self, coro: Any, *, loop: SimLoop, name: str | None, context: Any) -> None:
-        super().__init__(coro, loop=loop, name=name, context=context)
-        process = _process.get() if context is None else context.get(_process)
-        self.process: SimProcess | None = process
-        # Those of a killed process stay pending for ever.
-        self._log_destroy_pending = False
-        if process is not None and not process.alive:
-            process.take(self)
+    process: SimProcess | None
+    _log_destroy_pending: bool
 
 
 class SimHandle(asyncio.TimerHandle):
@@ -133,21 +128,20 @@ class SimHandle(asyncio.TimerHandle):
 
     __slots__ = ("process",)
 
-    def __init__(
-        self, when: float, callback: Callable[..., Any], args: Any, loop: Any, context: Any
-    ) -> None:
+    def __init__(self, when: float, callback: Callable[..., Any], args: Any, context: Any) -> None:
         # Not the constructor of the base, which is twice as slow for what is not needed here.
         if context is None:
-            context = contextvars.copy_context()
+            context = copy_context()
         self._context = context
-        self._loop = loop
         self._callback = callback
         self._args = args
         self._cancelled = False
-        self._repr = None
         self._when = when
-        self._scheduled = False
         self.process = context.get(_process)
+
+    def __repr__(self) -> str:
+        state = " cancelled" if self._cancelled else ""
+        return f"<SimHandle{state} at {self._when:.6f}: {self._callback!r}>"
 
     def cancel(self) -> None:
         """Never run it."""
@@ -179,7 +173,6 @@ class SimLoop(asyncio.BaseEventLoop):
         self._leftovers: list[asyncio.Task[Any]] | None = None
         """While the loop is being closed: tasks that clean-up code still makes."""
         self.set_exception_handler(lambda _, context: self.errors.append(context))
-        self.set_task_factory(_make_task)
 
     def new_process(self, name: str, address: str) -> SimProcess:
         """A process with nothing in it yet."""
@@ -193,34 +186,50 @@ class SimLoop(asyncio.BaseEventLoop):
         """Virtual seconds."""
         return self._now
 
+    def create_task(  # type: ignore[override]
+        self, coro: Any, *, name: str | None = None, context: Any = None
+    ) -> SimTask:
+        """See asyncio."""
+        task = SimTask(coro, loop=self, name=name or "task", context=context)
+        process = _process.get() if context is None else context.get(_process)
+        task.process = process
+        # Those of a killed process stay pending for ever.
+        task._log_destroy_pending = False
+        if process is not None and not process.alive:
+            process.take(task)
+        if self._leftovers is not None:
+            self._leftovers.append(task)
+        return task
+
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: Any = None
     ) -> SimHandle:
         """See asyncio."""
-        handle = SimHandle(self._now, callback, args, self, context)
+        handle = SimHandle(self._now, callback, args, context)
         self._ready.append(handle)
         return handle
 
-    def call_soon_threadsafe(  # type: ignore[override]
-        self, callback: Callable[..., Any], *args: Any, context: Any = None
-    ) -> SimHandle:
-        """There is but one thread."""
-        return self.call_soon(callback, *args, context=context)
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+    """There is but one thread."""
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
     ) -> SimHandle:
         """See asyncio."""
-        handle = SimHandle(when, callback, args, self, context)
-        self._order += 1
-        heapq.heappush(self._timers, (when, self._order, handle))
+        handle = SimHandle(when, callback, args, context)
+        self._order = order = self._order + 1
+        heappush(self._timers, (when, order, handle))
         return handle
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None
     ) -> SimHandle:
         """See asyncio."""
-        return self.call_at(self._now + max(delay, 0.0), callback, *args, context=context)
+        when = self._now + delay if delay > 0 else self._now
+        handle = SimHandle(when, callback, args, context)
+        self._order = order = self._order + 1
+        heappush(self._timers, (when, order, handle))
+        return handle
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
@@ -262,12 +271,15 @@ class SimLoop(asyncio.BaseEventLoop):
         self._ready.extend(handles)
 
     def _run_once(self) -> None:
+        """Run what is ready, then jump to the next timer, and so on until told to stop."""
         ready = self._ready
-        if not ready:
-            self._advance()
-        count = 0
-        while ready and not self._stopping:  # type: ignore[attr-defined]
-            handle = ready.popleft()
+        take = ready.popleft
+        total = count = 0
+        while not self._stopping:  # type: ignore[attr-defined]
+            if not ready and self._advance():
+                total += count
+                count = 0
+            handle = take()
             if handle._cancelled:
                 continue
             process = handle.process
@@ -288,22 +300,22 @@ class SimLoop(asyncio.BaseEventLoop):
                 )
             if count > STUCK_CALLBACKS:
                 raise Stuck(f"time stands still at {self._now:.3f}: {handle._callback!r}")
-        self.callbacks += count
+        self.callbacks += total + count
 
-    def _advance(self) -> None:
-        """Jump to the next timer, and make ready what is due then."""
+    def _advance(self) -> bool:
+        """Jump to the next timer, and make ready what is due then; whether time has moved on."""
         timers, ready = self._timers, self._ready
         while timers:
-            when, _, handle = heapq.heappop(timers)
+            when, _, handle = heappop(timers)
             process = handle.process
             if handle._cancelled or (process is not None and not process.alive):
                 continue
-            if when > self._now:
-                self._now = when
+            before = self._now
+            now = self._now = max(when, before)
             ready.append(handle)
-            while timers and timers[0][0] <= self._now:
-                ready.append(heapq.heappop(timers)[2])
-            return
+            while timers and timers[0][0] <= now:
+                ready.append(heappop(timers)[2])
+            return now > before
         raise Stuck(f"nothing is left to do at {self._now:.3f}")
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
@@ -321,10 +333,3 @@ class SimLoop(asyncio.BaseEventLoop):
         self._ready.clear()
         self._timers.clear()
         super().close()
-
-
-def _make_task(loop: Any, coro: Any, context: Any = None) -> SimTask:
-    task = SimTask(coro, loop=loop, name=None, context=context)
-    if loop._leftovers is not None:
-        loop._leftovers.append(task)
-    return task

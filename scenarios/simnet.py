@@ -41,6 +41,7 @@ RECEIVE_BYTES_MAX = 256 << 10
 EPHEMERAL_PORT_FIRST = 49152
 
 Host = str
+Data = bytes | memoryview
 
 
 class SimNetwork:
@@ -278,8 +279,8 @@ class SimSocket:
 class SimTransport(asyncio.Transport):
     """One end of a connection.
 
-    What this end sends lies in ``_sent`` until the other end has read it: (time of arrival, data);
-    data None is the end of the stream.
+    What this end sends lies in ``_sent`` until the other end has read it: (time of arrival, data,
+    bytes); data None is the end of the stream.
     """
 
     other: SimTransport
@@ -297,7 +298,7 @@ class SimTransport(asyncio.Transport):
         self._network = network
         self._loop = network.loop
         self._protocol = protocol
-        self._sent: deque[tuple[float, Any]] = deque()
+        self._sent: deque[tuple[float, list[Data] | None, int]] = deque()
         self._unread = 0
         """Bytes in ``_sent``."""
         self._arrives = 0.0
@@ -374,7 +375,12 @@ class SimTransport(asyncio.Transport):
         """See asyncio."""
         if self._closing or self._lost or not self.process.alive:
             return
-        views = [memoryview(data).cast("B") for data in list_of_data if len(data)]
+        # Bytes need no view: nobody can change them.
+        views: list[Data] = [
+            data if type(data) is bytes else memoryview(data).cast("B")
+            for data in list_of_data
+            if len(data)
+        ]
         size = sum(map(len, views))
         if not size:
             return
@@ -383,9 +389,9 @@ class SimTransport(asyncio.Transport):
                 self.remote_is_gone()
             return
         self._network.bytes_sent += size
-        self._unread += size
+        self._unread = unread = self._unread + size
         self._send(views, size)
-        if not self._writing_paused and self.get_write_buffer_size() > self._high:
+        if unread - SOCKET_BUFFER_BYTES > self._high and not self._writing_paused:
             self._writing_paused = True
             self._protocol.pause_writing()
 
@@ -409,16 +415,14 @@ class SimTransport(asyncio.Transport):
 
     # -- sending -----------------------------------------------------------------------------------
 
-    def _send(self, views: Any, size: int) -> None:
-        network = self._network
-        when = self._loop.time() + network.latency_s(self.host, self.other.host)
-        when += size / BANDWIDTH_BYTES_S
-        self._arrives = max(self._arrives, when)
-        self._sent.append((self._arrives, views))
-        if not network.is_blocked(self.host, self.other.host):
-            self._loop.call_at(
-                self._arrives, self.other.receive, context=self.other.process.context
-            )
+    def _send(self, views: list[Data] | None, size: int) -> None:
+        network, loop, other = self._network, self._loop, self.other
+        here, there = self.host, other.host
+        when = loop.time() + network.latency_s(here, there) + size / BANDWIDTH_BYTES_S
+        self._arrives = when = max(self._arrives, when)
+        self._sent.append((when, views, size))
+        if not network.is_blocked(here, there):
+            loop.call_at(when, other.receive, context=other.process.context)
 
     def release(self) -> None:
         """A partition is over: what was held arrives, in order."""
@@ -426,9 +430,9 @@ class SimTransport(asyncio.Transport):
             return
         # Whole retransmission time-outs may pass before a sender finds that out.
         when = self._loop.time() + self._network.rng.random() * 0.2
-        self._sent = deque((max(at, when), views) for at, views in self._sent)
+        self._sent = deque((max(at, when), views, size) for at, views, size in self._sent)
         self._arrives = max(self._arrives, when)
-        for at in sorted({at for at, _ in self._sent}):
+        for at in sorted({at for at, _, _ in self._sent}):
             self._loop.call_at(at, self.other.receive, context=self.other.process.context)
 
     # -- receiving ---------------------------------------------------------------------------------
@@ -457,6 +461,8 @@ class SimTransport(asyncio.Transport):
         sender = self.other
         sent = sender._sent
         network = self._network
+        trace, blocked = network.trace, network.is_blocked
+        there, here = sender.host, self.host
         now = self._loop.time()
         budget = RECEIVE_BYTES_MAX
         while (
@@ -465,45 +471,56 @@ class SimTransport(asyncio.Transport):
             and self.made
             and not self._lost
             and sent[0][0] <= now
-            and not network.is_blocked(sender.host, self.host)
+            and not blocked(there, here)
         ):
             if budget <= 0:
                 self.wake_reader()
                 return
-            _, views = sent.popleft()
+            _, views, size = sent.popleft()
             if views is None:
                 self._closing = True
                 sender.gone = True
                 self._connection_lost(None)
                 return
             if network.rng.random() < CHUNKING:
-                views, later = _cut(views, network.rng)
+                views, later = _cut(views, size, network.rng)
                 if later:
-                    when = now + network.latency_s(sender.host, self.host)
-                    sent.appendleft((when, later))
+                    whole, size = size, sum(map(len, views))
+                    when = now + network.latency_s(there, here)
+                    sent.appendleft((when, later, whole - size))
                     self._loop.call_at(when, self.receive, context=self.process.context)
-            size = sum(map(len, views))
             budget -= size
             sender._unread -= size
-            network.trace.data(now, sender.host, self.host, views, size)
+            trace.data(now, there, here, views, size)
             self._deliver(views)
-        sender.maybe_resume()
+        if sender._writing_paused:
+            sender.maybe_resume()
 
-    def _deliver(self, views: list[memoryview]) -> None:
+    def _deliver(self, views: list[Data]) -> None:
         protocol = self._protocol
         if not isinstance(protocol, asyncio.BufferedProtocol):
             protocol.data_received(b"".join(views))
             return
+        get_buffer, updated = protocol.get_buffer, protocol.buffer_updated
         for view in views:
-            at, size = 0, len(view)
-            while at < size:
-                if self._lost or self._closing:
-                    return
-                target = memoryview(protocol.get_buffer(-1)).cast("B")
-                count = min(len(target), size - at)
+            if self._closing:
+                return
+            size = len(view)
+            target = memoryview(get_buffer(-1))
+            count = len(target)
+            if size <= count:
+                target[:size] = view
+                updated(size)
+                continue
+            at = 0
+            while True:
                 target[:count] = view[at : at + count]
+                updated(count)
                 at += count
-                protocol.buffer_updated(count)
+                if at >= size or self._closing:
+                    break
+                target = memoryview(get_buffer(-1))
+                count = min(len(target), size - at)
 
     def maybe_resume(self) -> None:
         """The other end has read: let the protocol write again."""
@@ -568,10 +585,10 @@ class SimTransport(asyncio.Transport):
             self._protocol.connection_lost(error)
 
 
-def _cut(views: list[memoryview], rng: random.Random) -> tuple[list[memoryview], list[memoryview]]:
+def _cut(views: list[Data], size: int, rng: random.Random) -> tuple[list[Data], list[Data]]:
     """Cut data in two at a random byte."""
-    at = rng.randrange(1, sum(map(len, views)) + 1)
-    first: list[memoryview] = []
+    at = rng.randrange(1, size + 1)
+    first: list[Data] = []
     for i, view in enumerate(views):
         if at < len(view):
             rest = [view[at:], *views[i + 1 :]]

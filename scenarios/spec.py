@@ -16,6 +16,16 @@ from torus_actors.scenarios.workload import Workload
 
 Range = tuple[float, float]
 
+OP_S_MAX = 5.0
+"""Three seconds for a peer that says nothing any more, as it is promised, and some for the rest."""
+
+ROOM_S_MAX = 60.0
+"""Where an operation may wait until the collector has made room, which takes two passes."""
+
+OUTAGE_S_MAX = 120.0
+"""Where more than R-1 nodes may be away, or one and the metadata: an operation may wait until they
+are back."""
+
 KNOBS: dict[str, Any] = {
     "torus_actors.actors.block_store.INODE_ROOM_MIN": 32 << 20,
 }
@@ -37,10 +47,8 @@ class Scenario:
         calm_s: before the first fault.
         workload: what is done to each volume.
         errors_allowed: whether clients that no fault hit may see an operation fail.
+        op_s_max: the liveness bound: how long an operation of a client that no fault hit may take.
         broken_max: nodes broken at a time; None is one fewer than there are copies.
-        all_copies: whether in the end every copy must be there and right. Not where copies rot
-            that nobody reads.
-        no_garbage: whether in the end nothing else may be stored.
         remove_after_s: after which nodes take one that is gone out of the ring.
         knobs: further constants to set, by dotted name.
     """
@@ -58,9 +66,8 @@ class Scenario:
     calm_s: float = 1.0
     workload: Workload = field(default_factory=Workload)
     errors_allowed: bool = False
+    op_s_max: float = OP_S_MAX
     broken_max: int | None = None
-    all_copies: bool = True
-    no_garbage: bool = True
     remove_after_s: Range = (REMOVE_AFTER_S, REMOVE_AFTER_S)
     knobs: dict[str, Any] = field(default_factory=dict)
 
@@ -157,6 +164,7 @@ _LIST = (
         volume_bytes=(1 << 20, 2 << 20),
         workload=Workload(whole_blocks=0.8, pause_s=0.05, flush=0.3),
         duration_s=(30, 40),
+        op_s_max=ROOM_S_MAX,
     ),
     Scenario(
         "node_crash",
@@ -169,12 +177,14 @@ _LIST = (
         {"crash_node": (0.5, 2), "freeze_node": (4, 10)},
         errors_allowed=True,
         broken_max=9,
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "node_lost",
         "A node that is gone for good is replaced; its blocks are copied from the others",
         {"lose_node": (4, 8)},
         nodes=(4, 5),
+        replication=(2, 3),
         duration_s=(25, 40),
     ),
     Scenario(
@@ -191,6 +201,8 @@ _LIST = (
         replication=(2, 3),
         duration_s=(20, 30),
         remove_after_s=(25, 50),
+        # A session that loses a member of its journal needs the metadata for another.
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "rolling_restart",
@@ -256,24 +268,24 @@ _LIST = (
         volume_bytes=(1 << 20, 2 << 20),
         errors_allowed=True,
         knobs={"torus_actors.actors.block_store.INODE_ROOM_MIN": 4 << 20},
+        op_s_max=ROOM_S_MAX,
     ),
     Scenario(
         "bit_rot",
         "A copy that rots is never given to a client, and is repaired from another",
-        {"rot": (0.1, 0.5)},
-        all_copies=False,
+        {"rot": (0.1, 0.5), "crash_client": (5, 15)},
+        clients=(1, 2),
     ),
     Scenario(
         "disk_errors",
         "A disk that fails now and then costs no client an error",
         {"disk_errors": (1, 4)},
-        all_copies=False,
-        no_garbage=False,
     ),
     Scenario(
         "slow_disk",
         "One slow disk does not make the cluster slow for long, and breaks nothing",
         {"slow_disk": (2, 5)},
+        op_s_max=30.0,
     ),
     Scenario(
         "torn_write",
@@ -377,6 +389,10 @@ _LIST = (
             "kill_actor": (3, 20),
             "collect_now": (3, 20),
             "take_snapshots": (5, 20),
+            "lose_node": (20, 60),
+            "restart_all": (20, 60),
+            "rot": (5, 20),
+            "disk_errors": (5, 30),
         },
         nodes=(3, 5),
         replication=(2, 3),
@@ -384,6 +400,7 @@ _LIST = (
         volumes=(1, 3),
         errors_allowed=True,
         duration_s=(20, 40),
+        op_s_max=OUTAGE_S_MAX,
     ),
 )
 

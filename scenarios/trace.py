@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 from crc32c import crc32c
 
@@ -31,9 +31,11 @@ class Trace:
         self.events = 0
         self.lines: deque[str] = deque(maxlen=LINES_MAX)
         self._file = file
+        self._texts: dict[tuple[str, ...], bytes] = {}
+        """What `point` was told, as it is hashed: few different things, each many times."""
 
     def data(
-        self, now: float, source: str, target: str, views: Sequence[memoryview], size: int
+        self, now: float, source: str, target: str, views: Sequence[bytes | memoryview], size: int
     ) -> None:
         """Bytes arrived."""
         value = crc32c(_POINT.pack(now, size), self.hash)
@@ -44,18 +46,24 @@ class Trace:
         if self._file is not None:
             print(f"{now:.6f} {source} -> {target} {size} {value:08x}", file=self._file)
 
-    def point(self, now: float, what: str, *values: Any) -> None:
-        """Something else happened: a disk operation, a timer's draw."""
-        self.hash = crc32c(f"{what}{values}".encode(), crc32c(_POINT.pack(now, 0), self.hash))
+    def point(self, now: float, *values: str) -> None:
+        """Something else happened: a disk operation, by host, directory and kind."""
+        text = self._texts.get(values)
+        if text is None:
+            text = self._texts[values] = " ".join(values).encode()
+        self.hash = crc32c(text, crc32c(_POINT.pack(now, 0), self.hash))
         self.events += 1
         if self._file is not None:
-            print(f"{now:.6f} {what} {values} {self.hash:08x}", file=self._file)
+            print(f"{now:.6f} {text.decode()} {self.hash:08x}", file=self._file)
 
     def say(self, now: float, text: str) -> None:
         """A line for people: a fault, a warning of the program."""
         line = f"{now:10.3f}  {text}"
         self.lines.append(line)
-        self.point(now, text)
+        self.hash = crc32c(text.encode(), crc32c(_POINT.pack(now, 0), self.hash))
+        self.events += 1
+        if self._file is not None:
+            print(f"{now:.6f} {text} {self.hash:08x}", file=self._file)
 
     @property
     def digest(self) -> str:

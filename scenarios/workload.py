@@ -16,7 +16,6 @@ from torus_actors.errors import (
     ActorNotFound,
     BlockUnavailable,
     Closed,
-    DeadlineExceeded,
     Fenced,
     Locked,
     OutOfSpace,
@@ -26,7 +25,7 @@ from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.oracle import SECTOR, Session, VolumeOracle
 
 OP_S_MAX = 240.0
-"""No operation takes longer, whatever happens: faults end long before."""
+"""Deadline of every operation, whatever happens: faults end long before."""
 
 OPEN_S_MAX = 120.0
 """A volume can be opened within this, once the cluster is whole: a lease has to end first."""
@@ -106,6 +105,7 @@ class Driver:
         workload: what to do.
         rng: what to do next.
         errors_allowed: whether an operation may fail; a fenced session always may.
+        op_s_max: how long an operation may take; of a client that a fault hit, up to its deadline.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Driver:
         workload: Workload,
         rng: random.Random,
         errors_allowed: bool,
+        op_s_max: float = OP_S_MAX,
     ) -> None:
         self.cluster = cluster
         self.oracle = oracle
@@ -125,11 +126,14 @@ class Driver:
         self.host = hosts[0]
         self.workload = workload
         self.errors_allowed = errors_allowed
+        self.op_s_max = op_s_max
         self.session: Session | None = None
         self.operations = 0
         self.flushes = 0
         self.errors = 0
         self.sessions = 0
+        self.slowest_s = 0.0
+        self.slowest = ""
         self.stopping = False
         self.expendable: set[str] = set()
         """Names of client processes that a fault hit, whose operations may fail."""
@@ -201,10 +205,11 @@ class Driver:
             await asyncio.gather(*workers)
             if self.stopping and not session.fenced:
                 await self._flush(volume, session, who)
+        began = self.cluster.loop.time()
         try:
             await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
         except TorusError as error:
-            self._failed("closing", error, who, session)
+            self._failed("closing", error, who, session, began)
 
     async def _first_write(self, volume: Any, session: Session, who: str) -> bool:
         """Mostly a write and a flush, so that there is something for later crashes to threaten."""
@@ -307,6 +312,7 @@ class Driver:
     async def _operate(
         self, kind: str, volume: Any, session: Session, who: str, offset: int, length: int
     ) -> bool:
+        began = self.cluster.loop.time()
         try:
             if kind == "read":
                 data = await volume.read.remote(offset, length, timeout_s=OP_S_MAX)
@@ -319,25 +325,41 @@ class Driver:
                 write = session.begin_write(offset, length, zeros=True)
                 await volume.zero.remote(offset, length, timeout_s=OP_S_MAX)
                 session.write_done(write)
+            self._took(began, kind, who, session)
             return True
         except TorusError as error:
-            return self._failed(f"{kind} of {length} at {offset}", error, who, session)
+            what = f"{kind} of {length} at {offset}"
+            return self._failed(what, error, who, session, began)
 
     async def _flush(self, volume: Any, session: Session, who: str) -> bool:
         flush = session.begin_flush()
+        began = self.cluster.loop.time()
         try:
             await volume.flush.remote(timeout_s=OP_S_MAX)
         except TorusError as error:
-            return self._failed("flush", error, who, session)
+            return self._failed("flush", error, who, session, began)
         session.flush_done(flush)
         self.flushes += 1
+        self._took(began, "flush", who, session)
         return True
 
-    def _failed(self, what: str, error: TorusError, who: str, session: Session) -> bool:
-        """An operation failed; whether the session goes on."""
+    def _took(self, began: float, what: str, who: str, session: Session) -> None:
+        """An operation has ended that began then."""
+        if not session.fenced and who not in self.expendable:
+            elapsed = self.cluster.loop.time() - began
+            if elapsed > self.slowest_s:
+                self.slowest_s, self.slowest = elapsed, what
+            if elapsed > self.op_s_max:
+                self.cluster.fail(f"{who}: {what} of {self.name} took {elapsed:.1f} s")
+
+    def _failed(
+        self, what: str, error: TorusError, who: str, session: Session, began: float
+    ) -> bool:
+        """An operation that began then failed; whether the session goes on."""
         self.errors += 1
+        self._took(began, what, who, session)
         ended = session.fenced or who in self.expendable
-        if isinstance(error, DeadlineExceeded):
+        if self.cluster.loop.time() - began >= OP_S_MAX:
             self.cluster.fail(f"{who}: {what} of {self.name} got no answer in {OP_S_MAX:g} s")
             return False
         if isinstance(error, SESSION_ENDS):

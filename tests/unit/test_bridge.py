@@ -371,6 +371,28 @@ async def test_a_killed_bridge_fails_its_calls_and_its_successor_connects() -> N
 
 
 @on_uvloop
+async def test_a_call_that_waits_for_a_connection_is_lost_with_the_bridge() -> None:
+    """It fails as one to a peer that is gone, which callers take for what can be tried again.
+
+    Found by the simulator: as `Closed` it ended a client's session for good.
+    """
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        caller = End(None)
+        await caller.start()
+        node = str(uuid.uuid4())
+        address = "{}:{}".format(*mute.getsockname())
+        await caller.system.actor("bridge").set_peers.remote({node: address})
+        call = caller.system.actor("echo", node=node).after.remote(0, 1, timeout_s=5.0)
+        await asyncio.sleep(0)
+        caller.system.cells["bridge"].kill()
+        with pytest.raises(PeerLost):
+            await call
+        await caller.system.stop()
+
+
+@on_uvloop
 async def test_addresses_that_cannot_be_are_reasons_and_not_crashes() -> None:
     """Nonsense in the metadata costs the one peer, not the bridge."""
     async with pair() as (caller, server):

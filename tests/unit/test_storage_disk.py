@@ -49,6 +49,28 @@ def test_bytes_come_back(disk: Disk) -> None:
     file.close()
 
 
+def test_bytes_come_back_wherever_they_lie(disk: Disk) -> None:
+    """Reads of every length, over holes too, see what writes of every length left there."""
+    rng = random.Random(7)
+    size = 300_000
+    model = bytearray(size)
+    file = disk.open("f", create=True)
+    file.truncate(size)
+    for round_ in range(60):
+        at = rng.choice((rng.randrange(size), rng.randrange(size // 4096) * 4096))
+        # At first little is written, and what is read is mostly holes.
+        length = min(rng.choice((1, 700, 4096, 5000, 12288)), size - at)
+        data = rng.randbytes(length)
+        file.pwritev([data[:100], data[100:]], at)
+        model[at : at + length] = data
+        if round_ % 7 == 0:
+            file.fdatasync()
+        first = rng.randrange(size)
+        length = rng.choice((10, 4096, 20_000, size))
+        assert file.pread(length, first) == model[first : first + length]
+        assert file.pread(size, 0) == model
+
+
 def test_read_ends_at_end_of_file(disk: Disk) -> None:
     """A read over the end of the file is short, and says by how much."""
     file = disk.open("f", create=True)

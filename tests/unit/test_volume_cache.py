@@ -50,6 +50,24 @@ async def test_writes_wait_for_room_and_then_go_on() -> None:
 
 
 @virtual
+async def test_writes_that_wait_for_room_fail_in_the_end() -> None:
+    """No block can be put anywhere, for long: who waits for room is told, and does not hang.
+
+    Found by the simulator, with every peer gone; the data that is in the cache stays there.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=4 * BLOCK)
+        for n in range(len(cluster.ids)):
+            await cluster.node(n).crash()
+        writes = [
+            asyncio.ensure_future(device.write(n * BLOCK, bytes([n]) * BLOCK)) for n in range(20)
+        ]
+        results = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), 100.0)
+        assert results[0] is None
+        assert isinstance(results[-1], DeviceError) and results[-1].errno == Errno.EIO
+
+
+@virtual
 async def test_truncation_forgets_what_it_cuts_off() -> None:
     """A file cut in the middle of a block and grown again has zeros where it was cut."""
     async with Cluster() as cluster:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.fakes import Cluster, DeviceError, until, virtual
-from torus_actors.errors import LeaseNotFound, Locked
+from torus_actors.errors import Fenced, LeaseNotFound, Locked
 from torus_actors.nbd.protocol import Errno
 
 SIZE = 1 << 20
@@ -123,6 +123,28 @@ async def test_a_lease_that_is_replaced_while_a_volume_is_opened_takes_no_lock_a
         await asyncio.sleep(10.0)
         lock, _ = await cluster.meta.lock_status(client.session("v").volume_id)
         assert lock is not None
+
+
+@virtual
+async def test_who_opens_too_slowly_does_not_have_the_volume() -> None:
+    """While one opener slept, its lock ran out and another began a session: the first is refused.
+
+    Found by the simulator: it had replayed the journal before the other wrote, and served that.
+    """
+    async with Cluster() as cluster:
+        await cluster.meta.create_volume("v", SIZE)
+        slow, quick = await cluster.client(), await cluster.client()
+        attach = slow.meta.attach
+
+        async def sleepy(volume_id: int, holder: str, lease: int) -> int:
+            epoch = await attach(volume_id, holder, lease)
+            await cluster.meta.revoke_lease(lease)
+            await (await quick.open("v")).write(0, b"quick", fua=True)
+            return epoch
+
+        slow.meta.attach = sleepy  # type: ignore[method-assign]
+        with pytest.raises(Fenced):
+            await slow.open("v")
 
 
 @virtual

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from weakref import WeakValueDictionary
 
 from mmh3 import hash as mmh3_32
 from mmh3 import hash128 as mmh3_128
@@ -144,7 +145,13 @@ class KetamaRing(Ring):
             self._build_circle()
 
     def _build_circle(self) -> _Circle:
-        circle = self._circle = _Circle(self._peers, self._unit_bytes, self._arrange)
+        # A ring that differs only in version or replication, as most next versions do, has the
+        # same circle; so has one that was read again.
+        key = (self.kind, self._unit_bytes, self._peers)
+        circle = _circles.get(key)
+        if circle is None:
+            circle = _circles[key] = _Circle(self._peers, self._unit_bytes, self._arrange)
+        self._circle = circle
         return circle
 
     def _arrange(self, order: tuple[str, ...]) -> tuple[str, ...]:
@@ -295,7 +302,7 @@ class _Circle:
     is empty when the ring is too large to compute all of it ahead.
     """
 
-    __slots__ = ("_arrange", "_at_owner", "_weightless", "hashes", "table")
+    __slots__ = ("__weakref__", "_arrange", "_at_owner", "_weightless", "hashes", "table")
 
     def __init__(self, peers: tuple[Peer, ...], unit_bytes: int, arrange: _Arrange) -> None:
         points: list[tuple[int, str]] = []
@@ -307,18 +314,18 @@ class _Circle:
             (weighted if count else self._weightless).append(peer.peer_id)
         points.sort()
         self.hashes = [at for at, _ in points]
-        self._arrange = arrange
         self._at_owner: dict[str, list[int]] = {}
         self.table: list[PeerList] = []
         if not points:
             self.table = [PeerList(arrange(tuple(self._weightless)))]
         elif len(points) * len(peers) <= TABLE_ENTRIES_MAX:
-            self.table = self._fill([owner for _, owner in points], weighted)
+            self.table = self._fill([owner for _, owner in points], weighted, arrange)
         else:
+            self._arrange = arrange
             for position, (_, owner) in enumerate(points):
                 self._at_owner.setdefault(owner, []).append(position)
 
-    def _fill(self, owners: list[str], weighted: list[str]) -> list[PeerList]:
+    def _fill(self, owners: list[str], weighted: list[str], arrange: _Arrange) -> list[PeerList]:
         # Going down the circle, the order at a point is that at the point above with the owner
         # moved to the front. The first round only finds the order with which to begin.
         order = weighted
@@ -333,7 +340,7 @@ class _Circle:
             key = tuple(order)
             permutation = distinct.get(key)
             if permutation is None:
-                permutation = PeerList(self._arrange((*key, *self._weightless)))
+                permutation = PeerList(arrange((*key, *self._weightless)))
                 distinct[key] = permutation
             table.append(permutation)
         table.reverse()
@@ -351,6 +358,10 @@ class _Circle:
                 distances.append((positions[0] + total, owner))
         distances.sort()
         return PeerList(self._arrange((*(owner for _, owner in distances), *self._weightless)))
+
+
+_circles: WeakValueDictionary[tuple[str, int, tuple[Peer, ...]], _Circle] = WeakValueDictionary()
+"""The circles in use by some ring, by all that they follow from."""
 
 
 def _fitting_unit(peers: tuple[Peer, ...], unit_bytes: int) -> int:

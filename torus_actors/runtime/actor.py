@@ -308,7 +308,11 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         self._accepting = False
         self._leaving = False
         self._current: Call | None = None
-        self._bell: asyncio.Event | None = None  # rung instead of the condition, without a thread
+        # Without a thread: how long a call takes, whether one is under way, and whether a turn is
+        # scheduled.
+        self._delay_s: BlockingDelay | None = None
+        self._busy = True
+        self._turn_set = False
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -320,9 +324,11 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         if delay_s is None:
             super()._start_actor_loop()
             return
-        self._bell = asyncio.Event()
-        self._task = self.system.loop.create_task(
-            self._live_on_loop(delay_s), context=self.system.context.copy()
+        self._delay_s = delay_s
+        # Taking turns in the system's context, not in that of whoever woke the actor.
+        self._context = self.system.context.copy()
+        self.system.loop.call_later(
+            delay_s(self.cell.name, "setup"), self._live_on_loop, context=self._context
         )
 
     def setup(self) -> None:
@@ -376,44 +382,59 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
             self.system.on_loop(self.cell.room_made)
         return envelope
 
-    async def _live_on_loop(self, delay_s: BlockingDelay) -> None:
-        """What the thread does, as a task. A killed actor finishes its call here too, unseen."""
-        name = self.cell.name
-        await asyncio.sleep(delay_s(name, "setup"))
-        crash: BaseException | None = None
+    def _live_on_loop(self) -> None:
+        """What the thread does, in turns. A killed actor finishes its call here too, unseen."""
         try:
             self.setup()
         except BaseException as error:
             self.cell.set_up(self, error)
-        else:
-            self.cell.set_up(self, None)
-            crash = await self._work_on_loop(delay_s)
-        try:
-            self.cleanup()
-        except BaseException:
-            log.exception("%s: cleanup failed", name)
-        self._thread_ended(crash)
+            self._end_on_loop(None)
+            return
+        self.cell.set_up(self, None)
+        self._busy = False
+        self._turn_on_loop()
 
-    async def _work_on_loop(self, delay_s: BlockingDelay) -> BaseException | None:
+    def _turn_on_loop(self) -> None:
+        """Begin the next call, if there is one; it is made when its time is over."""
+        self._turn_set = False
+        if self._busy:
+            return
         items = cast(Inbox, self.actor_inbox).items
-        assert self._bell is not None
-        while True:
-            while not self._leaving and not (self._accepting and items):
-                self._bell.clear()
-                await self._bell.wait()
-            if self._leaving:
-                return None
+        while not self._leaving:
+            if not (self._accepting and items):
+                return
             envelope = self._take()
             if type(envelope) is not Call:
                 self._handle_foreign(envelope)
                 continue
+            if envelope.reply_to is not None and envelope.reply_to.done():
+                self._handle(envelope)
+                continue
             # A call that has begun is made, even if its caller gives it up meanwhile.
-            begun = envelope.reply_to is None or not envelope.reply_to.done()
-            if begun:
-                await asyncio.sleep(delay_s(self.cell.name, envelope.method))
-            crash = self._handle(envelope, begun)
-            if crash is not None:
-                return crash
+            self._busy = True
+            assert self._delay_s is not None
+            pause_s = self._delay_s(self.cell.name, envelope.method)
+            self.system.loop.call_later(
+                pause_s, self._call_on_loop, envelope, context=self._context
+            )
+            return
+        self._end_on_loop(None)
+
+    def _call_on_loop(self, call: Call) -> None:
+        crash = self._handle(call, True)
+        if crash is not None:
+            self._end_on_loop(crash)
+            return
+        self._busy = False
+        self._turn_on_loop()
+
+    def _end_on_loop(self, crash: BaseException | None) -> None:
+        self._busy = True  # for ever: no turn comes after this one
+        try:
+            self.cleanup()
+        except BaseException:
+            log.exception("%s: cleanup failed", self.cell.name)
+        self._thread_ended(crash)
 
     def _handle(self, call: Call, begun: bool = False) -> BaseException | None:
         reply_to = call.reply_to
@@ -446,8 +467,10 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         return None
 
     def _wake(self) -> None:
-        if self._bell is not None:
-            self._bell.set()
+        if self._delay_s is not None:
+            if not self._busy and not self._turn_set:
+                self._turn_set = True
+                self.system.loop.call_soon(self._turn_on_loop, context=self._context)
             return
         with self._turn:
             self._turn.notify()

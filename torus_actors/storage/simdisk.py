@@ -21,6 +21,7 @@ import errno
 import os
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torus_actors.errors import Closed, Locked, NotExist, OutOfSpace
 from torus_actors.storage.disk import (
@@ -44,8 +45,7 @@ class PowerCut(BaseException):
     """
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(NamedTuple):
     """What is about to be done: kind is one of `OPERATIONS`."""
 
     kind: str
@@ -93,13 +93,31 @@ class _Inode:
 
     def read_into(self, target: memoryview, offset: int) -> int:
         count = max(0, min(len(target), self.size - offset))
+        cache, durable = self.cache, self.durable
+        if count > PAGE * (len(cache) + len(durable)):
+            self._read_sparse(target, offset, count)
+            return count
         done = 0
+        number, start = divmod(offset, PAGE)
         while done < count:
-            number, start = divmod(offset + done, PAGE)
+            page = cache.get(number)
+            if page is None:
+                page = durable.get(number, _ZERO_PAGE)
             length = min(PAGE - start, count - done)
-            target[done : done + length] = self.page(number)[start : start + length]
+            target[done : done + length] = page[start : start + length]
             done += length
+            number += 1
+            start = 0
         return count
+
+    def _read_sparse(self, target: memoryview, offset: int, count: int) -> None:
+        """As `read_into`, where most of what is read was never written."""
+        target[:count] = bytes(count)
+        for number in {**self.durable, **self.cache}:
+            low, high = max(offset, number * PAGE), min(offset + count, (number + 1) * PAGE)
+            if low < high:
+                start = number * PAGE
+                target[low - offset : high - offset] = self.page(number)[low - start : high - start]
 
     def read(self, offset: int, length: int) -> bytes:
         data = bytearray(length)
@@ -109,15 +127,18 @@ class _Inode:
     def write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
         self.size = max(self.size, end)
-        for number in range(offset // PAGE, -(-end // PAGE)):
-            at = number * PAGE
-            low, high = max(offset, at), min(end, at + PAGE)
-            piece = data[low - offset : high - offset]
-            if len(piece) < PAGE:
-                old = self.page(number)
-                piece = old[: low - at] + piece + old[high - at :]
-            self.cache[number] = piece
-            self.dirty.add(number)
+        cache = self.cache
+        pages = range(offset // PAGE, -(-end // PAGE))
+        self.dirty.update(pages)
+        for number in pages:
+            low = number * PAGE - offset
+            if low >= 0 and low + PAGE <= len(data):
+                cache[number] = data[low : low + PAGE]
+                continue
+            old = self.page(number)
+            head = old[:-low] if low < 0 else b""
+            piece = data[max(low, 0) : low + PAGE]
+            cache[number] = head + piece + old[len(head) + len(piece) :]
         first = offset // SECTOR_SIZE * SECTOR_SIZE
         last = -(-end // SECTOR_SIZE) * SECTOR_SIZE
         if (first, last) != (offset, end):
@@ -272,7 +293,8 @@ class SimFile(File):
         self._closed = True
 
     def _begin(self, kind: str) -> None:
-        self._check_open(kind)
+        if self._closed:
+            self._check_open(kind)
         self._disk.begin(kind, self._path)
 
     def _check_open(self, action: str) -> None:
@@ -471,7 +493,8 @@ class SimDisk(Disk):
 
     def begin(self, kind: str, path: str) -> None:
         """Count an operation, and let the faults have it."""
-        self._check_alive()
+        if self._dead:
+            raise PowerCut
         if kind != "read":
             if self._cut_at is not None and self.operations >= self._cut_at:
                 self._dead = True
