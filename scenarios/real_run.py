@@ -275,7 +275,7 @@ async def _acts(
             task.cancel()
         await asyncio.wait(work)
     await last_look(cluster, drivers)
-    await converge(cluster, [driver.name for driver in drivers], scrub=not scenario.all_copies)
+    await converge(cluster, [driver.name for driver in drivers], scrub="rot" in scenario.faults)
 
 
 async def _strike(
