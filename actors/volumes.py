@@ -157,7 +157,10 @@ class Volumes(LoopActor):
                     self._sessions[name] = session
                 await self._start_actor(name, session)
                 if session.replayed and session.epoch:
-                    await self._commit_replay(name, session)
+                    if session.replay_certain:
+                        session.commit_soon(lambda _: None)
+                    else:
+                        await self._commit_replay(name, session)
                 self._hand_out_requests()
             elif volume.session.file.failure is not None:
                 # Fenced: those who have it open may read on, but it is not what the volume is now.

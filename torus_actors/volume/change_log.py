@@ -212,20 +212,27 @@ class Replay:
     was being written out are in it, and what those records name instead is older. From such records
     only extents are taken.
 
-    Memory is bounded by the size of the journal, which its session bounds.
+    Memory is bounded by what the session that wrote them held in its own: an extent that is written
+    again, or that a block covers, is let go of, however long the journal has become.
 
     Args:
         map_seq: of the head; 0 if it is of another session.
+
+    Attributes:
+        head: replaces the head that the records are replayed over, if it is not None.
+        blocks: by position, ref (None: a hole), root checksum, number of the record that names it.
+        records: how many were taken in.
+        certain: whether every member of the journal has these records and no others, so that
+            another replay cannot end differently.
     """
 
     def __init__(self, map_seq: int = 0) -> None:
         self._map_seq = map_seq
         self.head: Head | None = None
-        """Replaces the head that the records are replayed over, if it is not None."""
         self.blocks: dict[int, tuple[BlockRef | None, int, int]] = {}
-        """By position: ref, root checksum, and the number of the record that names it."""
-        self._extents: dict[int, list[tuple[int, int, int, Buffer | None]]] = {}
+        self._extents: dict[int, dict[tuple[int, int], tuple[int, Buffer | None]]] = {}
         self.records = 0
+        self.certain = False
 
     def add(self, seq: int, payload: Buffer) -> None:
         """Take in the next record.
@@ -239,13 +246,19 @@ class Replay:
         for index, ref, root, after in blocks:
             if seq > self._map_seq:
                 self.blocks[index] = (ref, root, seq)
-            kept = [each for each in self._extents.get(index, ()) if each[0] > after]
+            older = self._extents.get(index, {})
+            kept = {place: each for place, each in older.items() if each[0] > after}
             if kept:
                 self._extents[index] = kept
             else:
                 self._extents.pop(index, None)
         for index, offset, length, buffer in extents:
-            self._extents.setdefault(index, []).append((seq, offset, length, buffer))
+            if buffer is not None and length < len(payload):
+                # A view would keep all that came in one answer.
+                buffer = bytes(buffer)
+            places = self._extents.setdefault(index, {})
+            places.pop((offset, length), None)  # behind those that it may overlap
+            places[offset, length] = (seq, buffer)
         self.records += 1
 
     def _go_on_from(self, head: Head) -> None:
@@ -254,7 +267,7 @@ class Replay:
         self._map_seq = head.map_seq
         self.blocks = {i: block for i, block in self.blocks.items() if block[2] > head.map_seq}
         newer = {
-            index: [each for each in found if each[0] > head.journal_seq]
+            index: {place: each for place, each in found.items() if each[0] > head.journal_seq}
             for index, found in self._extents.items()
         }
         self._extents = {index: found for index, found in newer.items() if found}
@@ -262,5 +275,5 @@ class Replay:
     def extents(self) -> Iterator[LoggedExtent]:
         """Writes to do over the blocks, in order."""
         for index, found in self._extents.items():
-            for _, offset, length, buffer in found:
+            for (offset, length), (_, buffer) in found.items():
                 yield index, offset, length, buffer

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -317,21 +317,24 @@ async def recover(
     while True:
         for member in journal.ensemble:
             try:
-                home = system.actor("journal", node=member)
                 # A reader, of epoch 0, asks by the epoch that the member has promised already.
-                newest, kept, last, lost, identity = await home.fence.remote(
-                    volume_id, epoch or journal.epoch, timeout_s=APPEND_TIMEOUT_S
-                )
-                if lost or identities.get(member) != identity:
-                    raise BlockUnavailable(f"peer {member[:8]} has lost records")
-                if newest == journal.epoch and last >= first:
-                    begin = max(first, kept)
+                fence_epoch = epoch or journal.epoch
+                tail = await _fence(system, volume_id, member, fence_epoch, identities)
+                if tail.epoch == journal.epoch and tail.last >= first:
+                    begin = max(first, tail.first)
                     replay = Replay(map_seq)
-                    await _read_tail(replay, home, volume_id, journal.epoch, begin, last)
+                    home = system.actor("journal", node=member)
+                    await _read_tail(replay, home, volume_id, tail.epoch, begin, tail.last)
                     # What was cut without the metadata's knowledge is in a head that follows.
                     told = replay.head.journal_seq if replay.head is not None else first - 1
                     if begin > told + 1:
                         raise BlockUnavailable(f"peer {member[:8]} lacks records before {begin}")
+                    others = [
+                        _fence(system, volume_id, each, fence_epoch, identities)
+                        for each in journal.ensemble
+                        if each != member
+                    ]
+                    replay.certain = await _all_end_like(tail, others)
                 return replay, revision
             except Fenced:
                 raise
@@ -345,15 +348,54 @@ async def recover(
             )
 
 
+class _Tail(NamedTuple):
+    """The newest records that a member has; zeros where it has none."""
+
+    epoch: int
+    first: int
+    last: int
+
+
+async def _fence(
+    system: ActorSystem, volume_id: int, member: str, epoch: int, identities: dict[str, int]
+) -> _Tail:
+    home = system.actor("journal", node=member)
+    newest, first, last, lost, identity = await home.fence.remote(
+        volume_id, epoch, timeout_s=APPEND_TIMEOUT_S
+    )
+    if lost or identities.get(member) != identity:
+        raise BlockUnavailable(f"peer {member[:8]} has lost records")
+    return _Tail(newest, first, last)
+
+
+async def _all_end_like(tail: _Tail, others: list[Coroutine[Any, Any, _Tail]]) -> bool:
+    """Whether the others end where this one does; now that all are fenced, that is for good."""
+    answers = await asyncio.gather(*others, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, Fenced) or (
+            isinstance(answer, BaseException) and not isinstance(answer, TorusError)
+        ):
+            raise answer
+    return all(
+        isinstance(answer, _Tail) and (answer.epoch, answer.last) == (tail.epoch, tail.last)
+        for answer in answers
+    )
+
+
 async def _read_tail(
     replay: Replay, home: Any, volume_id: int, epoch: int, first: int, last: int
 ) -> None:
     following = first
+    asked = home.read_tail.remote(volume_id, epoch, following, READ_BYTES)
     while following <= last:
-        answer = await home.read_tail.remote(volume_id, epoch, following, READ_BYTES)
+        answer = await asked
         lengths = answer.result
         if not lengths:
             raise NotExist(f"record {following} of {last} is not there")
+        behind = following + len(lengths)
+        if behind <= last:
+            # The member can read what follows while this is taken in.
+            asked = home.read_tail.remote(volume_id, epoch, behind, READ_BYTES)
         payload = memoryview(answer.joined())
         at = 0
         for seq, length in lengths:
@@ -362,3 +404,4 @@ async def _read_tail(
             replay.add(seq, payload[at : at + length])
             at += length
             following += 1
+        await asyncio.sleep(0)  # the heartbeat's turn: there may be a hundred of these

@@ -127,6 +127,7 @@ async def open_session(
             await session.file.truncate(record.size)
         await _apply(session, replay)
         session.replayed = replay.records
+        session.replay_certain = replay.certain
         if replay.head is not None:
             session.heads.owed = dataclasses.replace(
                 replay.head, epoch=epoch, journal_seq=0, map_seq=0

@@ -150,8 +150,10 @@ class Session:
         self._commit_wake = asyncio.Event()
         self._written_at = 0.0
         self.replayed = 0
-        """Records of the last session's journal that are in the layers: to be committed before the
-        first read, since another replay might end with fewer of those nobody acknowledged."""
+        """Records of the last session's journal that are in the layers."""
+        self.replay_certain = False
+        """Whether another replay would give the same. If not, they are to be committed before the
+        first read: another one might end with fewer of those that nobody acknowledged."""
         self._handlers: dict[int, Callable[[int, Request, list[Reply]], None]] = {
             Op.READ: self._on_read,
             Op.WRITE: self._on_write,
