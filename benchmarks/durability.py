@@ -150,7 +150,7 @@ def recovery(folder: Path, rounds: int) -> list[Row]:
     size, grown = 1 << 30, 256 << 20
     name = "recovery"
     times: list[float] = []
-    with Cluster(folder, 16 << 30, etcd=True).start(3) as cluster:
+    with Cluster(folder, 8 << 30, etcd=True).start(3) as cluster:
         assert cluster.etcd is not None
         cluster.ctl("volume", "create", "bench", str(size))
         for _ in range(max(1, rounds // 2)):
@@ -387,6 +387,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of each comparison")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=[], help="parts to run")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave nothing behind
     console = Console()
     rows = [Row("machine", "TCP round trip of two processes", 1e6 / ping_pong(1.0), "us")]
     for name, part in PARTS.items():

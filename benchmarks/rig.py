@@ -326,17 +326,25 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to all that runs."""
         for process in (*self.clients, *self.nodes, *([self.etcd] if self.etcd else [])):
             process.kill()
 
     def start(self, nodes: int, replication: int = 2) -> Cluster:
         """Start the metadata and the first nodes."""
-        if self.etcd is not None:
-            self.etcd.start("ready to serve client requests")
-            self.ctl("init", "--replication", str(replication))
-        for _ in range(nodes):
-            self.add_node()
-        self.ctl("ring", "set-replication", str(replication))
+        try:
+            if self.etcd is not None:
+                self.etcd.start("ready to serve client requests")
+                self.ctl("init", "--replication", str(replication))
+            for _ in range(nodes):
+                self.add_node()
+            self.ctl("ring", "set-replication", str(replication))
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def add_node(self) -> Process:
