@@ -150,7 +150,7 @@ def recovery(folder: Path, rounds: int) -> list[Row]:
     size, grown = 1 << 30, 256 << 20
     name = "recovery"
     times: list[float] = []
-    with Cluster(folder, 8 << 30, etcd=True).start(3) as cluster:
+    with Asker() as asker, Cluster(folder, 8 << 30, etcd=True).start(3) as cluster:
         assert cluster.etcd is not None
         cluster.ctl("volume", "create", "bench", str(size))
         for _ in range(max(1, rounds // 2)):
@@ -167,6 +167,8 @@ def recovery(folder: Path, rounds: int) -> list[Row]:
             grow_s = time.monotonic() - began
             memory = client.resident_bytes
             client.kill()
+            stats = [asker.ask(cluster.address(n), "journal", "stats") for n in range(3)]
+            held = min(each["live_bytes"] for each in stats if each["live_bytes"])
             cluster.etcd.start("ready to serve client requests")
             until(lambda: not cluster.ctl_json("volume", "list")[0]["holder"], "the lock ends")
             client, path = cluster.serve("bench")
@@ -180,6 +182,14 @@ def recovery(folder: Path, rounds: int) -> list[Row]:
     bound = (256 + 64 + 200) << 20
     return [
         Row(name, "256 MiB of flushed 4 KiB writes, metadata away", grow_s, "s"),
+        Row(
+            name,
+            "the journal then, on each member",
+            held / MIB,
+            "MiB",
+            f">= {grown / MIB:g}",
+            held >= grown,
+        ),
         Row(
             name,
             "the client's memory after them",
