@@ -119,6 +119,8 @@ class OpenStores:
         self.aio = _make_aio(system, stores[DATA])
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
+        self.requests = 0
+        """Reads, and puts of new blocks, since the stores were opened: how busy clients are."""
         self._idle_flush: asyncio.TimerHandle | None = None
         self._changed_at = 0.0
         self._changed_since = 0.0
@@ -376,6 +378,8 @@ class BlockStoreActor(LoopActor):
             The store's incarnation: a later ``flush`` that answers the same number covers the
             block; until then a crash may lose it.
         """
+        if not replace:
+            self._opened.requests += 1
         try:
             await self._opened.put(ref, root, sums, replace, payload)
         except Exists:
@@ -397,6 +401,7 @@ class BlockStoreActor(LoopActor):
         """
         if sum(length for _, _, length in RANGE.iter_unpack(_whole(items))) > PAYLOAD_MAX:
             raise Invalid(f"more than {PAYLOAD_MAX >> 20} MiB asked for at once")
+        self._opened.requests += 1
         answers: list[_Answer | None] = []
         cold: list[_Cold] = []
         for packed, offset, length in RANGE.iter_unpack(items):
@@ -517,7 +522,10 @@ class BlockStoreActor(LoopActor):
     @expose(remote=True)
     def stats(self) -> dict[str, Any]:
         """Sizes, use and health of the stores."""
-        answer: dict[str, Any] = {"incarnation": self._opened.incarnation}
+        answer: dict[str, Any] = {
+            "incarnation": self._opened.incarnation,
+            "requests": self._opened.requests,
+        }
         for name, store in zip(("blocks", "inodes"), self._stores, strict=True):
             stats = store.stats()
             answer[name] = {

@@ -59,6 +59,14 @@ THIN_FAR = 8
 
 MIB = 1 << 20
 
+LARGE_JOURNAL = """
+from torus_actors.cli import blk
+from torus_actors.volume import heads, session
+heads.COMMIT_BYTES = session.COMMIT_BYTES = 1 << 40
+blk.main()
+"""
+"""A client that lets its journal grow, for which the product has no option."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -155,10 +163,11 @@ def recovery(folder: Path, rounds: int) -> list[Row]:
         cluster.ctl("volume", "create", "bench", str(size))
         for _ in range(max(1, rounds // 2)):
             client, path = cluster.serve("bench")
+            client.command[1:3] = ["-c", LARGE_JOURNAL]
             client.start("serving ")
             uri = uri_of(path, "bench")
             flushed(uri, size, 1)  # the first flush is a commit, and begins a journal
-            # Without metadata no commit ends, so that the journal cannot be cut.
+            # Without metadata a small journal is not folded, and this client's counts as small.
             cluster.etcd.kill()
             options = ("--rw=randwrite", "--bs=4k", "--fsync=1", f"--size={size}", "--thread")
             share = (f"--numjobs={WRITERS}", f"--io_size={grown // WRITERS}", "--group_reporting")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes import Client, Cluster, StorageNode, until, virtual
 from tests.unit.test_replicator import Block
-from torus_actors.actors.rebalancer import Rebalancer
+from torus_actors.actors.rebalancer import RATE_BYTES_S, SHARED_RATE_BYTES_S, Rebalancer
 from torus_actors.model.peers import Peer
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
@@ -229,3 +229,32 @@ async def test_the_rate_is_a_bound_and_the_time_left_is_told() -> None:
         assert loop.time() - began > len(blocks) / 16 - 1
         told = await rebalancer.status.remote()
         assert told["sent_bytes"] == 160 * BLOCK_SIZE
+
+
+@virtual
+async def test_a_busy_node_sends_slowly() -> None:
+    """While clients read here, what is sent to heal others is held to the lower rate."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(8)]
+        for block in blocks:
+            await block.put(client)
+        rebalancers = [
+            node.system.cells["rebalancer"].actor
+            for node in cluster.nodes.values()
+            if node.system is not None
+        ]
+        for each in rebalancers:
+            assert isinstance(each, Rebalancer)
+            await each._give_way()
+        for _ in range(100):
+            for block in blocks:
+                await block.read(client)
+            await asyncio.sleep(0.01)
+        for busy in (True, False):
+            for each in rebalancers:
+                assert isinstance(each, Rebalancer)
+                await each._give_way()
+                assert (each._rate == SHARED_RATE_BYTES_S) == busy
+                assert (each._rate == RATE_BYTES_S) == (not busy)
+            await asyncio.sleep(1.0)

@@ -68,6 +68,7 @@ async def test_an_outage_fills_no_journal() -> None:
         assert head is not None and head.inode < owner.heads.owed.inode
         again = await reopened(device)
         assert await again.read(0, SIZE) == content
+        await until(lambda: again.client.session("v").heads.owed is None)
         head, _ = await cluster.meta.head(owner.volume_id)
         assert head is not None and head.epoch == again.client.session("v").epoch
 
