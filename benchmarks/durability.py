@@ -104,8 +104,8 @@ def flushed(uri: str, size: int, writers: int) -> dict[str, Any]:
 
 
 def flush(folder: Path, rounds: int) -> list[Row]:
-    """A flush after each write, alone and with others."""
-    size = 1 << 30
+    """A flush after each write, alone and with others, all over a volume of 256 MiB."""
+    size = 256 << 20
     alone: list[tuple[float, float]] = []
     rates: list[tuple[float, float]] = []
     disk: list[float] = []

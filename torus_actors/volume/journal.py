@@ -54,7 +54,11 @@ COMMIT_BYTES = 64 << 20
 """A journal of this size is due to be folded into blocks."""
 
 COMMIT_AGE_S = 30.0
-"""And one of this age: a crash then has little to replay."""
+"""And one of this age, when the volume is quiet: a crash then has nothing to replay."""
+
+COMMIT_AGE_S_MAX = 300.0
+"""And one of this age in any case. Small writes all over a volume make a commit write many times as
+much as they are, so it pays to wait for more of them in the same blocks."""
 
 
 class SessionJournal:

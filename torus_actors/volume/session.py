@@ -40,6 +40,7 @@ from torus_actors.volume.flushing import Flusher
 from torus_actors.volume.heads import Heads
 from torus_actors.volume.journal import (
     COMMIT_AGE_S,
+    COMMIT_AGE_S_MAX,
     COMMIT_BYTES,
     SessionJournal,
 )
@@ -301,7 +302,9 @@ class Session:
         if self.file.failure is not None or self.committer.clean:
             return False
         journal = self.journal
-        old = self.system.loop.time() - journal.began_at > COMMIT_AGE_S
+        now = self.system.loop.time()
+        quiet = now - self._written_at > IDLE_FLUSH_S
+        old = now - journal.began_at > (COMMIT_AGE_S if quiet else COMMIT_AGE_S_MAX)
         return bool(
             journal.size > COMMIT_BYTES
             or (journal.size and old)
