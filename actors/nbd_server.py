@@ -18,6 +18,7 @@ from torus_actors.nbd.connection import NbdConnection, NbdState, TlsSettings
 from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
 from torus_actors.nbd.server import serve
 from torus_actors.runtime import ActorSystem, LoopActor, expose
+from torus_actors.runtime.spinner import Spinner
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +75,16 @@ class NbdServer(LoopActor):
     Args:
         listen: where.
         tls: how to encrypt; None for not at all.
+        spin_s: how long the loop may stay awake for a request; see `Spinner`.
     """
 
-    def __init__(self, listen: Sequence[NbdAddress], tls: TlsSettings | None = None) -> None:
+    def __init__(
+        self, listen: Sequence[NbdAddress], tls: TlsSettings | None = None, spin_s: float = 0.0
+    ) -> None:
         super().__init__()
         self._listen = listen
         self._tls = tls
+        self._spin_s = spin_s
 
     async def setup(self) -> None:
         """Adopt the predecessor's sockets and connections, or begin to listen."""
@@ -90,7 +95,8 @@ class NbdServer(LoopActor):
             state.adopt(self)
             self._state = state
             return
-        self._state = NbdState(self, BufferPool(POOL_BYTES))
+        spinner = Spinner(self.system.loop, self._spin_s)
+        self._state = NbdState(self, BufferPool(POOL_BYTES), spinner)
         for address in self._listen:
             if address.tcp is not None:
                 host, port = address.tcp

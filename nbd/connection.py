@@ -18,7 +18,7 @@ import ssl
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torus_actors.errors import Closed, TorusError
 from torus_actors.model.buffers import BufferPool
@@ -71,17 +71,31 @@ class TlsSettings:
     required: bool = False
 
 
+class Wakeful(Protocol):
+    """Is told when a request is due and when one came, so that it can keep the loop awake."""
+
+    def expect(self) -> None:
+        """Answers were sent: who got them may ask the next thing at once."""
+
+    def came(self) -> None:
+        """Something arrived."""
+
+
 class NbdState:
     """Everything of an NBD server that outlives its supervising actor.
 
     Args:
         exports: who opens exports; replaced by ``adopt``.
         pool: source of payload buffers.
+        wakeful: keeps the loop awake between an answer and the next request, if anything does.
     """
 
-    def __init__(self, exports: Exports, pool: BufferPool | None = None) -> None:
+    def __init__(
+        self, exports: Exports, pool: BufferPool | None = None, wakeful: Wakeful | None = None
+    ) -> None:
         self.exports = exports
         self.pool = pool if pool is not None else BufferPool()
+        self.wakeful = wakeful
         self.connections: set[NbdConnection] = set()
         self.listeners: list[NbdListener] = []
         self.open_names: Counter[str] = Counter()
@@ -124,6 +138,7 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def __init__(self, state: NbdState, tls: TlsSettings | None = None) -> None:
         self._state = state
+        self._wakeful = state.wakeful
         self._tls = tls
         policy = hs.TlsPolicy.NONE
         if tls is not None:
@@ -217,6 +232,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Handle what arrived."""
         tx = self._tx
         if tx is not None:
+            if self._wakeful is not None:
+                self._wakeful.came()
             tx.received(nbytes)
             self._pump()
             return
@@ -250,6 +267,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._release_if_done()
             return
         transport.writelines(buffers)
+        if self._wakeful is not None:
+            self._wakeful.expect()
         if not self._pumping and (self._reading_paused or tx.disconnecting or self._closing):
             self._pump()
 

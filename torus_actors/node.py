@@ -332,7 +332,11 @@ class Process:
                 max_concurrency=64,
                 shutdown_s=90.0,
             ),
-            ChildSpec("nbd_server", lambda: NbdServer(nbd.listen, nbd.tls), shutdown_s=20.0),
+            ChildSpec(
+                "nbd_server",
+                lambda: NbdServer(nbd.listen, nbd.tls, self.machine.spin_s),
+                shutdown_s=20.0,
+            ),
         ]
 
     async def stop(self) -> None:

@@ -90,16 +90,26 @@ def test_a_wait_in_vain_is_the_last(core: Core) -> None:
 
 
 def test_it_gives_way(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When somebody else took the core, the loop sleeps."""
+    """When somebody else took the core, the loop sleeps, and does not try again for a while."""
     monkeypatch.setattr("torus_actors.runtime.spinner.CONTENDED_S", 0.001)
 
     async def play() -> None:
         core.takes = lambda: time.sleep(0.003)
-        learned().expect()
+        spinner = learned()
+        for _ in range(3):  # a short wait in between does not bring it back at once
+            spinner.expect()
+            spinner.came()
+        spinner.expect()
         await asyncio.sleep(0.05)
+        assert core.turns == 1
+        spinner.came()
+        spinner.expect()
+        spinner.came()
+        spinner.expect()
+        await asyncio.sleep(0.05)
+        assert core.turns == 2
 
     on_uvloop(play)()
-    assert core.turns == 1
 
 
 def test_a_long_wait_teaches_to_sleep(core: Core) -> None:

@@ -20,6 +20,9 @@ more than three of them."""
 CONTENDED_S = 0.000_02
 """A yield that takes so long let somebody else run: the core is not idle."""
 
+REST_S = 0.01
+"""After that it is left to the others for this long: even to look costs them something."""
+
 
 class Spinner:
     """Keeps one loop awake while a message is due. All methods run on the loop's thread.
@@ -29,7 +32,7 @@ class Spinner:
         longest_s: the longest time to turn; 0 never does.
     """
 
-    __slots__ = ("_longest_s", "_loop", "_pays", "_since", "_turning")
+    __slots__ = ("_longest_s", "_loop", "_pays", "_rests_until", "_since", "_turning")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, longest_s: float = SPIN_S) -> None:
         self._loop = loop
@@ -37,13 +40,14 @@ class Spinner:
         self._since = 0.0
         """When the wait under way began, on the performance counter; 0 for none."""
         self._pays = False
+        self._rests_until = 0.0
         self._turning = False
 
     def expect(self) -> None:
         """A message is due: something was sent that will be answered."""
         if self._longest_s:
-            self._since = perf_counter()
-            if self._pays and not self._turning:
+            self._since = now = perf_counter()
+            if self._pays and not self._turning and now >= self._rests_until:
                 self._turning = True
                 self._loop.call_soon(self._turn)
 
@@ -59,8 +63,10 @@ class Spinner:
             now = perf_counter()
             if now - self._since < self._longest_s:
                 os.sched_yield()
-                if perf_counter() - now < CONTENDED_S:
+                after = perf_counter()
+                if after - now < CONTENDED_S:
                     self._loop.call_soon(self._turn)
                     return
+                self._rests_until = after + REST_S
             self._pays = False
         self._turning = False
