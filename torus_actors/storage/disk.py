@@ -49,8 +49,13 @@ class File(abc.ABC):
     """One open file. All calls may block, and may be made from several threads at once."""
 
     @abc.abstractmethod
-    def preadv(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
+    def preadv(self, buffers: Sequence[WriteBuffer], offset: int, keep: bool = False) -> int:
         """Fill the buffers in order from ``offset`` (bytes).
+
+        Args:
+            buffers: where to read to.
+            offset: bytes.
+            keep: leave it in the page cache, though the file passes that by.
 
         Returns:
             Bytes read; fewer than asked only at the end of the file.
@@ -244,11 +249,11 @@ class RealFile(File):
     def direct_fd(self) -> int:
         return -1 if self._refuses_direct else self._direct_fd
 
-    def preadv(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
+    def preadv(self, buffers: Sequence[WriteBuffer], offset: int, keep: bool = False) -> int:
         total = sum(map(len, buffers))
         with _plain_errors(self._path, "read"):
             count = 0
-            if self._direct_fd >= 0 and total >= DIRECT_READ_MIN:
+            if self._direct_fd >= 0 and total >= DIRECT_READ_MIN and not keep:
                 count = self._preadv_direct(buffers, offset)
             if count == total:
                 return count

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Self
 
 from torus_actors.errors import (
@@ -66,11 +67,16 @@ SUMS_KEPT_MAX = 8192
 PAGES_BYTES_MAX = 4 << 20
 """Idle memory that is kept for small reads past the page cache."""
 
-PAGE_NUMBER_BITS = 12
-"""The largest block has 4,096 pages."""
+PAGE_NUMBER_BITS = 13
+"""The largest block has 4,096 pages, and one number more stands for all of it."""
+
+WHOLE = 1 << 12
 
 SEEN_MAX = 32768
-"""Small reads remembered, to tell what is read again: 3 MiB. Only that goes into the page cache."""
+"""Reads remembered, to tell what is read again: 3 MiB. Only that goes into the page cache."""
+
+KEPT_MAX = 65536
+"""Blocks remembered that went there whole: 6 MiB, for 32 GiB of the default size."""
 
 
 class MFileBatch(FlushBatch):
@@ -170,7 +176,9 @@ class MFileStore(BlockStore):
         """Generation and checksum list of slots written or read in part, the oldest first."""
         self._pages = BufferPool(PAGES_BYTES_MAX)
         self._seen: dict[int, None] = {}
-        """Generation and page of small reads, the oldest first."""
+        """Generation and page of reads, the oldest first."""
+        self._kept: dict[int, None] = {}
+        """Generations of blocks that were read whole more than once, the oldest first."""
         self._edges: list[memoryview] = []
         """Memory for what stands around a block in its slot: one for each thread that writes."""
 
@@ -352,15 +360,17 @@ class MFileStore(BlockStore):
 
     def _may_be_cached(self, location: Location, offset: int, length: int) -> bool:
         """Whether a range may be in the page cache, or is worth to be: it was read before."""
-        if length >= DIRECT_READ_MIN:
-            return False
-        key = location.generation << PAGE_NUMBER_BITS | offset // PAGE_SIZE
-        if key in self._seen:
+        generation = location.generation
+        if generation in self._kept:
             return True
-        if len(self._seen) >= SEEN_MAX:
-            del self._seen[next(iter(self._seen))]
-        self._seen[key] = None
-        return False
+        whole = length >= DIRECT_READ_MIN
+        key = generation << PAGE_NUMBER_BITS | (WHOLE if whole else offset // PAGE_SIZE)
+        if key not in self._seen:
+            _remember(self._seen, key, SEEN_MAX)
+            return False
+        if whole:
+            _remember(self._kept, generation, KEPT_MAX)
+        return True
 
     def _known_sums(self, location: Location) -> bytes | None:
         known = self._sums.get(location.slot)
@@ -389,7 +399,10 @@ class MFileStore(BlockStore):
     def read(
         self, location: Location, offset: int, length: int, want_sums: bool
     ) -> tuple[bytes, memoryview]:
-        result = self._read(self._data.preadv, location, offset, length, want_sums)
+        preadv = self._data.preadv
+        if location.generation in self._kept:
+            preadv = partial(preadv, keep=True)
+        result = self._read(preadv, location, offset, length, want_sums)
         if result is None:
             raise Corruption(f"slot {location.slot}: the data file ends before it")
         return result
@@ -501,3 +514,10 @@ class MFileStore(BlockStore):
     def _check_usable(self) -> None:
         if self._failure is not None:
             raise Closed(f"block store {self._failure}")
+
+
+def _remember(table: dict[int, None], key: int, count_max: int) -> None:
+    """Add a key; the oldest one goes if there are too many."""
+    if len(table) >= count_max:
+        del table[next(iter(table))]
+    table[key] = None

@@ -241,7 +241,7 @@ class SimFile(File):
         self._inode = inode
         self._closed = False
 
-    def preadv(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
+    def preadv(self, buffers: Sequence[WriteBuffer], offset: int, keep: bool = False) -> int:
         self._begin("read")
         return self._read(buffers, offset)
 
