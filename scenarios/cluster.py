@@ -157,6 +157,8 @@ class Cluster:
         self.failures: list[str] = []
         self.node_watchers: list[Callable[[Host], None]] = []
         """Called with each storage node that has started."""
+        self.expendable: set[str] = set()
+        """Names of client processes that a fault hit, whose operations may fail, of any volume."""
         self.may_leave: set[str] = set()
         """Ids of nodes that an operator, or a fault that lasts, takes out of the ring."""
 

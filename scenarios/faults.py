@@ -239,7 +239,7 @@ async def cut_client(field: Field) -> None:
     cluster, rng = field.cluster, field.rng
     if not host.up or host.process is None:
         return
-    driver.expendable.add(host.process.name)
+    field.cluster.expendable.add(host.process.name)
     targets = [META_ADDRESS]
     if rng.random() < 0.5:
         targets += [node.address for node in cluster.nodes]
@@ -324,7 +324,7 @@ async def freeze_client(field: Field) -> None:
     if not host.up or host.process is None:
         return
     process = host.process
-    driver.expendable.add(process.name)
+    field.cluster.expendable.add(process.name)
     field.say(f"{process.name} is frozen")
     process.pause()
     others = [h for h in driver.hosts if h is not host]
@@ -358,7 +358,7 @@ async def crash_client(field: Field) -> None:
     host = driver.host
     if not host.up or host.process is None:
         return
-    driver.expendable.add(host.process.name)
+    field.cluster.expendable.add(host.process.name)
     field.say(f"{host.process.name} is killed")
     field.cluster.kill(host)
     if field.rng.random() < 0.5:
@@ -376,7 +376,7 @@ async def second_client(field: Field) -> None:
     if not first.up or first.process is None:
         return
     process = first.process
-    driver.expendable.add(process.name)
+    field.cluster.expendable.add(process.name)
     field.say(f"{second.name} wants {driver.name}, which {process.name} has")
     driver.move(second)
     await asyncio.sleep(field.rng.uniform(0.5, 5.0))
@@ -566,7 +566,7 @@ async def power_cut(field: Field) -> None:
     everybody = [*cluster.nodes, *cluster.clients]
     for driver in field.drivers:
         if driver.host.process is not None:
-            driver.expendable.add(driver.host.process.name)
+            field.cluster.expendable.add(driver.host.process.name)
     wanted = [host for host in cluster.nodes if host.wanted]
     # It fails everywhere within moments, in an operation of the disk where there is one.
     await asyncio.gather(

@@ -146,13 +146,21 @@ class VolumeOracle:
         """Snapshots that are being made."""
         self.reported = 0
 
-    def open(self, name: str) -> Session:
-        """A client has the volume open now; whoever had it before is fenced."""
-        if self.session is not None:
-            self.session.fenced = True
+    def open(self, name: str, epoch: int = 0) -> Session:
+        """A client has the volume open now; whoever had it before is fenced.
+
+        Unless that was in a later epoch: one who slept from when its session had begun until it
+        looked at what it had opened is fenced already. It may read what was there, and no more.
+        """
+        before = self.session
+        session = Session(self, name, epoch, before)
         for taking in self.takings:
             taking.crossed = True
-        session = Session(self, name, self.session)
+        if before is not None and before.epoch > epoch:
+            session.fenced = True
+            return session
+        if before is not None:
+            before.fenced = True
         self.session = session
         return session
 
@@ -217,15 +225,17 @@ class Session:
     """One client's use of a volume. Ranges of concurrent operations must not overlap.
 
     Attributes:
+        epoch: number of the session, as the client has it.
         fenced: another client has opened the volume since.
         found_after: by sector, what that client found, and all it might have found, in order.
     """
 
-    def __init__(self, oracle: VolumeOracle, name: str, before: Session | None) -> None:
+    def __init__(self, oracle: VolumeOracle, name: str, epoch: int, before: Session | None) -> None:
         self._oracle = oracle
         self._before = before
         self._wrote_in_vain = False
         self.name = name
+        self.epoch = epoch
         self.fenced = False
         self.found_after: dict[int, tuple[int, list[int]]] = {}
 

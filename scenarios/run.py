@@ -300,15 +300,17 @@ def _own_actors() -> Iterator[None]:
     before = {ref.actor_urn for ref in pykka.ActorRegistry.get_all()}
     collecting = gc.isenabled()
     gc.disable()
+    gc.freeze()  # what was there before is not looked through in the end
     try:
         yield
     finally:
         for ref in pykka.ActorRegistry.get_all():
             if ref.actor_urn not in before:
                 pykka.ActorRegistry.unregister(ref)
+        gc.collect()
+        gc.unfreeze()
         if collecting:
             gc.enable()
-        gc.collect()
 
 
 class _LogHandler(logging.Handler):

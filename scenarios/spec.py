@@ -23,8 +23,8 @@ ROOM_S_MAX = 60.0
 """Where an operation may wait until the collector has made room, which takes two passes."""
 
 OUTAGE_S_MAX = 120.0
-"""Where more than R-1 nodes may be away, or one and the metadata: an operation may wait until they
-are back."""
+"""Where more than R-1 nodes may be away, or one and the metadata, which a session needs to find a
+lost member of its journal another: an operation may wait until they are back."""
 
 KNOBS: dict[str, Any] = {
     "torus_actors.actors.block_store.INODE_ROOM_MIN": 32 << 20,
@@ -201,7 +201,6 @@ _LIST = (
         replication=(2, 3),
         duration_s=(20, 30),
         remove_after_s=(25, 50),
-        # A session that loses a member of its journal needs the metadata for another.
         op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
@@ -253,6 +252,7 @@ _LIST = (
             "torus_actors.volume.heads.COMMIT_BYTES": 64 << 10,
             "torus_actors.volume.session.COMMIT_BYTES": 64 << 10,
         },
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "lease_wiped",
@@ -347,6 +347,7 @@ _LIST = (
         workload=Workload(flush=1.5, pause_s=0.1),
         errors_allowed=True,
         duration_s=(25, 45),
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "long_session",

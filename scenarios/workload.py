@@ -135,8 +135,6 @@ class Driver:
         self.slowest_s = 0.0
         self.slowest = ""
         self.stopping = False
-        self.expendable: set[str] = set()
-        """Names of client processes that a fault hit, whose operations may fail."""
         self._rng = rng
         self._busy: list[tuple[int, int]] = []
         self._moved = asyncio.Event()
@@ -192,7 +190,7 @@ class Driver:
         system = host.tree.system
         if not await self._open(system, who):
             return
-        session = self.oracle.open(who)
+        session = self.oracle.open(who, self._epoch(system))
         self.session = session
         self.sessions += 1
         self._busy = []
@@ -226,7 +224,7 @@ class Driver:
         system = host.tree.system
         if not await self._open(system, who):
             return
-        session = self.oracle.open(who)
+        session = self.oracle.open(who, self._epoch(system))
         self.errors_allowed = False
         volume = system.actor(f"volume:{self.name}")
         try:
@@ -239,6 +237,11 @@ class Driver:
             await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
         except TorusError as error:
             self.cluster.fail(f"{who}: the last session of {self.name} failed: {error!r}")
+
+    def _epoch(self, system: Any) -> int:
+        """Of the session that a client has opened."""
+        session = system.heirlooms["sessions"].get(self.name)
+        return session.epoch if session is not None else 0
 
     async def _open(self, system: Any, who: str) -> bool:
         loop = self.cluster.loop
@@ -345,7 +348,7 @@ class Driver:
 
     def _took(self, began: float, what: str, who: str, session: Session) -> None:
         """An operation has ended that began then."""
-        if not session.fenced and who not in self.expendable:
+        if not session.fenced and who not in self.cluster.expendable:
             elapsed = self.cluster.loop.time() - began
             if elapsed > self.slowest_s:
                 self.slowest_s, self.slowest = elapsed, what
@@ -358,7 +361,7 @@ class Driver:
         """An operation that began then failed; whether the session goes on."""
         self.errors += 1
         self._took(began, what, who, session)
-        ended = session.fenced or who in self.expendable
+        ended = session.fenced or who in self.cluster.expendable
         if self.cluster.loop.time() - began >= OP_S_MAX:
             self.cluster.fail(f"{who}: {what} of {self.name} got no answer in {OP_S_MAX:g} s")
             return False

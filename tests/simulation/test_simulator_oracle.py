@@ -152,3 +152,22 @@ def test_stamps_differ_by_volume_sector_and_write() -> None:
     """A sector in the wrong place, or of another volume, is not taken for the right one."""
     made = {stamp(v, s, n) for v in range(3) for s in range(3) for n in range(1, 4)}
     assert len(made) == 27 and all(len(data) == SECTOR for data in made)
+
+
+def test_who_slept_while_it_opened_is_fenced_from_the_start(judged: Judged) -> None:
+    """It may see old data, for a later session has written since; and a flush of it must fail."""
+    first = judged.oracle.open("first", 3)
+    first.verify(0, bytes(SIZE))
+    new = write(first, 1)
+    flush(first)
+    slow = judged.oracle.open("slow", 2)
+    slow.verify(0, bytes(SIZE))
+    slow.check_read(SECTOR, bytes(SECTOR))
+    assert slow.fenced and not first.fenced
+    first.check_read(SECTOR, new)
+    assert judged.complaints == []
+    write(slow, 1)
+    flush(slow)
+    assert len(judged.complaints) == 1 and "fenced" in judged.complaints[0]
+    first.check_read(SECTOR, new)
+    assert len(judged.complaints) == 1

@@ -36,6 +36,7 @@ from torus_actors.storage.disk import (
 
 PAGE = 4096
 _ZERO_PAGE = bytes(PAGE)
+_ZEROS = bytes(1 << 18)
 
 
 class PowerCut(BaseException):
@@ -112,7 +113,8 @@ class _Inode:
 
     def _read_sparse(self, target: memoryview, offset: int, count: int) -> None:
         """As `read_into`, where most of what is read was never written."""
-        target[:count] = bytes(count)
+        for at in range(0, count, len(_ZEROS)):
+            target[at : min(at + len(_ZEROS), count)] = memoryview(_ZEROS)[: count - at]
         for number in {**self.durable, **self.cache}:
             low, high = max(offset, number * PAGE), min(offset + count, (number + 1) * PAGE)
             if low < high:
