@@ -218,6 +218,7 @@ class Session:
 
     Attributes:
         fenced: another client has opened the volume since.
+        flushing: flushes under way.
         found_after: by sector, what that client found, and all it might have found, in order.
     """
 
@@ -227,6 +228,7 @@ class Session:
         self._wrote_in_vain = False
         self.name = name
         self.fenced = False
+        self.flushing = 0
         self.found_after: dict[int, tuple[int, list[int]]] = {}
 
     def verify(self, offset: int, data: bytes) -> None:
