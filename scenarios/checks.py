@@ -202,7 +202,7 @@ class Checker:
         if before is not None and head.epoch < before.epoch:
             self.cluster.fail(f"{key}: a head of epoch {head.epoch} after one of {before.epoch}")
         self._heads[key] = head
-        ended = before.inode if before is not None and before.inode != head.inode else -1
+        oldest_open = before.inode if before is not None else 0
         try:
             reachable = self.reachable()
         except Unreadable:
@@ -210,8 +210,8 @@ class Checker:
         volume = int(key.removeprefix(self._keys.under(table.HEAD)), 16)
         for ref, root in reachable.items():
             if ref not in self._safe:
-                if ref.volume == volume and ref.inode <= ended:
-                    self.cluster.fail(f"{key} leads to {ref}, which head {ended} gave up as dead")
+                if ref.volume == volume and ref.inode < oldest_open:
+                    self.cluster.fail(f"{key} leads to {ref}, dead by head {oldest_open}")
                     return
                 copies = sum(is_durable(host, ref, root) for host in self.cluster.nodes)
                 if copies < self.copies_min:
