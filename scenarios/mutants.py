@@ -172,7 +172,7 @@ _COMMIT = (
             "volume.opening:open_session",
             "first = await meta.mint_inode(record.id, MINTED)",
             "old, _ = await meta.head(record.id)\n"
-            "            first = 1 if old is None else old.inode + 1",
+            "            first = 1 if old is None else old.inode",
         ),
         hunted_in=("client_crash", "head_change_during_collection"),
     ),

@@ -368,6 +368,7 @@ _LIST = (
         workload=Workload(flush=3.0, trim=0.6, whole_blocks=0.2, pause_s=0.1, hot_share=0.8),
         errors_allowed=True,
         duration_s=(25, 40),
+        op_s_max=OUTAGE_S_MAX,
         knobs={"torus_actors.volume.session.COMMIT_AGE_S": 2.0},
     ),
     Scenario(
@@ -390,6 +391,7 @@ _LIST = (
         errors_allowed=True,
         broken_max=9,
         duration_s=(25, 40),
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "isolated_node",
