@@ -135,8 +135,9 @@ class Collector(LoopActor):
 
     async def _pass(self) -> None:
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
-        began = self.system.loop.time()
         oldest_open, tombs, heads = await self._read_metadata()
+        # Not before: what died while the metadata was read has its whole grace too.
+        began = self.system.loop.time()
         live = await self._reachable(heads)
         suspects = RefSet()
         suspect_bytes = 0

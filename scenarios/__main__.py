@@ -11,13 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from torus_actors.scenarios.explore import explore, jobs_of
+from torus_actors.scenarios.hunt import Hunt, hunt
+from torus_actors.scenarios.mutants import MUTANTS
 from torus_actors.scenarios.real_main import endure_, real_, run_on_real_processes
 from torus_actors.scenarios.real_run import needs_network, not_real
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS, draw
 from torus_actors.scenarios.speed import measure
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 FAILURES_SHOWN = 10
 
@@ -51,20 +53,36 @@ def list_() -> None:
 @click.option("--quiet", is_flag=True, help="Print the events only of a run that fails.")
 @click.option("--real", is_flag=True, help="On real processes, in real time.")
 @click.option("--seconds", type=float, help="With --real: faults strike no longer than this.")
+@click.option(
+    "--mutant",
+    "mutant_name",
+    type=click.Choice(sorted(MUTANTS)),
+    metavar="NAME",
+    help="Put this bug into the program first; see 'mutants --list'.",
+)
 def run_(
-    name: str, seed: int, trace_path: str | None, quiet: bool, real: bool, seconds: float | None
+    name: str,
+    seed: int,
+    trace_path: str | None,
+    quiet: bool,
+    real: bool,
+    seconds: float | None,
+    mutant_name: str | None,
 ) -> None:
     """Run one scenario with one seed: in the simulator always the same run."""
     scenario = SCENARIOS[name]
+    mutant = MUTANTS[mutant_name] if mutant_name is not None else None
     if real:
+        if mutant is not None:
+            raise click.UsageError("--mutant is for the simulator, not for --real")
         run_on_real_processes(scenario, seed, seconds)
     console.print(f"{name}, seed {seed}: {scenario.why}", markup=False)
     console.print(draw(scenario, seed).describe(), markup=False)
     if trace_path is None:
-        result = run(scenario, seed)
+        result = run(scenario, seed, mutant=mutant)
     else:
         with open(trace_path, "w", encoding="utf-8") as file:
-            result = run(scenario, seed, file)
+            result = run(scenario, seed, file, mutant=mutant)
     if result.failures or not quiet:
         for line in result.lines:
             console.print(line, markup=False)
@@ -143,6 +161,61 @@ def speed_() -> None:
 
 main.add_command(endure_)
 main.add_command(real_)
+
+
+@main.command("mutants")
+@click.argument("names", nargs=-1, type=click.Choice(sorted(MUTANTS)), metavar="[NAME]...")
+@click.option("--seeds", type=int, default=500, show_default=True, help="Runs for each, at most.")
+@click.option("--jobs", type=int, default=os.cpu_count() or 1, show_default=True)
+@click.option("--list", "only_list", is_flag=True, help="Only list the mutants.")
+def mutants_(names: tuple[str, ...], seeds: int, jobs: int, only_list: bool) -> None:
+    """Put known bugs into the program, one at a time, and see that the simulator finds them."""
+    chosen = list(dict.fromkeys(names)) or list(MUTANTS)
+    if only_list:
+        table = Table("mutant", "the rule that it breaks", "kept in", box=None, pad_edge=False)
+        for name in chosen:
+            table.add_row(name, MUTANTS[name].breaks, MUTANTS[name].kept_in)
+        console.print(table)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    runs = 0
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("mutants found", total=len(chosen))
+
+        def tried() -> None:
+            nonlocal runs
+            runs += 1
+            progress.update(bar, description=f"{runs} runs, mutants found")
+
+        def over(each: Hunt) -> None:
+            progress.console.print(_outcome(each), markup=False)
+            progress.advance(bar, each.found is not None)
+
+        hunts = hunt(chosen, seeds, jobs, tried, over)
+    found = [each for each in hunts if each.found is not None]
+    spoilt = [result for each in hunts for result in each.spoilt]
+    console.print(
+        f"{len(found)} of {len(hunts)} mutants found in {runs} runs, "
+        f"{sum(each.cpu_s for each in hunts):.0f} s of a core"
+    )
+    for each in hunts:
+        if each.found is None:
+            console.print(f"SURVIVED {each.mutant.name}: {each.mutant.breaks}", markup=False)
+    for result in spoilt:
+        console.print(f"FAILED without any mutant: {result.replay}", markup=False)
+    sys.exit(1 if spoilt or len(found) < len(hunts) else 0)
+
+
+def _outcome(each: Hunt) -> str:
+    if each.found is None:
+        return f"{each.mutant.name}: SURVIVED {each.runs} runs, {each.cpu_s:.0f} s of a core"
+    result = each.found.result
+    return (
+        f"{each.mutant.name}: found by run {each.runs}, {result.scenario} with seed {result.seed}; "
+        f"{each.cpu_s:.0f} s of a core\n"
+        f"  {result.failures[0][:300]}\n"
+        f"  {result.replay}"
+    )
 
 
 def _summary(result: Result) -> None:

@@ -1,7 +1,10 @@
 """What must hold for the cluster as a whole, looked at from outside: by reading its memory.
 
-While a scenario runs: epochs, heads and rings only grow, and no block that a head or snapshot leads
-to is deleted unless another node has it. When its faults are over: every such block has all its
+While a scenario runs: epochs, heads and rings only grow, and a lock is never of an epoch that is
+over. What a new head leads to is on a disk, would be there after a power cut, and could not be
+taken for garbage before. No block that a head or snapshot leads to is deleted by one of its owners,
+nor by another node before good copies are safe elsewhere; the latter holds for a while after no
+head leads to it any more. When its faults are over: every such block has all its
 copies, right to the last byte, on its owners; and nothing else is stored anywhere.
 """
 
@@ -10,18 +13,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from torus_actors.actors.collector import GRACE_S
 from torus_actors.errors import TorusError
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.keys import Keys
 from torus_actors.metadata.kv import Delete, DeletePrefix, Operation, Put
-from torus_actors.metadata.records import Epoch, Head, RingRecord, Snapshot
+from torus_actors.metadata.records import Epoch, Head, Lock, RingRecord, Snapshot
 from torus_actors.model import rings
 from torus_actors.model.blocksets import unmarshal_blockset
+from torus_actors.model.checksums import root_of, sums_of, sums_size
 from torus_actors.model.inode_tree_pages import ENTRY_SIZE
 from torus_actors.model.inode_tree_walk import PageNeeded, PageVisit
 from torus_actors.model.refs import BLOCK_REF_SIZE, ZERO_BLOCK, BlockRef, BlockType
 from torus_actors.scenarios.cluster import Cluster, Host
+from torus_actors.storage import index
+from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
 from torus_actors.storage.store import BlockStore
+
+RING_LAG_S = 60.0
+"""A node knows a new ring after this time at the latest."""
 
 
 class Unreadable(Exception):
@@ -49,16 +59,26 @@ class Checker:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.deletions = 0
-        self.nothing_broken = False
-        """While no fault can be the reason, what a new head leads to has all its copies at once."""
+        self.copies_min = 1
+        """Durable copies of what a new head leads to."""
+        self.copies_left_min = 1
+        """Durable copies elsewhere when a node deletes one that is not its own."""
         self._keys = Keys()
         self._epochs: dict[str, int] = {}
         self._heads: dict[str, Head] = {}
         self._snapshots: dict[str, Head] = {}
-        self._ring_version = 0
+        self._rings: list[tuple[float, rings.Ring]] = []
+        """Since when; the last one is in force."""
         self._members: set[str] = set()
         self._pages: dict[BlockRef, bytes] = {}
         self._reachable: dict[BlockRef, int] | None = None
+        self._changed_at = 0.0
+        """When it was right for the last time."""
+        self._safe: set[BlockRef] = set()
+        """Blocks that were found durable when a head first led to them."""
+        self._before: dict[BlockRef, int] = {}
+        self._dead: dict[BlockRef, tuple[int, float]] = {}
+        """Root of each block that was reachable once, and until when it was."""
         cluster.store.watchers.append(self._on_change)
         cluster.node_watchers.append(self._watch_node)
 
@@ -88,27 +108,54 @@ class Checker:
             reachable = self.reachable()
         except Unreadable:
             return  # with so many nodes down nothing can be said
+        now = self.cluster.loop.time()
         for ref in refs:
-            root = reachable.get(ref)
+            root, died_at = reachable.get(ref), now
             if root is None:
+                root, died_at = self._dead.get(ref, (None, 0.0))
+            if root is None or now - died_at >= GRACE_S:
                 continue
-            others = [h for h in self.cluster.nodes if h is not host and _good(h, ref, root)]
-            if len(others) < self.cluster.shape.replication:
-                names = ", ".join(h.name for h in others) or "nobody"
-                self.cluster.fail(f"{host.name} deletes {ref}, which is alive; {names} has it")
+            others = [h for h in self.cluster.nodes if h is not host]
+            copies = sum(is_durable(other, ref, root) for other in others)
+            if copies < self.copies_left_min:
+                what = "alive" if died_at == now else f"dead for {now - died_at:.3f} s only"
+                self.cluster.fail(
+                    f"{host.name} deletes {ref}, which is {what}: {copies} good copies are left"
+                )
+            elif died_at == now and self._is_owner(host, ref):
+                self.cluster.fail(f"{host.name} deletes its copy of {ref}, which is alive")
+            elif died_at == now:
+                names = [each.name for each in others if _good(each, ref, root)]
+                if len(names) < self.cluster.shape.replication:
+                    self.cluster.fail(f"{host.name} deletes {ref}, which is alive; {names} have it")
+
+    def _is_owner(self, host: Host, ref: BlockRef) -> bool:
+        """Whether a node owns a block by every ring that it may go by."""
+        now = self.cluster.loop.time()
+        copies = self.cluster.shape.replication
+        ends = [since for since, _ in self._rings[1:]] + [now]
+        return all(
+            host.node_id in owners_of(ring, ref, copies)
+            for (_, ring), end in zip(self._rings, ends, strict=True)
+            if end > now - RING_LAG_S
+        )
+
+    def begin(self) -> None:
+        """All nodes are up, and know the ring."""
+        del self._rings[:-1]
 
     def _on_change(self, operation: Operation) -> None:
         row = None
         if isinstance(operation, (Put, Delete)):
             row = self._keys.row_of(operation.key)
         if isinstance(operation, DeletePrefix):
-            self._reachable = None
+            self._roots_changed()
             gone = [key for key in self._snapshots if key.startswith(operation.prefix)]
             for key in gone:
                 del self._snapshots[key]
         elif isinstance(operation, Delete):
             if row in (table.HEAD, table.SNAPSHOT):
-                self._reachable = None
+                self._roots_changed()
                 self._heads.pop(operation.key, None)
                 self._snapshots.pop(operation.key, None)
         elif row is table.EPOCH:
@@ -116,22 +163,26 @@ class Checker:
             if epoch <= self._epochs.get(operation.key, -1):
                 self.cluster.fail(f"{operation.key} goes from {self._epochs} to {epoch}")
             self._epochs[operation.key] = epoch
+        elif row is table.LOCK:
+            self._on_lock(operation.key, Lock.decode(operation.value))
         elif row is table.HEAD:
             self._on_head(operation.key, Head.decode(operation.value))
         elif row is table.SNAPSHOT:
             snapshot = Snapshot.decode(operation.value)
-            self._reachable = None
+            self._roots_changed()
             if snapshot.head:
                 self._snapshots[operation.key] = Head.decode(snapshot.head)
         elif row is table.RING:
             self._on_ring(RingRecord.decode(operation.value))
 
     def _on_ring(self, record: RingRecord) -> None:
-        cluster, version = self.cluster, record.version
-        if version <= self._ring_version:
-            cluster.fail(f"the ring goes from version {self._ring_version} to {version}")
-        self._ring_version = version
-        members = set(rings.unmarshal(record.data).members)
+        cluster, ring = self.cluster, rings.unmarshal(record.data)
+        version = ring.version
+        if self._rings and version <= self._rings[-1][1].version:
+            before = self._rings[-1][1].version
+            cluster.fail(f"the ring goes from version {before} to {version}")
+        self._rings.append((cluster.loop.time(), ring))
+        members = set(ring.members)
         gone = self._members - members
         if gone - cluster.may_leave:
             cluster.fail(f"ring {version} has lost {sorted(gone)}, which nobody wanted out of it")
@@ -139,21 +190,41 @@ class Checker:
             cluster.fail(f"ring {version} has only {len(members)} members")
         self._members = members
 
+    def _on_lock(self, key: str, lock: Lock) -> None:
+        epochs = self._keys.under(table.EPOCH)
+        newest = self._epochs.get(epochs + key.removeprefix(self._keys.under(table.LOCK)))
+        if lock.epoch != newest:
+            self.cluster.fail(f"{key} is of epoch {lock.epoch}, the newest is {newest}")
+
     def _on_head(self, key: str, head: Head) -> None:
-        self._reachable = None
+        self._roots_changed()
         before = self._heads.get(key)
         if before is not None and head.epoch < before.epoch:
             self.cluster.fail(f"{key}: a head of epoch {head.epoch} after one of {before.epoch}")
         self._heads[key] = head
-        if self.nothing_broken:
-            hosts = self.cluster.nodes
-            for ref in self.reachable():
-                copies = sum(_stored(host, ref) for host in hosts)
-                if copies < self.cluster.shape.replication:
-                    self.cluster.fail(f"{key} leads to {ref}, of which there are {copies} copies")
+        oldest_open = before.inode if before is not None else 0
+        try:
+            reachable = self.reachable()
+        except Unreadable:
+            return  # what this head leads to is looked at with the next one
+        volume = int(key.removeprefix(self._keys.under(table.HEAD)), 16)
+        for ref, root in reachable.items():
+            if ref not in self._safe:
+                if ref.volume == volume and ref.inode < oldest_open:
+                    self.cluster.fail(f"{key} leads to {ref}, dead by head {oldest_open}")
                     return
+                copies = sum(is_durable(host, ref, root) for host in self.cluster.nodes)
+                if copies < self.copies_min:
+                    self.cluster.fail(f"{key} leads to {ref}: {copies} copies are durable")
+                    return
+                self._safe.add(ref)
 
     # -- reachable blocks --------------------------------------------------------------------------
+
+    def _roots_changed(self) -> None:
+        if self._reachable is not None:
+            self._reachable = None
+            self._changed_at = self.cluster.loop.time()
 
     def reachable(self) -> dict[BlockRef, int]:
         """Every block that a head or a snapshot leads to, with its root checksum.
@@ -166,6 +237,13 @@ class Checker:
             for head in [*self._heads.values(), *self._snapshots.values()]:
                 self._walk(head, found)
             self._reachable = found
+            gone = {
+                ref: (root, self._changed_at)
+                for ref, root in self._before.items()
+                if ref not in found
+            }
+            self._dead.update(gone)
+            self._before = found
         return self._reachable
 
     def _walk(self, head: Head, found: dict[BlockRef, int]) -> None:
@@ -269,6 +347,26 @@ def _stored(host: Host, ref: BlockRef) -> bool:
 def _good(host: Host, ref: BlockRef, root: int) -> bool:
     """Whether a node that runs has a right copy, or one that does not had one when it died."""
     return not _problem(host, ref, root, True) if host.up else _stored(host, ref)
+
+
+def is_durable(host: Host, ref: BlockRef, root: int) -> bool:
+    """Whether a node has a good copy, up or down, that a power cut would leave it."""
+    if not _stored(host, ref):
+        return False
+    store: Any = _store_of(host, ref)
+    kind = "inodes" if ref.block_type == BlockType.INODE else "blocks"
+    disk = host.disks.get(f"/{host.name}/{kind}")
+    if disk is None:
+        return False
+    location = store.locate(ref)
+    entry = disk.durable(
+        INDEX_PATH, index.ENTRIES_OFFSET + location.slot * index.ENTRY_SIZE, len(ref)
+    )
+    layout = index.Layout(store.block_size)
+    start = layout.slot_offset(location.slot)
+    sums = disk.durable(DATA_PATH, start, sums_size(location.length))
+    data = disk.durable(DATA_PATH, start + layout.sums_room, location.length)
+    return entry == ref and root_of(sums) == root and sums_of(data) == sums
 
 
 def _problem(host: Host, ref: BlockRef, root: int, deep: bool) -> str:

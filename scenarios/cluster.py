@@ -155,6 +155,8 @@ class Cluster:
         """The driver's own way to the metadata: never down."""
         self._ring: tuple[bytes, rings.Ring] | None = None
         self.failures: list[str] = []
+        self.failed: asyncio.Future[None] = loop.create_future()
+        """Done with the first of them."""
         self.node_watchers: list[Callable[[Host], None]] = []
         """Called with each storage node that has started."""
         self.expendable: set[str] = set()
@@ -176,6 +178,8 @@ class Cluster:
 
     def fail(self, text: str) -> None:
         """Something that must not happen has happened."""
+        if not self.failed.done():
+            self.failed.set_result(None)
         if len(self.failures) < FAILURES_MAX:
             self.failures.append(f"at {self.loop.time():.3f}: {text}")
             self.say(f"FAILURE {text}")

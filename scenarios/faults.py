@@ -42,6 +42,7 @@ class Field:
         drivers: of the volumes.
         rng: when, where and how long.
         broken_max: nodes that may be broken at the same time.
+        one_victim: whether it is always the same one.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Field:
         drivers: list[Driver],
         rng: random.Random,
         broken_max: int,
+        one_victim: bool = False,
     ) -> None:
         self.cluster = cluster
         self.checker = checker
@@ -61,6 +63,7 @@ class Field:
         self.counts: dict[str, int] = {}
         self.rotten: Host | None = None
         self.snapshots = Snapshots(cluster)
+        self.only = rng.choice(cluster.nodes) if one_victim else None
         self._changing = asyncio.Lock()
 
     def say(self, text: str) -> None:
@@ -72,6 +75,8 @@ class Field:
         candidates = [h for h in self.cluster.members_up if h.name not in self.broken]
         if self.rotten is not None and len(candidates) > 1:
             candidates = [h for h in candidates if h is not self.rotten] or candidates
+        if self.only is not None:
+            candidates = [h for h in candidates if h is self.only]
         if not candidates or len(self.broken) >= self.broken_max:
             return None
         host = self.rng.choice(candidates)
@@ -218,6 +223,21 @@ def _without(peer: str) -> Callable[[rings.Ring], rings.Ring | None]:
     return lambda ring: ring.without_peer(peer) if peer in ring.members else None
 
 
+async def lose_journal(field: Field) -> None:
+    """A node dies, and comes back with its blocks, but with an empty journal."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster, rng = field.cluster, field.rng
+    field.say(f"{host.name} is killed and loses its journal")
+    cluster.kill(host)
+    del host.disks[f"/{host.name}/journal"]
+    await asyncio.sleep(rng.choice((0.05, 1.0, 4.0)) * (0.5 + rng.random()))
+    await cluster.start_node(host)
+    await asyncio.sleep(rng.uniform(0.5, 3.0))
+    field.whole(host)
+
+
 async def restart_all(field: Field) -> None:
     """Every node is stopped in order and started again, one after the other."""
     for host in list(field.cluster.nodes):
@@ -265,6 +285,22 @@ async def cut_peers(field: Field) -> None:
     field.say(f"{host.name} is cut off from {len(others)} hosts")
     with _Cut(cluster, _ways(host.address, others)[0]):
         await asyncio.sleep(rng.choice((0.5, 2.0, 10.0)) * (0.5 + rng.random()))
+    field.say(f"{host.name} is back")
+    await asyncio.sleep(2.0)
+    field.whole(host)
+
+
+async def isolate_node(field: Field) -> None:
+    """A node reaches the metadata and nobody else, for longer than anybody has patience."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster, rng = field.cluster, field.rng
+    others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
+    field.say(f"{host.name} is cut off from all but the metadata")
+    ways = [(host.address, o) for o in others] + [(o, host.address) for o in others]
+    with _Cut(cluster, ways):
+        await asyncio.sleep(rng.uniform(60.0, 90.0))
     field.say(f"{host.name} is back")
     await asyncio.sleep(2.0)
     field.whole(host)
@@ -364,6 +400,36 @@ async def crash_client(field: Field) -> None:
     if field.rng.random() < 0.5:
         driver.move(field.rng.choice(driver.hosts))
     await asyncio.sleep(field.rng.uniform(1.0, 5.0))
+
+
+TELLING = (
+    "flush asked for",
+    "flush acknowledged",
+    "flush beside another acknowledged",
+    "head recorded",
+)
+"""Moments at which a crash shows most."""
+
+
+async def crash_at_flush(field: Field) -> None:
+    """A client is killed at a telling moment: a flush, or the commit of a head."""
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    cluster, rng, process = field.cluster, field.rng, host.process
+    moment = rng.choice(TELLING)
+    pause = rng.choice((0.0, 0.0, 0.002, 0.01)) * rng.random()
+    driver.expendable.add(process.name)
+    await driver.wait_for(moment, 4.0)
+    if pause:
+        await asyncio.sleep(pause)
+    if host.process is process:
+        field.say(f"{process.name} is killed {pause * 1000:.1f} ms after: {moment}")
+        cluster.kill(host)
+    if rng.random() < 0.5:
+        driver.move(rng.choice(driver.hosts))
+    await asyncio.sleep(rng.uniform(1.0, 5.0))
 
 
 async def second_client(field: Field) -> None:
@@ -673,13 +739,16 @@ FAULTS: dict[str, Fault] = {
     "crash_node": crash_node,
     "lose_node": lose_node,
     "abandon_node": abandon_node,
+    "lose_journal": lose_journal,
     "restart_all": restart_all,
     "cut_client": cut_client,
     "cut_peers": cut_peers,
+    "isolate_node": isolate_node,
     "cut_one_way": cut_one_way,
     "freeze_client": freeze_client,
     "freeze_node": freeze_node,
     "crash_client": crash_client,
+    "crash_at_flush": crash_at_flush,
     "second_client": second_client,
     "metadata_out": metadata_out,
     "metadata_away": metadata_away,
@@ -703,3 +772,6 @@ DAMAGING = {"rot", "disk_errors"}
 
 OVERLAPPING = {"crash_node", "cut_peers", "cut_one_way", "freeze_node", "slow_disk", "disk_errors"}
 """Those of which one may begin before the last has ended: each takes a node that is not broken."""
+
+COPIES_LOST = {"lose_node", "rot", "disk_errors"}
+"""Those after which a copy that was durable may be so no more."""

@@ -227,6 +227,7 @@ class Session:
     Attributes:
         epoch: number of the session, as the client has it.
         fenced: another client has opened the volume since.
+        flushing: flushes under way.
         found_after: by sector, what that client found, and all it might have found, in order.
     """
 
@@ -237,6 +238,7 @@ class Session:
         self.name = name
         self.epoch = epoch
         self.fenced = False
+        self.flushing = 0
         self.found_after: dict[int, tuple[int, list[int]]] = {}
 
     def verify(self, offset: int, data: bytes) -> None:

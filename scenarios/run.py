@@ -17,7 +17,15 @@ import pykka
 
 from torus_actors.scenarios.checks import Checker, Excess
 from torus_actors.scenarios.cluster import Cluster, Host
-from torus_actors.scenarios.faults import DAMAGING, FAULTS, OVERLAPPING, Field, restart_if_failed
+from torus_actors.scenarios.faults import (
+    COPIES_LOST,
+    DAMAGING,
+    FAULTS,
+    OVERLAPPING,
+    Field,
+    restart_if_failed,
+)
+from torus_actors.scenarios.mutation import Mutant, put_in
 from torus_actors.scenarios.oracle import VolumeOracle
 from torus_actors.scenarios.simloop import SimLoop, Stuck, current_process
 from torus_actors.scenarios.spec import KNOBS, Drawn, Scenario, draw
@@ -63,18 +71,43 @@ class Result:
     counts: dict[str, int] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     drawn: Drawn | None = None
+    mutant: str = ""
 
     @property
     def replay(self) -> str:
         """The command that does it again."""
-        return f"python -m torus_actors.scenarios run {self.scenario} --seed {self.seed}"
+        mutant = f" --mutant {self.mutant}" if self.mutant else ""
+        return f"python -m torus_actors.scenarios run {self.scenario} --seed {self.seed}{mutant}"
 
 
 def run(
-    scenario: Scenario, seed: int, trace_file: TextIO | None = None, drawn: Drawn | None = None
+    scenario: Scenario,
+    seed: int,
+    trace_file: TextIO | None = None,
+    drawn: Drawn | None = None,
+    *,
+    mutant: Mutant | None = None,
+    one_failure: bool = False,
 ) -> Result:
-    """Run a scenario with a seed, in virtual time; as the seed says, or as ``drawn`` does."""
-    drawn = drawn or draw(scenario, seed)
+    """Run a scenario with a seed, in virtual time.
+
+    Args:
+        scenario: what happens.
+        seed: decides everything random.
+        trace_file: gets every event.
+        drawn: instead of what the seed makes of the scenario.
+        mutant: a bug that the production code has meanwhile.
+        one_failure: stop at the first.
+    """
+    with put_in(mutant):
+        result = _run(scenario, seed, trace_file, drawn or draw(scenario, seed), one_failure)
+    result.mutant = mutant.name if mutant is not None else ""
+    return result
+
+
+def _run(
+    scenario: Scenario, seed: int, trace_file: TextIO | None, drawn: Drawn, one_failure: bool
+) -> Result:
     result = Result(scenario.name, seed, drawn=drawn)
     trace = Trace(trace_file)
     loop = SimLoop()
@@ -82,7 +115,7 @@ def run(
     play = _Play(loop, scenario, seed, drawn, trace, result)
     with _knobs({**KNOBS, **scenario.knobs}), _logs_into(play.cluster), _own_actors():
         try:
-            loop.run_until_complete(play.all())
+            loop.run_until_complete(play.until_failure() if one_failure else play.all())
         except Stuck as error:
             play.cluster.fail(str(error))
         finally:
@@ -118,7 +151,10 @@ class _Play:
         self.result = result
         self.cluster = cluster = Cluster(loop, seed, drawn.shape, trace)
         self.checker = Checker(cluster)
-        self.checker.nothing_broken = not scenario.faults
+        if scenario.full_copies:
+            self.checker.copies_min = drawn.shape.replication
+        if not COPIES_LOST & set(scenario.faults):
+            self.checker.copies_left_min = drawn.shape.replication
         self.oracles = [
             VolumeOracle(number, size, cluster.fail)
             for number, size in enumerate(drawn.shape.volume_bytes)
@@ -137,13 +173,26 @@ class _Play:
             for oracle in self.oracles
         ]
         self.field = Field(
-            cluster, self.checker, self.drivers, cluster.rng("faults"), drawn.broken_max
+            cluster,
+            self.checker,
+            self.drivers,
+            cluster.rng("faults"),
+            drawn.broken_max,
+            scenario.one_victim,
         )
+
+    async def until_failure(self) -> None:
+        """The play as far as it goes well."""
+        playing = self.loop.create_task(self.all())
+        await asyncio.wait([playing, self.cluster.failed], return_when=asyncio.FIRST_COMPLETED)
+        if playing.done():
+            playing.result()
 
     async def all(self) -> None:
         """The whole play."""
         cluster, loop = self.cluster, self.loop
         await cluster.start()
+        self.checker.begin()
         work = [loop.create_task(driver.run()) for driver in self.drivers]
         await asyncio.sleep(self.scenario.calm_s)
         await self._faults()

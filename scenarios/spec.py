@@ -43,12 +43,16 @@ class Scenario:
         faults: by name, the mean seconds between two of a kind.
         nodes, replication, volumes, clients: how many.
         volume_bytes, store_bytes: sizes.
+        write_cache_bytes: one of these.
+        lease_ttl_s: of nodes and clients.
         duration_s: how long faults strike; virtual.
         calm_s: before the first fault.
         workload: what is done to each volume.
         errors_allowed: whether clients that no fault hit may see an operation fail.
         op_s_max: the liveness bound: how long an operation of a client that no fault hit may take.
         broken_max: nodes broken at a time; None is one fewer than there are copies.
+        one_victim: nodes break one at a time, and always the same one.
+        full_copies: whether each new head finds all copies of what it leads to on the disks.
         remove_after_s: after which nodes take one that is gone out of the ring.
         knobs: further constants to set, by dotted name.
     """
@@ -62,12 +66,16 @@ class Scenario:
     clients: Range = (1, 1)
     volume_bytes: Range = (256 << 10, 2 << 20)
     store_bytes: Range = (160 << 20, 160 << 20)
+    write_cache_bytes: tuple[int, ...] = (64 << 10, 256 << 10, 1 << 20)
+    lease_ttl_s: int = 6
     duration_s: Range = (15, 30)
     calm_s: float = 1.0
     workload: Workload = field(default_factory=Workload)
     errors_allowed: bool = False
     op_s_max: float = OP_S_MAX
     broken_max: int | None = None
+    one_victim: bool = False
+    full_copies: bool = False
     remove_after_s: Range = (REMOVE_AFTER_S, REMOVE_AFTER_S)
     knobs: dict[str, Any] = field(default_factory=dict)
 
@@ -127,10 +135,11 @@ def draw(scenario: Scenario, seed: int) -> Drawn:
         block_size=block_size,
         store_bytes=count(scenario.store_bytes),
         volume_bytes=tuple(volumes),
-        write_cache_bytes=rng.choice((64 << 10, 256 << 10, 1 << 20)),
+        write_cache_bytes=rng.choice(scenario.write_cache_bytes),
         read_cache_bytes=rng.choice((0, 64 << 10, 1 << 20)),
         miss_percent=rng.choice((0, 20, 80)),
         remove_after_s=_own_rng(scenario, seed, "remove").uniform(*scenario.remove_after_s),
+        lease_ttl_s=scenario.lease_ttl_s,
     )
     load = scenario.workload
     workload = Workload(
@@ -154,10 +163,12 @@ _LIST = (
     Scenario(
         "calm",
         "With nothing wrong, what was written is read, and nothing is left over",
+        full_copies=True,
     ),
     Scenario(
         "overwrites",
         "Overwriting a volume again and again does not fill the cluster",
+        full_copies=True,
         store_bytes=(20 << 20, 24 << 20),
         knobs={"torus_actors.actors.block_store.INODE_ROOM_MIN": 8 << 20},
         volumes=(1, 1),
@@ -170,6 +181,14 @@ _LIST = (
         "node_crash",
         "A node that is killed or loses power costs no client an error, and no data",
         {"crash_node": (2, 8)},
+    ),
+    Scenario(
+        "one_bad_node",
+        "While one node comes and goes, the others take all the copies of what is flushed",
+        {"crash_node": (1, 4), "cut_peers": (4, 12), "freeze_node": (5, 15), "disk_full": (4, 12)},
+        broken_max=1,
+        one_victim=True,
+        full_copies=True,
     ),
     Scenario(
         "many_crashes",
@@ -315,12 +334,71 @@ _LIST = (
         duration_s=(30, 50),
     ),
     Scenario(
+        "handover",
+        "What a client that is cut off gets acknowledged is what the next one finds",
+        {"cut_client": (2, 5), "slow_network": (1, 4)},
+        clients=(2, 3),
+        errors_allowed=True,
+        lease_ttl_s=2,
+        workload=Workload(flush=6.0, whole_blocks=0.1, pause_s=0.05),
+        duration_s=(25, 40),
+    ),
+    Scenario(
         "client_crash",
         "A client that is killed has lost nothing that it flushed",
-        {"crash_client": (3, 8)},
+        {"crash_client": (1.5, 4), "crash_at_flush": (3, 8)},
         clients=(1, 2),
+        lease_ttl_s=2,
+        workload=Workload(whole_blocks=0.5, hot_share=0.8),
         errors_allowed=True,
         duration_s=(25, 40),
+    ),
+    Scenario(
+        "journal_replay",
+        "What the journal says is not forgotten before a head says it, and is not said twice",
+        {
+            "crash_at_flush": (1, 4),
+            "crash_node": (4, 12),
+            "metadata_out": (6, 20),
+            "slow_network": (2, 8),
+        },
+        clients=(1, 2),
+        write_cache_bytes=(32 << 10, 64 << 10, 256 << 10),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, trim=0.6, whole_blocks=0.2, pause_s=0.1, hot_share=0.8),
+        errors_allowed=True,
+        duration_s=(25, 40),
+        op_s_max=OUTAGE_S_MAX,
+        knobs={"torus_actors.volume.session.COMMIT_AGE_S": 2.0},
+    ),
+    Scenario(
+        "journal_members",
+        "The journal is whole as long as one of its members is",
+        {"crash_at_flush": (2, 6), "crash_node": (2, 8), "lose_journal": (4, 12)},
+        clients=(1, 2),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, whole_blocks=0.1),
+        errors_allowed=True,
+        duration_s=(25, 40),
+    ),
+    Scenario(
+        "crashes_everywhere",
+        "However many nodes crash, and clients too, what was flushed is there",
+        {"crash_node": (0.5, 3), "crash_at_flush": (3, 8)},
+        clients=(1, 2),
+        lease_ttl_s=2,
+        workload=Workload(flush=2.0),
+        errors_allowed=True,
+        broken_max=9,
+        duration_s=(25, 40),
+        op_s_max=OUTAGE_S_MAX,
+    ),
+    Scenario(
+        "isolated_node",
+        "A node that reaches the metadata and nothing else deletes nothing that is needed",
+        {"isolate_node": (2, 6), "collect_now": (2, 5)},
+        workload=Workload(pause_s=0.6),
+        duration_s=(90, 110),
     ),
     Scenario(
         "head_change_during_collection",

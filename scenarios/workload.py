@@ -21,6 +21,7 @@ from torus_actors.errors import (
     OutOfSpace,
     TorusError,
 )
+from torus_actors.metadata.kv import Operation, Put
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.oracle import SECTOR, Session, VolumeOracle
 
@@ -138,6 +139,8 @@ class Driver:
         self._rng = rng
         self._busy: list[tuple[int, int]] = []
         self._moved = asyncio.Event()
+        self._moments: dict[str, asyncio.Future[None]] = {}
+        cluster.store.watchers.append(self._on_change)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """The last session's task of each client process."""
 
@@ -165,10 +168,25 @@ class Driver:
                 self.cluster.fail(f"workload of {self.name} broke: {task.exception()!r}")
                 return
 
+    def _on_change(self, operation: Operation) -> None:
+        if isinstance(operation, Put) and "/heads/" in operation.key:
+            self.note("head recorded")
+
     def move(self, host: Host) -> None:
         """Open the volume on another host, whatever becomes of the session there is."""
         self.host = host
         self._moved.set()
+
+    async def wait_for(self, moment: str, timeout_s: float) -> None:
+        """Wait until something has happened to the volume, but not for too long."""
+        came = self._moments[moment] = self.cluster.loop.create_future()
+        await asyncio.wait([came], timeout=timeout_s)
+
+    def note(self, moment: str) -> None:
+        """It has happened."""
+        waiter = self._moments.pop(moment, None)
+        if waiter is not None:
+            waiter.set_result(None)
 
     async def _ensure_client(self, host: Host) -> bool:
         if host.up:
@@ -337,13 +355,21 @@ class Driver:
     async def _flush(self, volume: Any, session: Session, who: str) -> bool:
         flush = session.begin_flush()
         began = self.cluster.loop.time()
+        self.note("flush asked for")
+        beside_another = bool(session.flushing)
+        session.flushing += 1
         try:
             await volume.flush.remote(timeout_s=OP_S_MAX)
         except TorusError as error:
             return self._failed("flush", error, who, session, began)
+        finally:
+            session.flushing -= 1
         session.flush_done(flush)
         self.flushes += 1
         self._took(began, "flush", who, session)
+        self.note("flush acknowledged")
+        if beside_another:
+            self.note("flush beside another acknowledged")
         return True
 
     def _took(self, began: float, what: str, who: str, session: Session) -> None:

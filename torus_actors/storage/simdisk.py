@@ -417,6 +417,15 @@ class SimDisk(Disk):
         after._pending_names = self._pending_names
         return after
 
+    def durable(self, path: str, offset: int, length: int) -> bytes:
+        """What would be read there after a power cut that no unsynced change survived."""
+        inode = self._durable_names.get(path)
+        if inode is None:
+            return b""
+        first, last = offset // PAGE, -(-(offset + length) // PAGE)
+        pages = b"".join([inode.durable.get(n, _ZERO_PAGE) for n in range(first, last)])
+        return pages[offset - first * PAGE :][:length]
+
     def memory_bytes(self) -> int:
         """Bytes of file content held, durable and cached."""
         return sum(

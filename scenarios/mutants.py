@@ -1,0 +1,416 @@
+"""The table of mutants: bugs that the simulator has to find, each of a rule that keeps data safe.
+
+To add one: a name, the rule, the piece of code that keeps it and what the bug makes of it, and the
+scenarios to hunt it in. One that survives shows where the simulator looks too little: then a
+scenario, a fault or the oracle is to be strengthened, not the mutant.
+"""
+
+from __future__ import annotations
+
+from torus_actors.scenarios.mutation import Edit, Mutant
+
+
+def _mutant(name: str, breaks: str, *edits: Edit, hunted_in: tuple[str, ...]) -> Mutant:
+    return Mutant(name, breaks, edits, hunted_in)
+
+
+_STORE = (
+    _mutant(
+        "flush_without_fdatasync",
+        "A flush of the block store reaches the disk, not only the page cache",
+        Edit("storage.mfile:MFileBatch._sync", "file.fdatasync()", "pass"),
+        hunted_in=("calm",),
+    ),
+    _mutant(
+        "index_before_data",
+        "An index entry is written only after the sync that covers its data",
+        Edit(
+            "storage.mfile:MFileBatch.write",
+            "    if self.puts:\n        self.sync_data()\n    self.write_index()\n",
+            "    self.write_index()\n    self.sync_index()\n    if self.puts:\n"
+            "        self.sync_data()\n",
+        ),
+        hunted_in=("one_bad_node",),
+    ),
+    _mutant(
+        "refused_put_acknowledged",
+        "A put that the disk refused is not acknowledged",
+        Edit(
+            "actors.block_store:OpenStores._put",
+            "    except BaseException:\n        store.abandon(ticket)\n        raise\n",
+            "    except BaseException:\n        store.abandon(ticket)\n        return\n",
+        ),
+        hunted_in=("one_bad_node",),
+    ),
+    _mutant(
+        "incarnation_not_checked",
+        "A flush counts only if the very run of the store confirms it that took the blocks",
+        Edit(
+            "volume.commit:Committer.make_durable",
+            "confirmed.get(peer) == incarnation",
+            "peer in confirmed",
+        ),
+        hunted_in=("node_crash", "many_crashes"),
+    ),
+)
+
+_RING = (
+    _mutant(
+        "one_copy",
+        "A write at level all is acknowledged when all its copies are taken",
+        Edit(
+            "actors.replicator:Replicator.put_block",
+            "payload, candidates, copies)",
+            "payload, candidates, 1)",
+        ),
+        hunted_in=("calm",),
+    ),
+    _mutant(
+        "no_hand_off",
+        "A copy that its peer did not take is given to the next one",
+        Edit(
+            "actors.replicator:Replicator._put_copies",
+            "len(placed) + len(in_air) < copies",
+            "len(placed) + len(in_air) + len(failures) < copies",
+        ),
+        hunted_in=("one_bad_node",),
+    ),
+    _mutant(
+        "checksums_not_verified",
+        "Data that was read is compared with the checksum that the map has of it",
+        Edit(
+            "actors.replicator:Replicator._deliver",
+            "verify_range(sums, read.root, read.offset, data)",
+            "pass",
+        ),
+        hunted_in=("bit_rot",),
+    ),
+    _mutant(
+        "presence_is_enough",
+        "The rebalancer drops its copy only after the owners have read and synced theirs",
+        Edit("actors.rebalancer:Rebalancer._drop", "deep=True, durable=True", "deep=False"),
+        hunted_in=("ring_change", "replication_change"),
+    ),
+)
+
+_COLLECTOR = (
+    _mutant(
+        "uncommitted_is_garbage",
+        "What an open session has not committed yet is not garbage",
+        Edit(
+            "actors.collector:Collector._pass",
+            "ref.inode >= oldest_open.get(volume, 0)",
+            "volume not in oldest_open",
+        ),
+        hunted_in=("long_session", "head_change_during_collection"),
+    ),
+    _mutant(
+        "collector_goes_on",
+        "An error while the collector reads a tree ends the pass with nothing deleted",
+        Edit(
+            "actors.collector:Collector._reachable",
+            "for page in batch])\n",
+            "for page in batch], return_exceptions=True)\n"
+            "        fetched = [page for page in fetched if isinstance(page, _Page)]\n",
+        ),
+        hunted_in=("isolated_node",),
+    ),
+    _mutant(
+        "no_second_pass",
+        "A block is deleted only when two passes, a grace apart, find it dead",
+        Edit(
+            "actors.collector:Collector._pass",
+            "[ref for ref in dead if ref in self._suspects]",
+            "dead",
+        ),
+        hunted_in=("long_session", "overwrites", "head_change_during_collection"),
+    ),
+)
+
+_COMMIT = (
+    _mutant(
+        "head_before_data",
+        "A head is recorded only when all that it leads to is durable",
+        Edit(
+            "volume.commit:Committer._commit_map",
+            "await self.make_durable(covered)",
+            "self._system.loop.create_task(self.make_durable(covered))",
+        ),
+        hunted_in=("calm",),
+    ),
+    _mutant(
+        "commit_beside_puts",
+        "No block enters the map under a number that a commit has ended",
+        Edit(
+            "volume.commit:Committer._commit_map",
+            "async with file.no_puts():",
+            "if True:",
+        ),
+        hunted_in=("head_change_during_collection", "long_session", "overwrites"),
+    ),
+    _mutant(
+        "discards_what_a_head_names",
+        "A block is discarded when it is overwritten only if no head can name it",
+        Edit("volume.commit:Committer._commit_map", "file.fresh.clear()", "pass"),
+        hunted_in=("overwrites", "calm"),
+    ),
+    _mutant(
+        "head_without_epoch",
+        "A head is recorded only while the session's epoch is the newest",
+        Edit(
+            "metadata.sessions:SessionOperations._commit",
+            "    self._in_session(volume_id, epoch),\n"
+            "        Compare(key, mod_revision=expected_revision),\n",
+            "",
+        ),
+        hunted_in=("two_clients", "zombie_client", "partition_client"),
+    ),
+    _mutant(
+        "inode_numbers_again",
+        "INode numbers come from the metadata, so that no two sessions have the same",
+        Edit(
+            "volume.opening:open_session",
+            "first = await meta.mint_inode(record.id, MINTED)",
+            "old, _ = await meta.head(record.id)\n"
+            "            first = 1 if old is None else old.inode",
+        ),
+        hunted_in=("client_crash", "head_change_during_collection"),
+    ),
+)
+
+_SESSIONS = (
+    _mutant(
+        "no_fence_on_open",
+        "Opening a volume fences the journal of the session before",
+        Edit("volume.journal:recover", "epoch or journal.epoch,", "journal.epoch,"),
+        hunted_in=("handover",),
+    ),
+    _mutant(
+        "zombie_renews_its_lock",
+        "A lock that its lease took along is taken back only by the newest session",
+        Edit(
+            "metadata.sessions:SessionOperations.renew_lock",
+            "await self._check_epoch(volume_id, epoch)",
+            "pass",
+        ),
+        Edit(
+            "metadata.sessions:SessionOperations.renew_lock",
+            "[self._in_session(volume_id, epoch), Compare(key, mod_revision=revision)]",
+            "[Compare(key, mod_revision=revision)]",
+        ),
+        hunted_in=("zombie_client", "partition_client"),
+    ),
+)
+
+_JOURNAL = (
+    _mutant(
+        "journal_without_fdatasync",
+        "A journal record is acknowledged only after the sync that covers it",
+        Edit("storage.journal_steps:Commit.sync", "self.segment.file.fdatasync()", "pass"),
+        hunted_in=("torn_write", "many_crashes"),
+    ),
+    _mutant(
+        "acknowledged_by_one_member",
+        "A flush is acknowledged by the journal when every member has the record",
+        Edit(
+            "volume.journal:_Append._answered",
+            "if self._failure is None:",
+            "if not isinstance(self._failure, Fenced):",
+        ),
+        hunted_in=("journal_members",),
+    ),
+    _mutant(
+        "cut_before_head",
+        "The journal is cut only after the head that covers it is recorded",
+        Edit(
+            "volume.session:Session._commit",
+            "    try:\n        await self.committer.commit()\n",
+            "    if journal.active:\n        journal.cut(self._covering_seq)\n"
+            "    try:\n        await self.committer.commit()\n",
+        ),
+        hunted_in=("journal_replay",),
+    ),
+    _mutant(
+        "head_covers_too_much",
+        "A head says that it covers only the records that were cut before its commit began",
+        Edit(
+            "volume.session:Session._record_head",
+            "self._covering_seq if self.committer.complete else self._covered_seq",
+            "self.log.seq",
+        ),
+        hunted_in=("journal_replay",),
+    ),
+    _mutant(
+        "ensemble_not_recorded",
+        "A new ensemble is in the metadata before it acknowledges anything",
+        Edit(
+            "volume.journal:SessionJournal.form",
+            "        self._revision = await self._meta.set_journal(\n"
+            "            self._volume_id, self._epoch, self._revision, record\n"
+            "        )\n",
+            "        if not self._members:\n"
+            "            self._revision = await self._meta.set_journal(\n"
+            "                self._volume_id, self._epoch, self._revision, record\n"
+            "            )\n",
+        ),
+        hunted_in=("journal_members",),
+    ),
+    _mutant(
+        "lost_journal_is_empty",
+        "A member that has lost its journal is not one that has no records",
+        Edit(
+            "volume.journal:recover",
+            "if lost or identities.get(member) != identity:",
+            "if lost:",
+        ),
+        Edit(
+            "volume.journal:SessionJournal.accepts",
+            "self._identities[member] == identity",
+            "True",
+        ),
+        hunted_in=("journal_members",),
+    ),
+    _mutant(
+        "last_record_not_replayed",
+        "Opening a volume replays its journal to the last record",
+        Edit(
+            "volume.journal:_read_tail",
+            "replay.add(seq, payload[at : at + length])",
+            "if seq < last:\n                replay.add(seq, payload[at : at + length])",
+        ),
+        hunted_in=("client_crash", "journal_replay"),
+    ),
+    _mutant(
+        "old_journal_replayed",
+        "A journal of a session that a newer one's head covers is not replayed",
+        Edit("volume.journal:is_unreplayed", " and journal.epoch >= head_epoch", ""),
+        hunted_in=("crashes_everywhere", "journal_replay"),
+    ),
+    _mutant(
+        "replay_forgets_later_writes",
+        "A replayed block hides only what was written before its content was fixed",
+        Edit(
+            "volume.change_log:Replay.add",
+            "[each for each in self._extents.get(index, ()) if each[0] > after]",
+            "[]",
+        ),
+        hunted_in=("journal_replay",),
+    ),
+    _mutant(
+        "trim_not_recorded",
+        "What was trimmed is in the journal as well",
+        Edit(
+            "volume.write_back:WriteBack.zero",
+            "self.log.wrote(index, offset, None, length)",
+            "pass",
+        ),
+        hunted_in=("journal_replay",),
+    ),
+    _mutant(
+        "flush_joins_one_under_way",
+        "A flush covers all that was acknowledged before it, also where one is under way",
+        *[
+            Edit(
+                f"volume.flushing:Flusher.{method}",
+                "flushed, self._under_way = self._under_way, []",
+                "flushed = self._under_way + self._waiting\n"
+                + indent * " "
+                + "self._under_way, self._waiting = [], []",
+            )
+            for method, indent in (("_end", 4), ("_appended", 8))
+        ],
+        hunted_in=("journal_replay",),
+    ),
+)
+
+_SNAPSHOTS = (
+    _mutant(
+        "snapshot_of_the_last_head",
+        "A snapshot of a volume in use has all that was written before it was asked for",
+        Edit(
+            "volume.keeper:Keeper._commit_one_moment",
+            "await self._commit()\n    file, committer",
+            "return\n    file, committer",
+        ),
+        hunted_in=("snapshots",),
+    ),
+    _mutant(
+        "snapshot_without_the_journal",
+        "A snapshot of a volume that was not closed in order has what its journal has",
+        Edit(
+            "volume.snapshots:take_snapshot",
+            "if is_unreplayed(journal, head):",
+            "if False:",
+        ),
+        hunted_in=("snapshots",),
+    ),
+    _mutant(
+        "collector_forgets_snapshots",
+        "What a snapshot leads to is not garbage",
+        Edit(
+            "actors.collector:Collector._read_metadata",
+            "heads += [Head.decode(each.head) for each in state.snapshots if each.head]\n",
+            "\n",
+        ),
+        hunted_in=("snapshots",),
+    ),
+    _mutant(
+        "hasty_evictor",
+        "A member leaves the ring only after it was gone for the whole time that is set",
+        Edit("actors.evictor:Evictor._due", ">= self._remove_after_s", ">= 0"),
+        hunted_in=("node_abandoned", "node_crash"),
+    ),
+)
+
+_CACHE = (
+    _mutant(
+        "writes_into_a_frozen_layer",
+        "A layer that is being put on the ring takes no more writes",
+        Edit(
+            "volume.write_back:WriteBack.write",
+            "layer = self.dirty.get(index)",
+            "layer = self.dirty.get(index) or self.frozen.get(index)",
+        ),
+        hunted_in=("calm", "overwrites"),
+    ),
+    _mutant(
+        "failed_put_hides_newer_writes",
+        "When a put fails, its data comes back below what was written since",
+        Edit(
+            "volume.write_back:WriteBack.thaw",
+            "layer.merge_from(newer)",
+            "newer.merge_from(layer)\n        layer = newer",
+        ),
+        hunted_in=("disk_full",),
+    ),
+    _mutant(
+        "failed_put_forgotten",
+        "What could not be put on the ring stays in the cache",
+        Edit(
+            "volume.file:File._put_failed",
+            "self.layers.thaw(index)",
+            "self.layers.drop(index, index + 1)",
+        ),
+        hunted_in=("many_crashes", "disk_full"),
+    ),
+    _mutant(
+        "unsynced_forgotten",
+        "Whatever the map names, a flush makes durable",
+        Edit("volume.file:File._settle", "self.unsynced[ref] = stored", "pass"),
+        hunted_in=("calm",),
+    ),
+)
+
+MUTANTS: dict[str, Mutant] = {
+    mutant.name: mutant
+    for mutant in (
+        *_STORE,
+        *_RING,
+        *_COLLECTOR,
+        *_COMMIT,
+        *_SESSIONS,
+        *_JOURNAL,
+        *_SNAPSHOTS,
+        *_CACHE,
+    )
+}
