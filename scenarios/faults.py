@@ -420,7 +420,7 @@ async def crash_at_flush(field: Field) -> None:
     cluster, rng, process = field.cluster, field.rng, host.process
     moment = rng.choice(TELLING)
     pause = rng.choice((0.0, 0.0, 0.002, 0.01)) * rng.random()
-    driver.expendable.add(process.name)
+    cluster.expendable.add(process.name)
     await driver.wait_for(moment, 4.0)
     if pause:
         await asyncio.sleep(pause)
