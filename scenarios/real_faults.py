@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -99,6 +100,21 @@ async def crash_node(field: RealField) -> None:
     field.cluster.kill(host)
     await asyncio.sleep(field.rng.choice((0.05, 1.0, 4.0, 12.0)) * (0.5 + field.rng.random()))
     await field.cluster.boot_node(host)
+    await asyncio.sleep(field.rng.uniform(0.5, 3.0))
+    field.whole(host)
+
+
+async def lose_journal(field: RealField) -> None:
+    """A node dies, and comes back with its blocks, but with an empty journal."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster = field.cluster
+    field.say(f"{host.boot} is killed and loses its journal")
+    cluster.kill(host)
+    shutil.rmtree(cluster.data_dir(host.index) / "journal")
+    await asyncio.sleep(field.rng.choice((0.05, 1.0, 4.0)) * (0.5 + field.rng.random()))
+    await cluster.boot_node(host)
     await asyncio.sleep(field.rng.uniform(0.5, 3.0))
     field.whole(host)
 
@@ -499,6 +515,8 @@ REAL_FAULTS: dict[str, RealFault] = {
     "freeze_client": freeze_client,
     "freeze_node": freeze_node,
     "crash_client": crash_client,
+    "crash_at_flush": crash_client,  # at any moment: none is known here
+    "lose_journal": lose_journal,
     "second_client": second_client,
     "metadata_out": metadata_out,
     "metadata_away": metadata_away,
@@ -524,5 +542,6 @@ NOT_REAL = {
     "slow_network": "not every kernel can delay packets (netem)",
     "take_snapshots": "what they hold is compared inside the simulator only",
     "collect_now": "there is no command that starts a collection",
+    "isolate_node": "a cut here is between a host and the others, the metadata with them",
 }
 """Faults without a real form, and why."""
