@@ -1,9 +1,7 @@
 """Writes that are durable when they end, started and ended on the event loop without a thread.
 
-Handing a small write to a thread and its end back costs more than the disk takes for it: two wakes,
-and a wait for the interpreter's lock on either side. Linux can do without: an asynchronous write
-past the page cache (O_DIRECT) to a file opened with O_DSYNC ends when the disk has it for good,
-and says so by an eventfd.
+An asynchronous write (see ``aio``) to a file opened with O_DSYNC has ended when the disk has it for
+good.
 
 Only for writes of whole pages into space that was written before: those wait for nothing when they
 are started. Where the system, the file system or the machine cannot do it, nothing is started, and
@@ -12,19 +10,16 @@ the caller has to write in a thread as ever.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
-import mmap
 import os
-import platform
-import struct
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torus_actors.model.buffers import aligned
 from torus_actors.model.checksums import PAGE_SIZE, Buffer
+from torus_actors.storage.aio import WRITE, AioQueue, Transfer
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +31,6 @@ SLOW_STARTS_MAX = 3
 """If starting a write takes so long, so often in a row, it is done while it is started: the file
 system does not write in the background, and the loop would wait for the disk."""
 
-_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
-"""Numbers of io_setup, io_destroy, io_getevents and io_submit."""
-
-_IOCB = struct.Struct("<QIiHhIQQqQII")
-_EVENT = struct.Struct("<QQqq")
-_PWRITE = 1
-_NOTIFY = 1
-"""A flag of a control block: tell the eventfd."""
-
 _NOT_STARTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN)
 """Of a write that ended like this nothing was done: it was not to the file system's liking."""
 
@@ -54,28 +40,17 @@ Ended = Callable[[OSError | None], None]
 class DirectWriter:
     """Writes to the files of one directory, one at a time; on the loop's thread.
 
-    Attributes:
-        notify_fd: readable when a write has ended; then call ``reap``.
+    Args:
+        folder: the directory.
+
+    Raises:
+        OSError: this machine cannot do it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        calls = _CALLS.get(platform.machine())
-        if calls is None or sys.byteorder != "little" or not hasattr(os, "O_DIRECT"):
-            raise OSError(errno.ENOSYS, "no asynchronous writes on this machine")
-        self._setup, self._destroy, self._getevents, self._submit = calls
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._context = ctypes.c_uint64(0)
-        if self._libc.syscall(self._setup, 8, ctypes.byref(self._context)) < 0:
-            raise OSError(ctypes.get_errno(), "io_setup")
-        self.notify_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        # Anonymous memory begins at a page, as O_DIRECT wants it.
-        self._memory = mmap.mmap(-1, WRITE_BYTES_MAX)
-        self._view = memoryview(self._memory)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._block = ctypes.create_string_buffer(_IOCB.size)
-        self._blocks = (ctypes.c_void_p * 1)(ctypes.addressof(self._block))
-        self._event = ctypes.create_string_buffer(_EVENT.size)
+        self._queue = AioQueue(1)
+        self._memory = aligned(WRITE_BYTES_MAX)
         self._files: dict[str, int] = {}
         self._length = 0
         self._ended: Ended | None = None
@@ -109,18 +84,14 @@ class DirectWriter:
             except OSError as error:
                 self._give_up(error)
                 return False
+        memory = self._memory[:length]
         at = 0
-        view = self._view
         for buffer in buffers:
-            view[at : at + len(buffer)] = buffer
+            memory[at : at + len(buffer)] = buffer
             at += len(buffer)
-        _IOCB.pack_into(
-            self._block, 0,
-            0, 0, 0, _PWRITE, 0, file, self._address, length, offset, 0, _NOTIFY, self.notify_fd,
-        )  # fmt: skip
         began = time.monotonic()
-        if self._libc.syscall(self._submit, self._context, ctypes.c_long(1), self._blocks) != 1:
-            self._give_up(OSError(ctypes.get_errno(), "io_submit"))
+        if not self._queue.start([Transfer(WRITE, file, memory, offset, self._done)]):
+            self._give_up(OSError(errno.EAGAIN, "a write could not be started"))
             return False
         self._ended, self._length = ended, length
         self._slow = self._slow + 1 if time.monotonic() - began > SLOW_START_S else 0
@@ -132,20 +103,18 @@ class DirectWriter:
         self._works = False
         log.info("%s: no asynchronous writes: %s", self._folder, error)
 
+    @property
+    def notify_fd(self) -> int:
+        """Readable when a write has ended; then call ``reap``."""
+        return self._queue.notify_fd
+
     def reap(self) -> None:
         """Take note of the write that has ended, if it has."""
-        try:
-            os.eventfd_read(self.notify_fd)
-        except BlockingIOError:
-            return
-        got = self._libc.syscall(
-            self._getevents, self._context, ctypes.c_long(0), ctypes.c_long(1), self._event, None
-        )
-        ended = self._ended
-        if got != 1 or ended is None:
-            return
-        self._ended = None
-        _, _, result, _ = _EVENT.unpack(self._event.raw)
+        self._queue.reap()
+
+    def _done(self, result: int) -> None:
+        ended, self._ended = self._ended, None
+        assert ended is not None
         if result == self._length:
             ended(None)
         elif result >= 0 or -result in _NOT_STARTED:
@@ -163,11 +132,7 @@ class DirectWriter:
     def close(self) -> None:
         """Close the files; waits for the write that is under way."""
         self._works = False
-        if self.notify_fd < 0:
-            return
-        self._libc.syscall(self._destroy, self._context)
+        self._queue.close()
         for file in self._files.values():
             os.close(file)
         self._files.clear()
-        os.close(self.notify_fd)
-        self.notify_fd = -1
