@@ -9,6 +9,7 @@ import pytest
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
 from tests.unit.test_volume_flush import reopened
 from torus_actors.nbd.protocol import Errno
+from torus_actors.storage.journal_format import segment_name
 from torus_actors.volume import heads, session
 
 BLOCK = 16 << 10
@@ -159,3 +160,34 @@ async def test_a_session_that_is_replaced_in_an_outage_gets_nothing_in() -> None
         await theirs.release()
         last = await (await cluster.client()).open("v")
         assert await last.read(0, 6) == b"THEIRS"
+
+
+@virtual
+async def test_the_longest_tail_is_replayed() -> None:
+    """The last record rots on one member, which then shows one less: the other's is taken.
+
+    A record that is damaged at the end of a journal cannot be told from one that was never whole.
+    """
+    for rotten in range(2):
+        async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+            device = await cluster.volume(SIZE)
+            for content in (b"one", b"two", b"six"):
+                await device.write(0, content)
+                await device.flush()
+            owner = device.client.session("v")
+            node = next(
+                n for n in cluster.nodes.values() if n.node_id == owner.journal._members[rotten]
+            )
+            assert node.journal is not None
+            store = node.journal.store
+            epoch, _, last, _ = store.fenced(owner.volume_id)
+            _, step = store.locate(owner.volume_id, epoch, last, 1)
+            _, _, record, segment = step.items[0]
+            node.disks[2].rot(segment_name(segment.index), record.offset)
+            store.release(step)
+            node.journal.close = lambda: None  # type: ignore[method-assign]
+            await node.restart()  # at once: an orderly end would write behind the record
+            assert node.journal is not None
+            assert node.journal.store.fenced(owner.volume_id).last == last - 1
+            again = await reopened(device)
+            assert await again.read(0, 3) == b"six"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -311,34 +311,35 @@ async def recover(
     journal, revision = await meta.journal(volume_id)
     if journal is None or not is_unreplayed(journal, head):
         return replay, revision
-    first, map_seq = 1, 0
-    if head is not None and head.epoch == journal.epoch:
-        first, map_seq = head.journal_seq + 1, head.map_seq
     identities: dict[str, int] = msgpack.unpackb(journal.extra) if journal.extra else {}
     end = system.loop.time() + RECOVER_PATIENCE_S
     backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
+    # A reader, of epoch 0, asks by the epoch that the members have promised already.
+    fence_epoch = epoch or journal.epoch
     failure: TorusError | None = None
     while True:
-        for member in journal.ensemble:
+        tails: dict[str, _Tail] = {}
+        fences = [
+            _fence(system, volume_id, each, fence_epoch, identities) for each in journal.ensemble
+        ]
+        answers = await asyncio.gather(*fences, return_exceptions=True)
+        for member, answer in zip(journal.ensemble, answers, strict=True):
+            if isinstance(answer, _Tail):
+                tails[member] = answer if answer.epoch == journal.epoch else NO_TAIL
+            elif isinstance(answer, TorusError) and not isinstance(answer, Fenced):
+                failure = answer
+                log.warning("journal on peer %s: %s", member[:8], answer)
+            else:
+                raise answer
+        # The longest first: a record that is damaged at the end of one looks as if it had never
+        # been there.
+        for member in sorted(tails, key=lambda each: -tails[each].last):
             try:
-                # A reader, of epoch 0, asks by the epoch that the member has promised already.
-                fence_epoch = epoch or journal.epoch
-                tail = await _fence(system, volume_id, member, fence_epoch, identities)
-                if tail.epoch == journal.epoch and tail.last >= first:
-                    begin = max(first, tail.first)
-                    replay = Replay(map_seq)
-                    home = system.actor("journal", node=member)
-                    await _read_tail(replay, home, volume_id, tail.epoch, begin, tail.last)
-                    # What was cut without the metadata's knowledge is in a head that follows.
-                    told = replay.head.journal_seq if replay.head is not None else first - 1
-                    if begin > told + 1:
-                        raise BlockUnavailable(f"peer {member[:8]} lacks records before {begin}")
-                    others = [
-                        _fence(system, volume_id, each, fence_epoch, identities)
-                        for each in journal.ensemble
-                        if each != member
-                    ]
-                    replay.certain = await _all_end_like(tail, others)
+                replay = await _replay(
+                    system, volume_id, member, journal.epoch, tails[member], head
+                )
+                ends = {tail.last for tail in tails.values()}
+                replay.certain = len(tails) == len(journal.ensemble) and len(ends) == 1
                 return replay, revision
             except Fenced:
                 raise
@@ -360,6 +361,9 @@ class _Tail(NamedTuple):
     last: int
 
 
+NO_TAIL = _Tail(0, 0, 0)
+
+
 async def _fence(
     system: ActorSystem, volume_id: int, member: str, epoch: int, identities: dict[str, int]
 ) -> _Tail:
@@ -372,18 +376,24 @@ async def _fence(
     return _Tail(newest, first, last)
 
 
-async def _all_end_like(tail: _Tail, others: list[Coroutine[Any, Any, _Tail]]) -> bool:
-    """Whether the others end where this one does; now that all are fenced, that is for good."""
-    answers = await asyncio.gather(*others, return_exceptions=True)
-    for answer in answers:
-        if isinstance(answer, Fenced) or (
-            isinstance(answer, BaseException) and not isinstance(answer, TorusError)
-        ):
-            raise answer
-    return all(
-        isinstance(answer, _Tail) and (answer.epoch, answer.last) == (tail.epoch, tail.last)
-        for answer in answers
-    )
+async def _replay(
+    system: ActorSystem, volume_id: int, member: str, epoch: int, tail: _Tail, head: Head | None
+) -> Replay:
+    """Read what a member has and the head does not cover."""
+    first, map_seq = 1, 0
+    if head is not None and head.epoch == epoch:
+        first, map_seq = head.journal_seq + 1, head.map_seq
+    replay = Replay(map_seq)
+    if tail.last < first:
+        return replay
+    begin = max(first, tail.first)
+    home = system.actor("journal", node=member)
+    await _read_tail(replay, home, volume_id, epoch, begin, tail.last)
+    # What was cut without the metadata's knowledge is in a head that follows.
+    told = replay.head.journal_seq if replay.head is not None else first - 1
+    if begin > told + 1:
+        raise BlockUnavailable(f"peer {member[:8]} lacks records before {begin}")
+    return replay
 
 
 async def _read_tail(
