@@ -62,6 +62,7 @@ class Field:
         self.broken: dict[str, Host] = {}
         self.counts: dict[str, int] = {}
         self.rotten: Host | None = None
+        self.records_rotted = False
         self.snapshots = Snapshots(cluster)
         self.only = rng.choice(cluster.nodes) if one_victim else None
         self._changing = asyncio.Lock()
@@ -96,6 +97,28 @@ class Field:
             if not await self.checker.lacking(deep):
                 return True
         return False
+
+    async def whole_again(self) -> bool:
+        """Wait until nodes may be lost for good; whether they may.
+
+        All copies must be there, and right if some rot. So must those of the journals: a client
+        sees to that, and where none has come back since the last loss, the next is one too many;
+        likewise where a record has rotted, which nobody mends before it is cut.
+        """
+        if self.broken or not await self.settled(deep=self.rotten is not None):
+            return False
+        cluster = self.cluster
+        good = {host.node_id for host in cluster.nodes if host.up}
+        if self.rotten is not None and self.records_rotted:
+            good.discard(self.rotten.node_id)
+        for driver in self.drivers:
+            volume = await cluster.meta.volume(driver.name)
+            journal, _ = await cluster.meta.journal(volume.id)
+            if journal is not None:
+                left = sum(peer in good for peer in journal.ensemble)
+                if left < cluster.shape.replication:
+                    return False
+        return not self.broken
 
 
 async def crash_node(field: Field) -> None:
@@ -140,8 +163,7 @@ async def _cut_in_operation(host: Host, operations: int, kill: bool, wait_s: flo
 async def lose_node(field: Field) -> None:
     """Nodes are gone with their disks, up to all but one of a block's; others join instead."""
     async with field._changing:
-        # Not what rots either: a good copy may be in one place only.
-        if field.broken or not await field.settled(deep=field.rotten is not None):
+        if not await field.whole_again():
             return
         cluster, rng = field.cluster, field.rng
         ring = await cluster.ring()
@@ -154,7 +176,7 @@ async def lose_node(field: Field) -> None:
             cluster.power_off(host)
             host.disks.clear()
         if field.rotten in lost:
-            field.rotten = None
+            field.rotten, field.records_rotted = None, False
         await asyncio.sleep(rng.uniform(0.0, 8.0))
         for host in lost:
             field.say(f"{host.name} is taken out of the ring")
@@ -176,7 +198,7 @@ async def abandon_node(field: Field) -> None:
     """
     async with field._changing:
         cluster, rng = field.cluster, field.rng
-        if field.broken or not await field.settled(deep=field.rotten is not None):
+        if not await field.whole_again():
             return
         ring = await cluster.ring()
         if len(ring.members) <= max(cluster.shape.replication, 2):
@@ -518,6 +540,7 @@ async def rot(field: Field) -> None:
     found = _in_journal(host, rng) if area == "journal" else _in_store(host, area, rng)
     if found is not None:
         path, at, what = found
+        field.records_rotted |= area == "journal"
         field.say(f"a byte of {what} rots on {host.name}")
         host.disks[f"/{host.name}/{area}"].rot(path, at)
 
