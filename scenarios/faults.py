@@ -22,6 +22,7 @@ from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
 from torus_actors.scenarios.snapshots import Snapshots, take_snapshots
 from torus_actors.scenarios.workload import Driver
 from torus_actors.storage.index import DATA_OFFSET, Layout
+from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import NAME_PREFIX, segment_name
 from torus_actors.storage.mfile_open import DATA_PATH
 
@@ -537,7 +538,7 @@ async def rot(field: Field) -> None:
     if not host.up:
         return
     area = rng.choice(("blocks", "blocks", "inodes", "journal"))
-    found = _in_journal(host, rng) if area == "journal" else _in_store(host, area, rng)
+    found = await _in_journal(host, rng) if area == "journal" else _in_store(host, area, rng)
     if found is not None:
         path, at, what = found
         field.records_rotted |= area == "journal"
@@ -558,9 +559,13 @@ def _in_store(host: Host, area: str, rng: random.Random) -> tuple[str, int, str]
     return DATA_PATH, at, f"block {ref}"
 
 
-def _in_journal(host: Host, rng: random.Random) -> tuple[str, int, str] | None:
-    """File, place and name of a byte of a record that may still be needed."""
-    journal = host.tree.journal.store
+async def _in_journal(host: Host, rng: random.Random) -> tuple[str, int, str] | None:
+    """File, place and name of a byte of a record that may still be needed.
+
+    Not of the newest group of the journal: after a power cut, what rotted there looks like what was
+    torn, and what was torn was not acknowledged. So it waits until there is a newer one.
+    """
+    tree, journal = host.tree, host.tree.journal.store
     volumes = journal.volumes()
     if not volumes:
         return None
@@ -569,16 +574,34 @@ def _in_journal(host: Host, rng: random.Random) -> tuple[str, int, str] | None:
     if not epoch:
         return None
     seq = rng.randint(first, last)
+    place = _place(journal, volume, epoch, seq)
+    commits = journal.stats().commits
+    for _ in range(20):
+        await asyncio.sleep(0.1)
+        if not host.up or host.tree is not tree or place is None:
+            return None
+        if journal.stats().commits > commits:
+            break
+    else:
+        return None
+    if _place(journal, volume, epoch, seq) != place:
+        return None  # cut, or moved, meanwhile
+    segment, offset, length = place
+    at = offset + rng.randrange(max(length, 1))
+    return segment_name(segment), at, f"record {seq} of volume {volume}"
+
+
+def _place(journal: JournalStore, volume: int, epoch: int, seq: int) -> tuple[int, int, int] | None:
+    """Segment, offset and length of a record."""
     try:
         _, step = journal.locate(volume, epoch, seq, 1)
     except TorusError:
-        return None  # lost already
+        return None  # cut, or lost
     journal.release(step)
     if not step.items:
         return None
     _, _, stored, segment = step.items[0]
-    at = stored.offset + rng.randrange(max(stored.length, 1))
-    return segment_name(segment.index), at, f"record {seq} of volume {volume}"
+    return segment.index, stored.offset, stored.length
 
 
 AREAS = ("blocks", "inodes", "journal")
