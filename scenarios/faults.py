@@ -22,6 +22,7 @@ from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
 from torus_actors.scenarios.snapshots import Snapshots, take_snapshots
 from torus_actors.scenarios.workload import Driver
 from torus_actors.storage.index import DATA_OFFSET, Layout
+from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import NAME_PREFIX, segment_name
 from torus_actors.storage.mfile_open import DATA_PATH
 
@@ -62,6 +63,7 @@ class Field:
         self.broken: dict[str, Host] = {}
         self.counts: dict[str, int] = {}
         self.rotten: Host | None = None
+        self.records_rotted = False
         self.snapshots = Snapshots(cluster)
         self.only = rng.choice(cluster.nodes) if one_victim else None
         self._changing = asyncio.Lock()
@@ -96,6 +98,28 @@ class Field:
             if not await self.checker.lacking(deep):
                 return True
         return False
+
+    async def whole_again(self) -> bool:
+        """Wait until nodes may be lost for good; whether they may.
+
+        All copies must be there, and right if some rot. So must those of the journals: a client
+        sees to that, and where none has come back since the last loss, the next is one too many;
+        likewise where a record has rotted, which nobody mends before it is cut.
+        """
+        if self.broken or not await self.settled(deep=self.rotten is not None):
+            return False
+        cluster = self.cluster
+        good = {host.node_id for host in cluster.nodes if host.up}
+        if self.rotten is not None and self.records_rotted:
+            good.discard(self.rotten.node_id)
+        for driver in self.drivers:
+            volume = await cluster.meta.volume(driver.name)
+            journal, _ = await cluster.meta.journal(volume.id)
+            if journal is not None:
+                left = sum(peer in good for peer in journal.ensemble)
+                if left < cluster.shape.replication:
+                    return False
+        return not self.broken
 
 
 async def crash_node(field: Field) -> None:
@@ -140,8 +164,7 @@ async def _cut_in_operation(host: Host, operations: int, kill: bool, wait_s: flo
 async def lose_node(field: Field) -> None:
     """Nodes are gone with their disks, up to all but one of a block's; others join instead."""
     async with field._changing:
-        # Not what rots either: a good copy may be in one place only.
-        if field.broken or not await field.settled(deep=field.rotten is not None):
+        if not await field.whole_again():
             return
         cluster, rng = field.cluster, field.rng
         ring = await cluster.ring()
@@ -154,7 +177,7 @@ async def lose_node(field: Field) -> None:
             cluster.power_off(host)
             host.disks.clear()
         if field.rotten in lost:
-            field.rotten = None
+            field.rotten, field.records_rotted = None, False
         await asyncio.sleep(rng.uniform(0.0, 8.0))
         for host in lost:
             field.say(f"{host.name} is taken out of the ring")
@@ -176,7 +199,7 @@ async def abandon_node(field: Field) -> None:
     """
     async with field._changing:
         cluster, rng = field.cluster, field.rng
-        if field.broken or not await field.settled(deep=field.rotten is not None):
+        if not await field.whole_again():
             return
         ring = await cluster.ring()
         if len(ring.members) <= max(cluster.shape.replication, 2):
@@ -515,9 +538,10 @@ async def rot(field: Field) -> None:
     if not host.up:
         return
     area = rng.choice(("blocks", "blocks", "inodes", "journal"))
-    found = _in_journal(host, rng) if area == "journal" else _in_store(host, area, rng)
+    found = await _in_journal(host, rng) if area == "journal" else _in_store(host, area, rng)
     if found is not None:
         path, at, what = found
+        field.records_rotted |= area == "journal"
         field.say(f"a byte of {what} rots on {host.name}")
         host.disks[f"/{host.name}/{area}"].rot(path, at)
 
@@ -535,9 +559,13 @@ def _in_store(host: Host, area: str, rng: random.Random) -> tuple[str, int, str]
     return DATA_PATH, at, f"block {ref}"
 
 
-def _in_journal(host: Host, rng: random.Random) -> tuple[str, int, str] | None:
-    """File, place and name of a byte of a record that may still be needed."""
-    journal = host.tree.journal.store
+async def _in_journal(host: Host, rng: random.Random) -> tuple[str, int, str] | None:
+    """File, place and name of a byte of a record that may still be needed.
+
+    Not of the newest group of the journal: after a power cut, what rotted there looks like what was
+    torn, and what was torn was not acknowledged. So it waits until there is a newer one.
+    """
+    tree, journal = host.tree, host.tree.journal.store
     volumes = journal.volumes()
     if not volumes:
         return None
@@ -546,16 +574,34 @@ def _in_journal(host: Host, rng: random.Random) -> tuple[str, int, str] | None:
     if not epoch:
         return None
     seq = rng.randint(first, last)
+    place = _place(journal, volume, epoch, seq)
+    commits = journal.stats().commits
+    for _ in range(20):
+        await asyncio.sleep(0.1)
+        if not host.up or host.tree is not tree or place is None:
+            return None
+        if journal.stats().commits > commits:
+            break
+    else:
+        return None
+    if _place(journal, volume, epoch, seq) != place:
+        return None  # cut, or moved, meanwhile
+    segment, offset, length = place
+    at = offset + rng.randrange(max(length, 1))
+    return segment_name(segment), at, f"record {seq} of volume {volume}"
+
+
+def _place(journal: JournalStore, volume: int, epoch: int, seq: int) -> tuple[int, int, int] | None:
+    """Segment, offset and length of a record."""
     try:
         _, step = journal.locate(volume, epoch, seq, 1)
     except TorusError:
-        return None  # lost already
+        return None  # cut, or lost
     journal.release(step)
     if not step.items:
         return None
     _, _, stored, segment = step.items[0]
-    at = stored.offset + rng.randrange(max(stored.length, 1))
-    return segment_name(segment.index), at, f"record {seq} of volume {volume}"
+    return segment.index, stored.offset, stored.length
 
 
 AREAS = ("blocks", "inodes", "journal")

@@ -158,6 +158,27 @@ async def test_a_holder_that_does_not_answer() -> None:
 
 
 @virtual
+async def test_a_request_whose_lease_is_lost() -> None:
+    """All leases end while a session is asked: nothing is made, and the tool says so; try again.
+
+    Found by the simulator, where the tool ended with the error of the lease.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        device.client.store.down = True
+        asking = asyncio.ensure_future(snapshot(cluster, "s"))
+        await asyncio.sleep(1.0)
+        lease = (await cluster.store.range(cluster.meta.keys.prefix + "snapshot-req"))[0][0].lease
+        await cluster.meta.revoke_lease(lease)
+        with pytest.raises(Again, match="not made"):
+            await asking
+        device.client.store.down = False
+        assert not await cluster.meta.snapshots(1)
+        await asyncio.sleep(30)
+        assert await snapshot(cluster, "s") is not None
+
+
+@virtual
 async def test_a_tool_that_was_killed_leaves_nothing() -> None:
     """Its request ends with its lease, whether a session sees it before that or not."""
     async with Cluster() as cluster:

@@ -12,6 +12,7 @@ import dataclasses
 from torus_actors.errors import (
     Again,
     CompareFailed,
+    LeaseNotFound,
     OutcomeUnknown,
     TorusError,
 )
@@ -88,13 +89,18 @@ async def _ask_session(
     loop = asyncio.get_running_loop()
     lease = await meta.grant_lease(REQUEST_TTL_S)
     try:
-        request = await meta.request_snapshot(volume_id, name, lease)
+        try:
+            request = await meta.request_snapshot(volume_id, name, lease)
+        except LeaseNotFound as error:
+            raise Again(f"snapshot {name} was not made: {error}") from error
         renewed = loop.time()
         while True:
             await asyncio.sleep(POLL_S)
             try:
                 if loop.time() - renewed > REQUEST_TTL_S / 4:
-                    await meta.renew_lease(lease)
+                    # If it has ended, so has the request: what became of it is asked below.
+                    with contextlib.suppress(LeaseNotFound):
+                        await meta.renew_lease(lease)
                     renewed = loop.time()
                 present = await meta.snapshot_request(request)
                 lock, _ = await meta.lock_status(volume_id)
