@@ -17,109 +17,24 @@ from torus_actors.metadata.ring_changes import change_ring
 from torus_actors.model import rings
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime.cell import State
-from torus_actors.scenarios.checks import Checker
+from torus_actors.scenarios.client_faults import (
+    crash_at_flush,
+    crash_client,
+    cut_client,
+    freeze_client,
+    second_client,
+)
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
-from torus_actors.scenarios.snapshots import Snapshots, take_snapshots
-from torus_actors.scenarios.workload import Driver
+from torus_actors.scenarios.field import Cut, Field, ways_of
+from torus_actors.scenarios.snapshots import take_snapshots
 from torus_actors.storage.index import DATA_OFFSET, Layout
 from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import NAME_PREFIX, segment_name
 from torus_actors.storage.mfile_open import DATA_PATH
 
-HEALED_S_MAX = 240.0
-"""A lost node's blocks are copied, or a changed ring is settled, within this time."""
-
 EVICTED_S_MAX = 90.0
 """Faults may interrupt the counting: a lost node leaves the ring within thrice the time-out and
 this."""
-
-
-class Field:
-    """What the faults of one scenario share.
-
-    Args:
-        cluster: where they strike.
-        checker: tells when the cluster is whole again.
-        drivers: of the volumes.
-        rng: when, where and how long.
-        broken_max: nodes that may be broken at the same time.
-        one_victim: whether it is always the same one.
-    """
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        checker: Checker,
-        drivers: list[Driver],
-        rng: random.Random,
-        broken_max: int,
-        one_victim: bool = False,
-    ) -> None:
-        self.cluster = cluster
-        self.checker = checker
-        self.drivers = drivers
-        self.rng = rng
-        self.broken_max = broken_max
-        self.broken: dict[str, Host] = {}
-        self.counts: dict[str, int] = {}
-        self.rotten: Host | None = None
-        self.records_rotted = False
-        self.snapshots = Snapshots(cluster)
-        self.only = rng.choice(cluster.nodes) if one_victim else None
-        self._changing = asyncio.Lock()
-
-    def say(self, text: str) -> None:
-        """Note it in the trace."""
-        self.cluster.say(text)
-
-    def victim(self) -> Host | None:
-        """A node to break now, or None if enough are broken. Give it back with `whole`."""
-        candidates = [h for h in self.cluster.members_up if h.name not in self.broken]
-        if self.rotten is not None and len(candidates) > 1:
-            candidates = [h for h in candidates if h is not self.rotten] or candidates
-        if self.only is not None:
-            candidates = [h for h in candidates if h is self.only]
-        if not candidates or len(self.broken) >= self.broken_max:
-            return None
-        host = self.rng.choice(candidates)
-        self.broken[host.name] = host
-        return host
-
-    def whole(self, host: Host) -> None:
-        """The node is well again, as far as this fault goes."""
-        self.broken.pop(host.name, None)
-
-    async def settled(self, deep: bool = False) -> bool:
-        """Wait until all copies are there, and right if ``deep``; whether they were in time."""
-        loop = self.cluster.loop
-        end = loop.time() + HEALED_S_MAX
-        while loop.time() < end:
-            await asyncio.sleep(1.0)
-            if not await self.checker.lacking(deep):
-                return True
-        return False
-
-    async def whole_again(self) -> bool:
-        """Wait until nodes may be lost for good; whether they may.
-
-        All copies must be there, and right if some rot. So must those of the journals: a client
-        sees to that, and where none has come back since the last loss, the next is one too many;
-        likewise where a record has rotted, which nobody mends before it is cut.
-        """
-        if self.broken or not await self.settled(deep=self.rotten is not None):
-            return False
-        cluster = self.cluster
-        good = {host.node_id for host in cluster.nodes if host.up}
-        if self.rotten is not None and self.records_rotted:
-            good.discard(self.rotten.node_id)
-        for driver in self.drivers:
-            volume = await cluster.meta.volume(driver.name)
-            journal, _ = await cluster.meta.journal(volume.id)
-            if journal is not None:
-                left = sum(peer in good for peer in journal.ensemble)
-                if left < cluster.shape.replication:
-                    return False
-        return not self.broken
 
 
 async def crash_node(field: Field) -> None:
@@ -275,27 +190,6 @@ async def restart_all(field: Field) -> None:
         await asyncio.sleep(field.rng.uniform(0.5, 2.0))
 
 
-async def cut_client(field: Field) -> None:
-    """A client is cut off: from the metadata, or from everything; another one takes over."""
-    driver = field.rng.choice(field.drivers)
-    host = driver.host
-    cluster, rng = field.cluster, field.rng
-    if not host.up or host.process is None:
-        return
-    field.cluster.expendable.add(host.process.name)
-    targets = [META_ADDRESS]
-    if rng.random() < 0.5:
-        targets += [node.address for node in cluster.nodes]
-    ways, how = _ways(host.address, targets, rng.choice(("", "", "out", "in")))
-    field.say(f"{host.name} is cut off from {len(targets)} hosts{how}")
-    with _Cut(cluster, ways):
-        others = [h for h in driver.hosts if h is not host]
-        if others and rng.random() < 0.8:
-            driver.move(rng.choice(others))
-        await asyncio.sleep(rng.choice((1.0, 8.0, 15.0)) * (0.5 + rng.random()))
-    field.say(f"{host.name} is back")
-
-
 async def cut_peers(field: Field) -> None:
     """Some nodes cannot reach some others, or one node nobody."""
     host = field.victim()
@@ -306,7 +200,7 @@ async def cut_peers(field: Field) -> None:
     if rng.random() < 0.5:
         others = rng.sample(others, rng.randint(1, len(others)))
     field.say(f"{host.name} is cut off from {len(others)} hosts")
-    with _Cut(cluster, _ways(host.address, others)[0]):
+    with Cut(cluster, ways_of(host.address, others)[0]):
         await asyncio.sleep(rng.choice((0.5, 2.0, 10.0)) * (0.5 + rng.random()))
     field.say(f"{host.name} is back")
     await asyncio.sleep(2.0)
@@ -322,7 +216,7 @@ async def isolate_node(field: Field) -> None:
     others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
     field.say(f"{host.name} is cut off from all but the metadata")
     ways = [(host.address, o) for o in others] + [(o, host.address) for o in others]
-    with _Cut(cluster, ways):
+    with Cut(cluster, ways):
         await asyncio.sleep(rng.uniform(60.0, 90.0))
     field.say(f"{host.name} is back")
     await asyncio.sleep(2.0)
@@ -336,9 +230,9 @@ async def cut_one_way(field: Field) -> None:
         return
     cluster, rng = field.cluster, field.rng
     others = _others(cluster, host)
-    ways, how = _ways(host.address, others, rng.choice(("out", "in")))
+    ways, how = ways_of(host.address, others, rng.choice(("out", "in")))
     field.say(f"{host.name} is cut off{how}")
-    with _Cut(cluster, ways):
+    with Cut(cluster, ways):
         await asyncio.sleep(rng.choice((0.5, 2.0, 10.0)) * (0.5 + rng.random()))
     field.say(f"{host.name} is back")
     await asyncio.sleep(2.0)
@@ -349,50 +243,6 @@ def _others(cluster: Cluster, host: Host) -> list[str]:
     """All other addresses, that of the metadata included."""
     hosts = [*cluster.nodes, *cluster.clients, cluster.meta_host]
     return [other.address for other in hosts if other is not host]
-
-
-def _ways(here: str, others: list[str], only: str = "") -> tuple[list[tuple[str, str]], str]:
-    """The ways between a host and others, or only out of it or into it; and which, in words."""
-    out = [(here, other) for other in others]
-    into = [(other, here) for other in others]
-    if not only:
-        return out + into, ""
-    return (out, ": it cannot be heard") if only == "out" else (into, ": it hears nobody")
-
-
-class _Cut:
-    """Ways that are blocked while it lasts."""
-
-    def __init__(self, cluster: Cluster, ways: list[tuple[str, str]]) -> None:
-        self._network = cluster.network
-        self._ways = ways
-
-    def __enter__(self) -> None:
-        for way in self._ways:
-            self._network.block(*way)
-
-    def __exit__(self, *_: object) -> None:
-        for way in self._ways:
-            self._network.unblock(*way)
-
-
-async def freeze_client(field: Field) -> None:
-    """A client stands still for longer than its lease, another opens its volume, it wakes up."""
-    driver = field.rng.choice(field.drivers)
-    host = driver.host
-    if not host.up or host.process is None:
-        return
-    process = host.process
-    field.cluster.expendable.add(process.name)
-    field.say(f"{process.name} is frozen")
-    process.pause()
-    others = [h for h in driver.hosts if h is not host]
-    if others:
-        driver.move(field.rng.choice(others))
-    await asyncio.sleep(field.cluster.shape.lease_ttl_s * field.rng.uniform(0.2, 4.0))
-    if process.alive:
-        field.say(f"{process.name} wakes up")
-        process.resume()
 
 
 async def freeze_node(field: Field) -> None:
@@ -409,78 +259,6 @@ async def freeze_node(field: Field) -> None:
     process.resume()
     await asyncio.sleep(1.0)
     field.whole(host)
-
-
-async def crash_client(field: Field) -> None:
-    """A client is killed, and started again there or elsewhere."""
-    driver = field.rng.choice(field.drivers)
-    host = driver.host
-    if not host.up or host.process is None:
-        return
-    field.cluster.expendable.add(host.process.name)
-    field.say(f"{host.process.name} is killed")
-    field.cluster.kill(host)
-    if field.rng.random() < 0.5:
-        driver.move(field.rng.choice(driver.hosts))
-    await asyncio.sleep(field.rng.uniform(1.0, 5.0))
-
-
-TELLING = (
-    "flush asked for",
-    "flush acknowledged",
-    "flush beside another acknowledged",
-    "head recorded",
-)
-"""Moments at which a crash shows most."""
-
-
-async def crash_at_flush(field: Field) -> None:
-    """A client is killed at a telling moment: a flush, or the commit of a head."""
-    driver = field.rng.choice(field.drivers)
-    host = driver.host
-    if not host.up or host.process is None:
-        return
-    cluster, rng, process = field.cluster, field.rng, host.process
-    moment = rng.choice(TELLING)
-    pause = rng.choice((0.0, 0.0, 0.002, 0.01)) * rng.random()
-    cluster.expendable.add(process.name)
-    await driver.wait_for(moment, 4.0)
-    if pause:
-        await asyncio.sleep(pause)
-    if host.process is process:
-        field.say(f"{process.name} is killed {pause * 1000:.1f} ms after: {moment}")
-        cluster.kill(host)
-    if rng.random() < 0.5:
-        driver.move(rng.choice(driver.hosts))
-    await asyncio.sleep(rng.uniform(1.0, 5.0))
-
-
-async def second_client(field: Field) -> None:
-    """Another client opens a volume that is in use; it gets it when the first has let go."""
-    driver = field.rng.choice(field.drivers)
-    others = [h for h in driver.hosts if h is not driver.host]
-    if not others:
-        return
-    first, second = driver.host, field.rng.choice(others)
-    if not first.up or first.process is None:
-        return
-    process = first.process
-    field.cluster.expendable.add(process.name)
-    field.say(f"{second.name} wants {driver.name}, which {process.name} has")
-    driver.move(second)
-    await asyncio.sleep(field.rng.uniform(0.5, 5.0))
-    how = field.rng.choice(("metadata", "kill", "freeze"))
-    field.say(f"{process.name}: {how}")
-    if how == "kill":
-        field.cluster.kill(first)
-        return
-    if how == "freeze":
-        process.pause()
-        await asyncio.sleep(field.rng.uniform(5.0, 15.0))
-        process.resume()
-        return
-    with _Cut(field.cluster, _ways(first.address, [META_ADDRESS])[0]):
-        await asyncio.sleep(field.rng.uniform(5.0, 20.0))
 
 
 async def metadata_out(field: Field) -> None:
@@ -509,7 +287,7 @@ async def _without_metadata(field: Field, pause: float) -> None:
         await asyncio.sleep(pause)
         process.resume()
     else:
-        with _Cut(cluster, _ways(META_ADDRESS, _others(cluster, host))[0]):
+        with Cut(cluster, ways_of(META_ADDRESS, _others(cluster, host))[0]):
             await asyncio.sleep(pause)
     field.say("the metadata is back")
     await asyncio.sleep(2.0)
@@ -709,7 +487,7 @@ async def slow_network(field: Field) -> None:
     host = rng.choice([*cluster.nodes, *cluster.clients, cluster.meta_host])
     extra = rng.choice((0.002, 0.02, 0.2))
     field.say(f"packets of {host.name} take up to {extra * 1000:g} ms more")
-    ways, _ = _ways(host.address, _others(cluster, host))
+    ways, _ = ways_of(host.address, _others(cluster, host))
     for way in ways:
         cluster.network.slow(*way, extra)
     await asyncio.sleep(rng.uniform(1.0, 8.0))

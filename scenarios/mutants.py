@@ -182,7 +182,11 @@ _SESSIONS = (
     _mutant(
         "no_fence_on_open",
         "Opening a volume fences the journal of the session before",
-        Edit("volume.journal:recover", "epoch or journal.epoch,", "journal.epoch,"),
+        Edit(
+            "volume.journal:recover",
+            "fence_epoch = epoch or journal.epoch",
+            "fence_epoch = journal.epoch",
+        ),
         hunted_in=("handover",),
     ),
     _mutant(
@@ -259,7 +263,7 @@ _JOURNAL = (
         "lost_journal_is_empty",
         "A member that has lost its journal is not one that has no records",
         Edit(
-            "volume.journal:recover",
+            "volume.journal:_fence",
             "if lost or identities.get(member) != identity:",
             "if lost:",
         ),
@@ -291,8 +295,8 @@ _JOURNAL = (
         "A replayed block hides only what was written before its content was fixed",
         Edit(
             "volume.change_log:Replay.add",
-            "[each for each in self._extents.get(index, ()) if each[0] > after]",
-            "[]",
+            "{place: each for place, each in older.items() if each[0] > after}",
+            "{}",
         ),
         hunted_in=("journal_replay",),
     ),

@@ -22,9 +22,9 @@ from torus_actors.scenarios.faults import (
     DAMAGING,
     FAULTS,
     OVERLAPPING,
-    Field,
     restart_if_failed,
 )
+from torus_actors.scenarios.field import Field
 from torus_actors.scenarios.mutation import Mutant, put_in
 from torus_actors.scenarios.oracle import VolumeOracle
 from torus_actors.scenarios.simloop import SimLoop, Stuck, current_process

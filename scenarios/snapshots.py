@@ -27,7 +27,7 @@ from torus_actors.scenarios.workload import Driver
 from torus_actors.volume.snapshots import restore_snapshot, take_snapshot
 
 if TYPE_CHECKING:
-    from torus_actors.scenarios.faults import Field
+    from torus_actors.scenarios.field import Field
 
 PATIENCE_S = 30.0
 READ_S_MAX = 120.0

@@ -1,0 +1,120 @@
+"""Faults of clients: cut off, frozen, killed, or not the only one."""
+
+from __future__ import annotations
+
+import asyncio
+
+from torus_actors.scenarios.cluster import META_ADDRESS
+from torus_actors.scenarios.field import Cut, Field, ways_of
+
+
+async def cut_client(field: Field) -> None:
+    """A client is cut off: from the metadata, or from everything; another one takes over."""
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    cluster, rng = field.cluster, field.rng
+    if not host.up or host.process is None:
+        return
+    field.cluster.expendable.add(host.process.name)
+    targets = [META_ADDRESS]
+    if rng.random() < 0.5:
+        targets += [node.address for node in cluster.nodes]
+    ways, how = ways_of(host.address, targets, rng.choice(("", "", "out", "in")))
+    field.say(f"{host.name} is cut off from {len(targets)} hosts{how}")
+    with Cut(cluster, ways):
+        others = [h for h in driver.hosts if h is not host]
+        if others and rng.random() < 0.8:
+            driver.move(rng.choice(others))
+        await asyncio.sleep(rng.choice((1.0, 8.0, 15.0)) * (0.5 + rng.random()))
+    field.say(f"{host.name} is back")
+
+
+async def freeze_client(field: Field) -> None:
+    """A client stands still for longer than its lease, another opens its volume, it wakes up."""
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    process = host.process
+    field.cluster.expendable.add(process.name)
+    field.say(f"{process.name} is frozen")
+    process.pause()
+    others = [h for h in driver.hosts if h is not host]
+    if others:
+        driver.move(field.rng.choice(others))
+    await asyncio.sleep(field.cluster.shape.lease_ttl_s * field.rng.uniform(0.2, 4.0))
+    if process.alive:
+        field.say(f"{process.name} wakes up")
+        process.resume()
+
+
+async def crash_client(field: Field) -> None:
+    """A client is killed, and started again there or elsewhere."""
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    field.cluster.expendable.add(host.process.name)
+    field.say(f"{host.process.name} is killed")
+    field.cluster.kill(host)
+    if field.rng.random() < 0.5:
+        driver.move(field.rng.choice(driver.hosts))
+    await asyncio.sleep(field.rng.uniform(1.0, 5.0))
+
+
+TELLING = (
+    "flush asked for",
+    "flush acknowledged",
+    "flush beside another acknowledged",
+    "head recorded",
+)
+"""Moments at which a crash shows most."""
+
+
+async def crash_at_flush(field: Field) -> None:
+    """A client is killed at a telling moment: a flush, or the commit of a head."""
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    cluster, rng, process = field.cluster, field.rng, host.process
+    moment = rng.choice(TELLING)
+    pause = rng.choice((0.0, 0.0, 0.002, 0.01)) * rng.random()
+    cluster.expendable.add(process.name)
+    await driver.wait_for(moment, 4.0)
+    if pause:
+        await asyncio.sleep(pause)
+    if host.process is process:
+        field.say(f"{process.name} is killed {pause * 1000:.1f} ms after: {moment}")
+        cluster.kill(host)
+    if rng.random() < 0.5:
+        driver.move(rng.choice(driver.hosts))
+    await asyncio.sleep(rng.uniform(1.0, 5.0))
+
+
+async def second_client(field: Field) -> None:
+    """Another client opens a volume that is in use; it gets it when the first has let go."""
+    driver = field.rng.choice(field.drivers)
+    others = [h for h in driver.hosts if h is not driver.host]
+    if not others:
+        return
+    first, second = driver.host, field.rng.choice(others)
+    if not first.up or first.process is None:
+        return
+    process = first.process
+    field.cluster.expendable.add(process.name)
+    field.say(f"{second.name} wants {driver.name}, which {process.name} has")
+    driver.move(second)
+    await asyncio.sleep(field.rng.uniform(0.5, 5.0))
+    how = field.rng.choice(("metadata", "kill", "freeze"))
+    field.say(f"{process.name}: {how}")
+    if how == "kill":
+        field.cluster.kill(first)
+        return
+    if how == "freeze":
+        process.pause()
+        await asyncio.sleep(field.rng.uniform(5.0, 15.0))
+        process.resume()
+        return
+    with Cut(field.cluster, ways_of(first.address, [META_ADDRESS])[0]):
+        await asyncio.sleep(field.rng.uniform(5.0, 20.0))

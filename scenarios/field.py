@@ -1,0 +1,127 @@
+"""What the faults of a scenario share: the cluster, who is broken now, and ways that are cut."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from torus_actors.scenarios.checks import Checker
+from torus_actors.scenarios.cluster import Cluster, Host
+from torus_actors.scenarios.snapshots import Snapshots
+from torus_actors.scenarios.workload import Driver
+
+HEALED_S_MAX = 240.0
+"""A lost node's blocks are copied, or a changed ring is settled, within this time."""
+
+
+class Field:
+    """What the faults of one scenario share.
+
+    Args:
+        cluster: where they strike.
+        checker: tells when the cluster is whole again.
+        drivers: of the volumes.
+        rng: when, where and how long.
+        broken_max: nodes that may be broken at the same time.
+        one_victim: whether it is always the same one.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        checker: Checker,
+        drivers: list[Driver],
+        rng: random.Random,
+        broken_max: int,
+        one_victim: bool = False,
+    ) -> None:
+        self.cluster = cluster
+        self.checker = checker
+        self.drivers = drivers
+        self.rng = rng
+        self.broken_max = broken_max
+        self.broken: dict[str, Host] = {}
+        self.counts: dict[str, int] = {}
+        self.rotten: Host | None = None
+        self.records_rotted = False
+        self.snapshots = Snapshots(cluster)
+        self.only = rng.choice(cluster.nodes) if one_victim else None
+        self._changing = asyncio.Lock()
+
+    def say(self, text: str) -> None:
+        """Note it in the trace."""
+        self.cluster.say(text)
+
+    def victim(self) -> Host | None:
+        """A node to break now, or None if enough are broken. Give it back with `whole`."""
+        candidates = [h for h in self.cluster.members_up if h.name not in self.broken]
+        if self.rotten is not None and len(candidates) > 1:
+            candidates = [h for h in candidates if h is not self.rotten] or candidates
+        if self.only is not None:
+            candidates = [h for h in candidates if h is self.only]
+        if not candidates or len(self.broken) >= self.broken_max:
+            return None
+        host = self.rng.choice(candidates)
+        self.broken[host.name] = host
+        return host
+
+    def whole(self, host: Host) -> None:
+        """The node is well again, as far as this fault goes."""
+        self.broken.pop(host.name, None)
+
+    async def settled(self, deep: bool = False) -> bool:
+        """Wait until all copies are there, and right if ``deep``; whether they were in time."""
+        loop = self.cluster.loop
+        end = loop.time() + HEALED_S_MAX
+        while loop.time() < end:
+            await asyncio.sleep(1.0)
+            if not await self.checker.lacking(deep):
+                return True
+        return False
+
+    async def whole_again(self) -> bool:
+        """Wait until nodes may be lost for good; whether they may.
+
+        All copies must be there, and right if some rot. So must those of the journals: a client
+        sees to that, and where none has come back since the last loss, the next is one too many;
+        likewise where a record has rotted, which nobody mends before it is cut.
+        """
+        if self.broken or not await self.settled(deep=self.rotten is not None):
+            return False
+        cluster = self.cluster
+        good = {host.node_id for host in cluster.nodes if host.up}
+        if self.rotten is not None and self.records_rotted:
+            good.discard(self.rotten.node_id)
+        for driver in self.drivers:
+            volume = await cluster.meta.volume(driver.name)
+            journal, _ = await cluster.meta.journal(volume.id)
+            if journal is not None:
+                left = sum(peer in good for peer in journal.ensemble)
+                if left < cluster.shape.replication:
+                    return False
+        return not self.broken
+
+
+class Cut:
+    """Ways that are blocked while it lasts."""
+
+    def __init__(self, cluster: Cluster, ways: list[tuple[str, str]]) -> None:
+        self._network = cluster.network
+        self._ways = ways
+
+    def __enter__(self) -> None:
+        for way in self._ways:
+            self._network.block(*way)
+
+    def __exit__(self, *_: object) -> None:
+        for way in self._ways:
+            self._network.unblock(*way)
+
+
+def ways_of(here: str, others: list[str], only: str = "") -> tuple[list[tuple[str, str]], str]:
+    """The ways between a host and others, or only out of it or into it; and which, in words."""
+    out = [(here, other) for other in others]
+    into = [(other, here) for other in others]
+    if not only:
+        return out + into, ""
+    return (out, ": it cannot be heard") if only == "out" else (into, ": it hears nobody")
