@@ -208,16 +208,19 @@ class Checker:
         except Unreadable:
             return  # what this head leads to is looked at with the next one
         volume = int(key.removeprefix(self._keys.under(table.HEAD)), 16)
+        # What a node has that is just being started cannot be told: it is looked at with the next.
+        unknown = sum(host.tree is None and bool(host.disks) for host in self.cluster.nodes)
         for ref, root in reachable.items():
             if ref not in self._safe:
                 if ref.volume == volume and ref.inode < oldest_open:
                     self.cluster.fail(f"{key} leads to {ref}, dead by head {oldest_open}")
                     return
                 copies = sum(is_durable(host, ref, root) for host in self.cluster.nodes)
-                if copies < self.copies_min:
+                if copies + unknown < self.copies_min:
                     self.cluster.fail(f"{key} leads to {ref}: {copies} copies are durable")
                     return
-                self._safe.add(ref)
+                if copies >= self.copies_min:
+                    self._safe.add(ref)
 
     # -- reachable blocks --------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ the volume's newest version.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 from torus_actors.errors import Again, CompareFailed, Fenced, OutcomeUnknown, TorusError
@@ -57,6 +58,7 @@ class Heads:
         self._revision = revision
         self.owed: Head | None = None
         self.recorded = 0
+        self._last: Head | None = None
 
     @property
     def revision(self) -> int:
@@ -83,6 +85,7 @@ class Heads:
                 )
                 self.recorded += 1
                 self.owed = None
+                self._last = head
                 return
             except OutcomeUnknown as error:
                 raise Again(str(error)) from error
@@ -130,10 +133,24 @@ class Heads:
             changes.needs_commit = True
             log.info("volume %s: the journal cannot keep the head: %s", self._name, error)
             return False
-        self.owed = head
+        self.owed = self._last = head
         self.recorded += 1
         log.info("volume %s: the journal keeps the head until the metadata is back", self._name)
         return True
+
+    async def cover(self, seq: int) -> None:
+        """Have the head say that it has all records up to this one, since nothing else changed.
+
+        A record may tell what the head made at the same time has too. Cut without a head that says
+        so, it would be missed when the volume is opened.
+
+        Raises:
+            Again, Fenced, CompareFailed: as ``store``.
+        """
+        head = self.owed or self._last
+        if head is not None and (self.owed is not None or head.journal_seq < seq):
+            covered = max(seq, head.journal_seq)
+            await self.store(dataclasses.replace(head, journal_seq=covered, map_seq=covered))
 
     async def pay(self) -> None:
         """Store what is owed, if the metadata is back.

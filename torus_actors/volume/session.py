@@ -327,14 +327,14 @@ class Session:
             changes.start(changes.seq)
         changes.needs_commit = False
         self._covering_seq = changes.seq
-        owed = self.heads.owed
+        recorded = self.heads.recorded
         try:
             await self.committer.commit()
         except BaseException:
             changes.needs_commit = True
             raise
-        if owed is not None and self.heads.owed is owed:
-            await self.heads.store(owed)  # there is nothing newer
+        if self.heads.recorded == recorded:
+            await self.heads.cover(self._covering_seq)
         self._covered_seq = self._covering_seq
         if journal.active:
             journal.cut(self._covered_seq)
