@@ -92,6 +92,7 @@ class Bridge(LoopActor):
         if cluster is not None:
             self._identity = replace(self._identity, cluster=cluster)
         self.system.transport = self
+        self.system.bridged = True
         self.set_peers(self.system.heirlooms.get("peer_addresses", {}))
 
     async def cleanup(self) -> None:

@@ -393,6 +393,21 @@ async def test_a_call_that_waits_for_a_connection_is_lost_with_the_bridge() -> N
 
 
 @on_uvloop
+async def test_a_call_between_two_bridges_can_be_tried_again() -> None:
+    """While the bridge is started again its peers are lost, not unknown: a reader tries again.
+
+    Found by the simulator: a bridge that took 50 ms to come back cost a client an error.
+    """
+    async with pair() as (caller, server):
+        await up(caller, server)
+        bridge, caller.system.transport = caller.system.transport, None
+        with pytest.raises(PeerLost):
+            await caller.at(server).after.remote(0, 1)
+        caller.system.transport = bridge
+        assert await caller.at(server).after.remote(0, 1) == 1
+
+
+@on_uvloop
 async def test_addresses_that_cannot_be_are_reasons_and_not_crashes() -> None:
     """Nonsense in the metadata costs the one peer, not the bridge."""
     async with pair() as (caller, server):

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torus_actors.errors import ActorNotFound, Invalid, NoPeer, Overloaded
+from torus_actors.errors import ActorNotFound, Invalid, NoPeer, Overloaded, PeerLost
 from torus_actors.runtime.actor import BlockingDelay
 from torus_actors.runtime.cell import Cell, ChildSpec, State, no_parent
 from torus_actors.runtime.messages import Call
@@ -74,6 +74,8 @@ class ActorSystem:
     Attributes:
         heirlooms: objects that must survive the actors that use them (client sockets, unflushed
             data), by name. A successor finds here what its predecessor held.
+        transport: the way to other nodes; None where there is no bridge, or not now.
+        bridged: whether there has been one: then calls may be tried again.
         context: the context that the actors run in; ``current()`` is this system there.
         fatal: set when the root supervisor gave up; its exception is the reason.
     """
@@ -98,6 +100,7 @@ class ActorSystem:
         self.deadlines = Deadlines(loop, self.thread_id)
         self.background = Background()
         self.transport: Transport | None = None
+        self.bridged = False
         self.fatal: asyncio.Future[None] = loop.create_future()
         self._root: Cell | None = None
         _current.set(self)
@@ -348,7 +351,10 @@ class RemoteMethod(MethodHandle):
         assert self._node is not None
         if transport is None:
             ref: ObjectRef[Any] = ObjectRef(self._system)
-            ref.fail(NoPeer("this node has no bridge to others"))
+            if self._system.bridged:
+                ref.fail(PeerLost("this node's bridge has stopped, or is being started again"))
+            else:
+                ref.fail(NoPeer("this node has no bridge to others"))
             return ref
         return transport.call(
             self._node, self._name, self._method, args, payload, timeout_s, checked
