@@ -216,6 +216,7 @@ def test_killing_any_actor_of_the_client_costs_no_error(shared: Cluster) -> None
     assert client.stop() == 0
 
 
+@pytest.mark.long
 def test_a_full_cluster_says_enospc_and_recovers(tmp_path: Path) -> None:
     """Regression, coreos/torus#401: the writer learns it, reads go on, deleting makes room."""
     need("qemu-io", "nbdcopy")
@@ -410,6 +411,7 @@ def test_what_a_killed_client_had_flushed_is_read_back(tmp_path: Path) -> None:
         assert twin.stop() == 0
 
 
+@pytest.mark.long
 def test_a_node_lost_for_good_is_healed_without_an_operator(tmp_path: Path) -> None:
     """Nobody does anything: the node leaves the ring, all blocks have two copies; it may return.
 

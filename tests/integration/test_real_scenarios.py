@@ -45,6 +45,7 @@ def scenarios(*arguments: str, status: int = 0) -> str:
     return done.stdout if not status else done.stderr
 
 
+@pytest.mark.long
 def test_endurance() -> None:
     """Whoever is killed in the middle of writes and flushes: what was flushed is read back.
 
@@ -58,6 +59,7 @@ def test_endurance() -> None:
     assert flushed is not None and int(flushed[1]) > 1000 and int(flushed[2]) > 0
 
 
+@pytest.mark.long
 def test_a_node_that_is_half_reachable() -> None:
     """One scenario with hosts of its own: cut one way, no client sees an error, nothing is left."""
     need("etcd", "unshare", "ip")
