@@ -26,13 +26,14 @@ class Dev(Process):
     def __init__(self, directory: Path) -> None:
         self.port = free_ports(5)
         self.metadata = f"torus://127.0.0.1:{self.port}"
-        self.socket = directory / "nbd.sock"
+        socket = directory / "nbd.sock"
         arguments = command(
             "torus-node", "dev", "--dir", str(directory / "dev"), "--size", "128MiB",
             "--volume", "demo:32MiB", "--nbd", f"127.0.0.1:{self.port + 4}",
-            "--unix", str(self.socket), "--port", str(self.port),
+            "--unix", str(socket), "--port", str(self.port),
         )  # fmt: skip
         super().__init__("dev", arguments, directory, "Ctrl-C stops it")
+        self.socket = socket
         self.uri = f"nbd://127.0.0.1:{self.port + 4}/demo"
 
     def ctl(self, *arguments: str) -> str:
