@@ -92,6 +92,42 @@ async def crash_at_flush(field: Field) -> None:
     await asyncio.sleep(rng.uniform(1.0, 5.0))
 
 
+async def crash_client_and_member(field: Field) -> None:
+    """A client dies, and a node with its journal at the same time: the other members must do.
+
+    If another member has lost its journal too, they must wait for the first.
+    """
+    cluster, rng = field.cluster, field.rng
+    driver = rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    process = host.process
+    volume = await cluster.meta.volume(driver.name)
+    await driver.wait_for(rng.choice(TELLING[1:3]), 4.0)
+    journal, _ = await cluster.meta.journal(volume.id)
+    ensemble = () if journal is None else journal.ensemble
+    member = field.take([node for node in cluster.nodes if node.node_id in ensemble])
+    if member is None or host.process is not process:
+        return
+    field.say(f"{process.name} is killed, and {member.name}, which has its journal, loses power")
+    cluster.expendable.add(process.name)
+    cluster.kill(host)
+    cluster.power_off(member)
+    others = [h for h in cluster.members_up if h.node_id in ensemble and h.name not in field.broken]
+    if others and rng.random() < 0.5:
+        other = rng.choice(others)
+        field.say(f"{other.name} is killed and loses its journal")
+        cluster.kill(other)
+        del other.disks[f"/{other.name}/journal"]
+        await cluster.start_node(other)
+    await asyncio.sleep(rng.uniform(4.0, 12.0))
+    cluster.power_on(member)
+    await cluster.start_node(member)
+    await asyncio.sleep(rng.uniform(0.5, 3.0))
+    field.whole(member)
+
+
 async def second_client(field: Field) -> None:
     """Another client opens a volume that is in use; it gets it when the first has let go."""
     driver = field.rng.choice(field.drivers)

@@ -20,6 +20,7 @@ from torus_actors.runtime.cell import State
 from torus_actors.scenarios.client_faults import (
     crash_at_flush,
     crash_client,
+    crash_client_and_member,
     cut_client,
     freeze_client,
     second_client,
@@ -573,6 +574,7 @@ FAULTS: dict[str, Fault] = {
     "freeze_node": freeze_node,
     "crash_client": crash_client,
     "crash_at_flush": crash_at_flush,
+    "crash_client_and_member": crash_client_and_member,
     "second_client": second_client,
     "metadata_out": metadata_out,
     "metadata_away": metadata_away,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import Cluster, Host
@@ -54,7 +55,12 @@ class Field:
 
     def victim(self) -> Host | None:
         """A node to break now, or None if enough are broken. Give it back with `whole`."""
-        candidates = [h for h in self.cluster.members_up if h.name not in self.broken]
+        return self.take(self.cluster.nodes)
+
+    def take(self, hosts: Sequence[Host]) -> Host | None:
+        """The same, one of these."""
+        up = self.cluster.members_up
+        candidates = [h for h in up if h.name not in self.broken and h in hosts]
         if self.rotten is not None and len(candidates) > 1:
             candidates = [h for h in candidates if h is not self.rotten] or candidates
         if self.only is not None:

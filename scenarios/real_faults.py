@@ -542,6 +542,7 @@ NOT_REAL = {
     "slow_network": "not every kernel can delay packets (netem)",
     "take_snapshots": "what they hold is compared inside the simulator only",
     "collect_now": "there is no command that starts a collection",
+    "crash_client_and_member": "which nodes have a volume's journal is not known here",
     "isolate_node": "a cut here is between a host and the others, the metadata with them",
 }
 """Faults without a real form, and why."""

@@ -374,12 +374,14 @@ _LIST = (
     Scenario(
         "journal_members",
         "The journal is whole as long as one of its members is",
-        {"crash_at_flush": (2, 6), "crash_node": (2, 8), "lose_journal": (4, 12)},
+        {"crash_client_and_member": (1, 3), "crash_node": (3, 10), "lose_journal": (2, 6)},
         clients=(1, 2),
         lease_ttl_s=2,
         workload=Workload(flush=3.0, whole_blocks=0.1),
         errors_allowed=True,
         duration_s=(25, 40),
+        # Two nodes may be away at once, if only for as long as one takes to start.
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "crashes_everywhere",
