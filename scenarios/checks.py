@@ -115,9 +115,11 @@ class Checker:
                 root, died_at = self._dead.get(ref, (None, 0.0))
             if root is None or now - died_at >= GRACE_S:
                 continue
-            others = [h for h in self.cluster.nodes if h is not host]
+            # What a node has that is just being started cannot be told.
+            others = [h for h in self.cluster.nodes if h is not host and not h.is_starting]
+            unknown = len(self.cluster.nodes) - 1 - len(others)
             copies = sum(is_durable(other, ref, root) for other in others)
-            if copies < self.copies_left_min:
+            if copies + unknown < self.copies_left_min:
                 what = "alive" if died_at == now else f"dead for {now - died_at:.3f} s only"
                 self.cluster.fail(
                     f"{host.name} deletes {ref}, which is {what}: {copies} good copies are left"
@@ -126,7 +128,7 @@ class Checker:
                 self.cluster.fail(f"{host.name} deletes its copy of {ref}, which is alive")
             elif died_at == now:
                 names = [each.name for each in others if _good(each, ref, root)]
-                if len(names) < self.cluster.shape.replication:
+                if len(names) + unknown < self.cluster.shape.replication:
                     self.cluster.fail(f"{host.name} deletes {ref}, which is alive; {names} have it")
 
     def _is_owner(self, host: Host, ref: BlockRef) -> bool:
@@ -209,7 +211,7 @@ class Checker:
             return  # what this head leads to is looked at with the next one
         volume = int(key.removeprefix(self._keys.under(table.HEAD)), 16)
         # What a node has that is just being started cannot be told: it is looked at with the next.
-        unknown = sum(host.tree is None and bool(host.disks) for host in self.cluster.nodes)
+        unknown = sum(host.is_starting for host in self.cluster.nodes)
         for ref, root in reachable.items():
             if ref not in self._safe:
                 if ref.volume == volume and ref.inode < oldest_open:
@@ -348,8 +350,11 @@ def _stored(host: Host, ref: BlockRef) -> bool:
 
 
 def _good(host: Host, ref: BlockRef, root: int) -> bool:
-    """Whether a node that runs has a right copy, or one that does not had one when it died."""
-    return not _problem(host, ref, root, True) if host.up else _stored(host, ref)
+    """Whether a node that runs has a copy, or one that does not had one when it died.
+
+    No byte of it is read: the disk may be one that fails to, just now.
+    """
+    return not _problem(host, ref, root, False) if host.up else _stored(host, ref)
 
 
 def is_durable(host: Host, ref: BlockRef, root: int) -> bool:

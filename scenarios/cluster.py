@@ -125,6 +125,11 @@ class Host:
         return self.tree is not None and self.process is not None and self.process.alive
 
     @property
+    def is_starting(self) -> bool:
+        """Whether it has disks that nobody can look into: those of a program that is starting."""
+        return self.tree is None and bool(self.disks)
+
+    @property
     def node_id(self) -> str:
         """Of the tree that runs there, or did last."""
         return str(self.tree.system.node_id) if self.tree is not None else ""

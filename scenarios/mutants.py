@@ -260,6 +260,21 @@ _JOURNAL = (
         hunted_in=("journal_members",),
     ),
     _mutant(
+        "lost_journal_is_empty",
+        "A member that has lost its journal is not one that has no records",
+        Edit(
+            "volume.journal:_fence",
+            "if lost or identities.get(member) != identity:",
+            "if lost:",
+        ),
+        Edit(
+            "volume.journal:SessionJournal.accepts",
+            "self._identities[member] == identity",
+            "True",
+        ),
+        hunted_in=("journal_members",),
+    ),
+    _mutant(
         "last_record_not_replayed",
         "Opening a volume replays its journal to the last record",
         Edit(

@@ -25,6 +25,7 @@ QUICK = {
     "no_hand_off": 3,
     "head_without_epoch": 3,
     "last_record_not_replayed": 4,
+    "lost_journal_is_empty": 4,
 }
 """Mutants that are found within so many runs."""
 

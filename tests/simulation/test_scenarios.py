@@ -79,14 +79,14 @@ def test_a_seed_that_once_failed(name: str, seed: int) -> None:
 
 
 def test_every_seed_has_its_scenario() -> None:
-    """A quarter are everything; of 200 in a row each other scenario has five. It stays like this.
+    """A quarter are everything; of 200 in a row each other scenario has four. It stays like this.
 
     A failure names its scenario, so the command that replays it does not depend on this.
     """
     for first in (1, 77, 1801):
         played = Counter(name for name, _ in jobs_of((), first, 200))
         assert played.pop("everything") == 50
-        assert min(played.values()) >= 5 and len(played) == len(SCENARIOS) - 1
+        assert min(played.values()) >= 4 and len(played) == len(SCENARIOS) - 1
     assert [scenario_of(seed) for seed in (1, 4, 8, 100)] == [
         "overwrites",
         "everything",
