@@ -428,8 +428,11 @@ async def disk_full(field: Field) -> None:
     for disk in stores:
         disk.inject("write", errno.ENOSPC, path=DATA_PATH, times=1 << 30)
     # The journal's files were written in full when they were made; there can be no further one.
-    count = sum(name.startswith(NAME_PREFIX) for name in journal.listdir())
-    for index in range(count + 2):
+    # (An open file goes by the name under which it was made: those that are there are left alone.)
+    count = sum(
+        name.startswith(NAME_PREFIX) and not name.endswith(".new") for name in journal.listdir()
+    )
+    for index in range(count, count + 2):
         path = f"{segment_name(index)}.new"
         journal.inject("write", errno.ENOSPC, path=path, times=1 << 30)
     await asyncio.sleep(field.rng.uniform(0.5, 6.0))
