@@ -33,6 +33,13 @@ OPEN_S_MAX = 120.0
 
 VERIFY_BYTES = 128 << 10
 
+OPERATIONS_FAST = 1500
+"""Of a volume in a run, at the pace that was drawn. What a burst can bring to light it has brought
+by then, and ten thousand more cost as much as ten other runs."""
+
+PAUSE_S_LATER = 0.25
+"""Mean pause of a worker after that, at least."""
+
 SESSION_ENDS = (Fenced, Closed, ActorNotFound)
 """After one of these the client cannot go on with the volume."""
 
@@ -308,7 +315,8 @@ class Driver:
         kinds = ("write", "read", "trim", "flush")
         weights = (load.write, load.read, load.trim, load.flush)
         while not self.stopping:
-            await asyncio.sleep(load.pause_s * (0.5 + rng.random()))
+            later = PAUSE_S_LATER if self.operations > OPERATIONS_FAST else 0.0
+            await asyncio.sleep(max(load.pause_s, later) * (0.5 + rng.random()))
             kind = rng.choices(kinds, weights)[0]
             if kind == "flush":
                 going = await self._flush(volume, session, who)
