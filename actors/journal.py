@@ -261,8 +261,8 @@ class JournalActor(LoopActor):
 
         Args:
             reply: takes a list: newest epoch that has records, number of the first that was not
-                cut, number of the last (all 0 if there are none), whether some were lost here, and
-                the journal's identity.
+                cut, number of the last (all 0 if there are none), whether some were lost here, the
+                journal's identity, and the bytes that a volume should keep here at most.
             volume: whose log.
             epoch: of the new session.
 
@@ -274,7 +274,7 @@ class JournalActor(LoopActor):
 
         def settled(error: Exception | None) -> None:
             if error is None:
-                reply.set([*store.fenced(volume), store.identity])
+                reply.set([*store.fenced(volume), store.identity, store.room])
             else:
                 reply.fail(error)
 

@@ -63,8 +63,8 @@ MIB = 1 << 20
 
 LARGE_JOURNAL = """
 from torus_actors.cli import blk
-from torus_actors.volume import heads, session
-heads.COMMIT_BYTES = session.COMMIT_BYTES = 1 << 40
+from torus_actors.volume import journal
+journal.SessionJournal.is_large = False
 blk.main()
 """
 """A client that lets its journal grow, for which the product has no option."""
@@ -112,7 +112,7 @@ def flush(folder: Path, rounds: int) -> list[Row]:
     are written back for a few changed pages each, all the time, beside the flushes.
     """
     rows: list[Row] = []
-    with Cluster(folder, 4 << 30).start(3) as cluster:
+    with Cluster(folder, 8 << 30).start(3) as cluster:
         for size in FLUSHED_BYTES:
             rows += _flush(cluster, size, rounds)
     return rows

@@ -268,8 +268,7 @@ _LIST = (
         errors_allowed=True,
         duration_s=(40, 60),
         knobs={
-            "torus_actors.volume.heads.COMMIT_BYTES": 64 << 10,
-            "torus_actors.volume.session.COMMIT_BYTES": 64 << 10,
+            "torus_actors.volume.journal.COMMIT_BYTES": 64 << 10,
         },
         op_s_max=OUTAGE_S_MAX,
     ),

@@ -66,7 +66,8 @@ async def test_answers() -> None:
     """Each call says what it should, and errors come as themselves."""
     async with journal_on(SimDisk(random.Random(1))) as (opened, journal):
         identity = opened.store.identity
-        assert await journal.fence.remote(7, 3) == [0, 0, 0, False, identity]
+        room = opened.store.room
+        assert await journal.fence.remote(7, 3) == [0, 0, 0, False, identity, room]
         for seq in range(4, 7):
             assert await journal.append.remote(7, 3, seq, payload=bytes([seq]) * 10) == identity
         assert await journal.append.remote(7, 3, 6, payload=bytes([6]) * 10) == identity
@@ -84,12 +85,12 @@ async def test_answers() -> None:
         assert await journal.cut.remote(7, 3, 4) is None
         with pytest.raises(NotExist):
             await journal.read_tail.remote(7, 3, 4, 1000)
-        assert await journal.fence.remote(7, 9) == [3, 5, 6, False, identity]
+        assert await journal.fence.remote(7, 9) == [3, 5, 6, False, identity, room]
         assert await journal.volumes.remote() == [7]
         stats = await journal.stats.remote()
         assert stats["identity"] == identity and stats["failure"] == "" and stats["records"] == 2
         assert await journal.drop.remote(7) == identity
-        assert await journal.fence.remote(7, 1) == [0, 0, 0, False, identity]
+        assert await journal.fence.remote(7, 1) == [0, 0, 0, False, identity, room]
 
 
 @on_uvloop

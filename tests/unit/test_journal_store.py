@@ -656,6 +656,19 @@ def test_limits() -> None:
             JournalLimits(segment, total)
 
 
+def test_room_is_shared_by_the_volumes_in_use() -> None:
+    """Two may fill their part, and more leave less to each; what was cut counts no more."""
+    store = open_store(SimDisk(random.Random(1)))
+    all_of_it = LIMITS.live_bytes_max
+    assert store.room == all_of_it // 2
+    for volume in range(1, 4):
+        put(store, volume, 1, 1, b"x")
+    assert store.room == all_of_it // 4
+    for volume in range(1, 4):
+        store.cut(volume, 1, 1)
+    assert store.room == all_of_it // 2
+
+
 def test_on_a_real_disk(tmp_path: Path) -> None:
     """The same files work on the operating system's disk, from another thread too."""
     store = JournalStore.open(RealDisk(tmp_path), limits=LIMITS, rng=random.Random(1))

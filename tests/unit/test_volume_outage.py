@@ -9,8 +9,9 @@ import pytest
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
 from tests.unit.test_volume_flush import reopened
 from torus_actors.nbd.protocol import Errno
+from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import segment_name
-from torus_actors.volume import heads, session
+from torus_actors.volume import journal
 
 BLOCK = 16 << 10
 SIZE = 100 * BLOCK
@@ -21,8 +22,22 @@ SMALL = 256 << 10
 @pytest.fixture(autouse=True)
 def small_journals(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few hundred flushes fill them."""
-    monkeypatch.setattr(heads, "COMMIT_BYTES", SMALL)
-    monkeypatch.setattr(session, "COMMIT_BYTES", SMALL)
+    monkeypatch.setattr(journal, "COMMIT_BYTES", SMALL)
+
+
+@virtual
+async def test_a_journal_keeps_to_the_room_of_its_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much a client would let it grow: what fills up a member costs a new ensemble."""
+    monkeypatch.setattr(journal, "COMMIT_BYTES", 1 << 40)
+    monkeypatch.setattr(JournalStore, "room", SMALL)
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await write_on(device, 300)
+        owner = device.client.session("v")
+        heads = owner.heads.recorded
+        await write_on(device, 300)
+        assert owner.heads.recorded > heads, "the journal was not folded"
+        assert owner.journal.active and owner.journal.size < 2 * SMALL
 
 
 async def cut_off(cluster: Cluster) -> Device:

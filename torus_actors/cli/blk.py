@@ -57,7 +57,7 @@ def cli() -> None:
     "--read-cache", type=SIZE, default="256MiB", show_default=True, help="Memory for all volumes."
 )
 @click.option(
-    "--write-cache", type=SIZE, default="64MiB", show_default=True, help="Memory for each volume."
+    "--write-cache", type=SIZE, default="256MiB", show_default=True, help="Memory for each volume."
 )
 @click.option("--listen", type=ADDRESS, help="Where torusctl tree may ask this process.")
 @click.option(

@@ -54,6 +54,9 @@ from torus_actors.storage.journal_steps import Commit, MakeSegment, ReadRecords,
 WAITING_BYTES_MAX = 64 << 20
 """Records that wait for the disk: more than it writes in a second need not be held in memory."""
 
+ROOM_FOR_MIN = 2
+"""Volumes that there is always room for: one more than are in use may come at any time."""
+
 READ_RECORDS_MAX = 4096
 """Records in one answer, however small."""
 
@@ -168,6 +171,12 @@ class JournalStore(JournalSpace):
         epoch = max(log.runs)
         run = log.runs[epoch]
         return Fence(epoch, run.first, run.last, log.damaged())
+
+    @property
+    def room(self) -> int:
+        """Bytes that one volume should keep here at most, so that those in use do not fill it."""
+        used = sum(bool(log.runs) for log in self._logs.values())
+        return self.limits.live_bytes_max // max(used + 1, ROOM_FOR_MIN)
 
     def cut(self, volume: int, epoch: int, upto_seq: int) -> None:
         """Note that records up to this one, and all of lower epochs, are no longer needed.

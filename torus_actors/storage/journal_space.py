@@ -56,7 +56,7 @@ from torus_actors.storage.journal_steps import (
 
 SEGMENT_BYTES = 32 << 20
 
-JOURNAL_BYTES_MAX = 1 << 30
+JOURNAL_BYTES_MAX = 2 << 30
 
 NODE_SHARE = 8
 """A journal takes at most one part in this many of what its node has for blocks, beside it."""

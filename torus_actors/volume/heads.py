@@ -16,7 +16,7 @@ from torus_actors.errors import Again, CompareFailed, Fenced, OutcomeUnknown, To
 from torus_actors.metadata.records import Head
 from torus_actors.metadata.service import MetadataService
 from torus_actors.volume.change_log import ChangeLog
-from torus_actors.volume.journal import COMMIT_BYTES, SessionJournal
+from torus_actors.volume.journal import SessionJournal
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Heads:
         journal, changes = self._journal, self._changes
         # After a record that was cut and never sent no other may follow.
         in_order = journal.sent == changes.seq
-        if not (journal.active and in_order and (awaited or journal.size > COMMIT_BYTES)):
+        if not (journal.active and in_order and (awaited or journal.is_large)):
             return False
         try:
             await journal.append(changes.seq + 1, changes.cut_head(head))

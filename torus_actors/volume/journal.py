@@ -50,8 +50,10 @@ READ_BYTES = 4 << 20
 RECORD_OVERHEAD_BYTES = 128
 """What a member adds to a record that comes alone."""
 
-COMMIT_BYTES = 64 << 20
-"""A journal of this size is due to be folded into blocks."""
+COMMIT_BYTES = 256 << 20
+"""A journal of this size is due to be folded into blocks, if its members have room for as much. Small
+writes all over a volume make a commit write whole blocks for a few pages of each: the more of them
+it can wait for, the less that is."""
 
 COMMIT_AGE_S = 30.0
 """And one of this age, when the volume is quiet: a crash then has nothing to replay."""
@@ -73,6 +75,7 @@ class SessionJournal:
         active: whether records can be appended.
         sent: number of the last record that was appended, or that a head covers.
         size: bytes that the records since the last cut take on a member's disk.
+        size_max: bytes that its members have room for, with others beside it.
         broken: why there is no ensemble now; empty if there is one or none was wanted yet.
     """
 
@@ -98,6 +101,7 @@ class SessionJournal:
         self.active = False
         self.sent = 0
         self.size = 0
+        self.size_max = 0
         self.began_at = 0.0
         self.broken = ""
 
@@ -123,12 +127,14 @@ class SessionJournal:
         members = tuple(up[:wanted])
         homes = {p: self._system.actor("journal", node=p) for p in members}
         identities: dict[str, int] = {}
+        room: list[int] = []
         for member, home in homes.items():
             # Also the member's promise to refuse older sessions.
             fenced = await home.fence.remote(
                 self._volume_id, self._epoch, timeout_s=APPEND_TIMEOUT_S
             )
             identities[member] = fenced[4]
+            room.append(fenced[5])
             if covered_seq:
                 # A member that missed the last ones need not have them, nor refuse what follows.
                 await home.cut.remote(self._volume_id, self._epoch, covered_seq)
@@ -151,7 +157,13 @@ class SessionJournal:
         self.sent = covered_seq
         self.broken = ""
         self.size = 0
+        self.size_max = min(room)
         self.began_at = self._system.loop.time()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is due to be folded into blocks for its size."""
+        return self.size > min(COMMIT_BYTES, self.size_max)
 
     async def append(self, seq: int, record: list[Buffer]) -> None:
         """Have every member store a record durably.
@@ -368,7 +380,7 @@ async def _fence(
     system: ActorSystem, volume_id: int, member: str, epoch: int, identities: dict[str, int]
 ) -> _Tail:
     home = system.actor("journal", node=member)
-    newest, first, last, lost, identity = await home.fence.remote(
+    newest, first, last, lost, identity, _ = await home.fence.remote(
         volume_id, epoch, timeout_s=APPEND_TIMEOUT_S
     )
     if lost or identities.get(member) != identity:

@@ -41,7 +41,6 @@ from torus_actors.volume.heads import Heads
 from torus_actors.volume.journal import (
     COMMIT_AGE_S,
     COMMIT_AGE_S_MAX,
-    COMMIT_BYTES,
     SessionJournal,
 )
 from torus_actors.volume.keeper import Keeper
@@ -71,7 +70,7 @@ class CacheSizes:
     """Bounds of one client's memory, bytes."""
 
     read_bytes: int = 256 << 20
-    write_bytes: int = 64 << 20
+    write_bytes: int = 256 << 20
 
 
 class Session:
@@ -306,7 +305,7 @@ class Session:
         quiet = now - self._written_at > IDLE_FLUSH_S
         old = now - journal.began_at > (COMMIT_AGE_S if quiet else COMMIT_AGE_S_MAX)
         return bool(
-            journal.size > COMMIT_BYTES
+            journal.is_large
             or (journal.size and old)
             or len(self.file.unsynced) > UNSYNCED_MAX
         )
