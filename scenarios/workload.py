@@ -33,11 +33,11 @@ OPEN_S_MAX = 120.0
 
 VERIFY_BYTES = 128 << 10
 
-OPERATIONS_FAST = 1500
+OPERATIONS_FAST = 800
 """Of a volume in a run, at the pace that was drawn. What a burst can bring to light it has brought
 by then, and ten thousand more cost as much as ten other runs."""
 
-PAUSE_S_LATER = 0.25
+PAUSE_S_LATER = 0.4
 """Mean pause of a worker after that, at least."""
 
 SESSION_ENDS = (Fenced, Closed, ActorNotFound)

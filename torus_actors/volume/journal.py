@@ -51,9 +51,9 @@ RECORD_OVERHEAD_BYTES = 128
 """What a member adds to a record that comes alone."""
 
 COMMIT_BYTES = 256 << 20
-"""A journal of this size is due to be folded into blocks, if its members have room for as much. Small
-writes all over a volume make a commit write whole blocks for a few pages of each: the more of them
-it can wait for, the less that is."""
+"""A journal of this size is due to be folded into blocks, if its members have room for as much.
+Small writes all over a volume make a commit write whole blocks for a few pages of each: the more of
+them it can wait for, the less that is."""
 
 COMMIT_AGE_S = 30.0
 """And one of this age, when the volume is quiet: a crash then has nothing to replay."""
