@@ -153,6 +153,7 @@ def draw(scenario: Scenario, seed: int) -> Drawn:
         bytes_max=load.bytes_max,
         hot_share=load.hot_share,
         span=load.span,
+        fast=load.fast,
     )
     faults = {kind: rng.uniform(*bounds) for kind, bounds in scenario.faults.items()}
     broken_max = replication - 1 if scenario.broken_max is None else scenario.broken_max
@@ -173,7 +174,7 @@ _LIST = (
         knobs={"torus_actors.actors.block_store.INODE_ROOM_MIN": 8 << 20},
         volumes=(1, 1),
         volume_bytes=(1 << 20, 2 << 20),
-        workload=Workload(whole_blocks=0.8, pause_s=0.05, flush=0.3),
+        workload=Workload(whole_blocks=0.8, pause_s=0.05, flush=0.3, fast=5000),
         duration_s=(30, 40),
         op_s_max=ROOM_S_MAX,
     ),
@@ -364,7 +365,9 @@ _LIST = (
         clients=(1, 2),
         write_cache_bytes=(32 << 10, 64 << 10, 256 << 10),
         lease_ttl_s=2,
-        workload=Workload(flush=3.0, trim=0.6, whole_blocks=0.2, pause_s=0.1, hot_share=0.8),
+        workload=Workload(
+            flush=3.0, trim=0.6, whole_blocks=0.2, pause_s=0.1, hot_share=0.8, fast=5000
+        ),
         errors_allowed=True,
         duration_s=(25, 40),
         op_s_max=OUTAGE_S_MAX,

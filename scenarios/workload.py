@@ -33,12 +33,9 @@ OPEN_S_MAX = 120.0
 
 VERIFY_BYTES = 128 << 10
 
-OPERATIONS_FAST = 800
-"""Of a volume in a run, at the pace that was drawn. What a burst can bring to light it has brought
-by then, and ten thousand more cost as much as ten other runs."""
-
 PAUSE_S_LATER = 0.4
-"""Mean pause of a worker after that, at least."""
+"""Mean pause of a worker, at least, after the first operations: ten thousand more cost as much as
+ten other runs, and bring to light less."""
 
 SESSION_ENDS = (Fenced, Closed, ActorNotFound)
 """After one of these the client cannot go on with the volume."""
@@ -56,6 +53,7 @@ class Workload:
         bytes_max: largest write or read that is not of whole blocks.
         hot_share: share of the operations that go to a tenth of the volume.
         span: share of the volume that is used.
+        fast: operations on a volume at this pace; those that follow come more slowly.
     """
 
     workers: int = 3
@@ -68,6 +66,7 @@ class Workload:
     bytes_max: int = 16 << 10
     hot_share: float = 0.5
     span: float = 1.0
+    fast: int = 800
 
 
 def choose(
@@ -315,7 +314,7 @@ class Driver:
         kinds = ("write", "read", "trim", "flush")
         weights = (load.write, load.read, load.trim, load.flush)
         while not self.stopping:
-            later = PAUSE_S_LATER if self.operations > OPERATIONS_FAST else 0.0
+            later = PAUSE_S_LATER if self.operations > load.fast else 0.0
             await asyncio.sleep(max(load.pause_s, later) * (0.5 + rng.random()))
             kind = rng.choices(kinds, weights)[0]
             if kind == "flush":

@@ -305,9 +305,7 @@ class Session:
         quiet = now - self._written_at > IDLE_FLUSH_S
         old = now - journal.began_at > (COMMIT_AGE_S if quiet else COMMIT_AGE_S_MAX)
         return bool(
-            journal.is_large
-            or (journal.size and old)
-            or len(self.file.unsynced) > UNSYNCED_MAX
+            journal.is_large or (journal.size and old) or len(self.file.unsynced) > UNSYNCED_MAX
         )
 
     def _flush_if_quiet(self) -> None:
