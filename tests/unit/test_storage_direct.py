@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,22 @@ async def test_what_does_not_suit_is_not_started(tmp_path: Path) -> None:
     writer.close()
 
 
+@asynccontextmanager
+async def journal_in(folder: Path) -> AsyncIterator[tuple[OpenJournal, Any]]:
+    """A journal on a real disk, and a handle for it; skips where it always needs a thread."""
+    async with system_of() as system:
+        opened = OpenJournal.open(system, RealDisk(folder), random.Random(1), LIMITS)
+        if opened._direct is None:
+            pytest.skip("no asynchronous writes here")
+        root = system.actor("root")
+        await root.start_child.remote(ChildSpec("journal_disk", JournalDisk, shutdown_s=1.0))
+        await root.start_child.remote(
+            ChildSpec("journal", lambda: JournalActor(opened), max_concurrency=16)
+        )
+        yield opened, system.actor("journal")
+    opened.close()
+
+
 async def filled(folder: Path, count: int) -> tuple[int, int]:
     """Append records to a journal on a real disk; commits, and how many the worker did."""
     runs = 0
@@ -129,20 +147,13 @@ async def test_a_journal_goes_on_with_a_thread(tmp_path: Path) -> None:
 @on_uvloop
 async def test_a_failed_write_ends_the_journal(tmp_path: Path) -> None:
     """An error of the disk is never tried again: nothing is acknowledged from then on."""
-    writer_in(tmp_path).close()
-    (tmp_path / "file").unlink()
-    async with system_of() as system:
-        opened = OpenJournal.open(system, RealDisk(tmp_path), random.Random(1), LIMITS)
-        root = system.actor("root")
-        await root.start_child.remote(ChildSpec("journal_disk", JournalDisk, shutdown_s=1.0))
-        await root.start_child.remote(ChildSpec("journal", lambda: JournalActor(opened)))
-        journal = system.actor("journal")
+    async with journal_in(tmp_path) as (opened, journal):
         await journal.append.remote(7, 1, 1, payload=b"good")
         direct = opened._direct
         assert direct is not None
 
         def failing(name: str, buffers: Any, offset: int, told: Any) -> bool:
-            system.loop.call_soon(told, OSError(errno.EIO, "no such luck"))
+            opened.system.loop.call_soon(told, OSError(errno.EIO, "no such luck"))
             return True
 
         direct.start = failing  # type: ignore[method-assign]
@@ -151,4 +162,60 @@ async def test_a_failed_write_ends_the_journal(tmp_path: Path) -> None:
         assert opened.store.failure is not None
         with pytest.raises(Exception, match="restart the node"):
             await journal.append.remote(7, 1, 2, payload=b"again")
-    opened.close()
+
+
+def torn(opened: OpenJournal, written: int, told_of: OSError | None) -> None:
+    """From now on only so many bytes of a write arrive; ``told_of`` None never ends it."""
+
+    def tear(name: str, buffers: Any, offset: int, told: Any) -> bool:
+        with (folder / name).open("r+b") as file:
+            file.seek(offset)
+            file.write(b"".join(map(bytes, buffers))[:written])
+        if told_of is not None:
+            opened.system.loop.call_soon(told, told_of)
+        return True
+
+    direct = opened._direct
+    assert direct is not None
+    folder = direct._folder
+    direct.start = tear  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("written", [0, 512, PAGE, PAGE + 1000])
+@on_uvloop
+async def test_a_write_that_ended_short_is_done_again(tmp_path: Path, written: int) -> None:
+    """Whatever part of it is on the disk: it is acknowledged once all of it is, by a thread."""
+    async with journal_in(tmp_path) as (opened, journal):
+        await journal.append.remote(7, 1, 1, payload=b"a" * 3000)
+        torn(opened, written, OSError(errno.EAGAIN, "short"))
+        for seq in (2, 3):
+            await journal.append.remote(7, 1, seq, payload=b"b" * 6000)
+        # What a kill -9 would leave behind: nothing is closed in order.
+        again = JournalStore.open(RealDisk(tmp_path), limits=LIMITS, rng=random.Random(2))
+        assert again.read(7, 1, 1, 1 << 20) == [
+            (1, b"a" * 3000),
+            (2, b"b" * 6000),
+            (3, b"b" * 6000),
+        ]
+        again.close()
+
+
+@pytest.mark.parametrize("written", [0, 512, PAGE, PAGE + 1000])
+@on_uvloop
+async def test_a_write_that_power_cut_short_was_never_there(tmp_path: Path, written: int) -> None:
+    """It was not acknowledged; what was before it is whole, and what comes next takes its place."""
+    async with journal_in(tmp_path) as (opened, journal):
+        await journal.append.remote(7, 1, 1, payload=b"a" * 3000)
+        torn(opened, written, None)
+        lost = journal.append.remote(7, 1, 2, payload=b"b" * 6000)
+        await asyncio.wait([lost.future], timeout=0.05)
+        assert not lost.done()
+        again = JournalStore.open(RealDisk(tmp_path), limits=LIMITS, rng=random.Random(2))
+        assert again.read(7, 1, 1, 1 << 20) == [(1, b"a" * 3000)]
+        ticket = again.append(7, 1, 2, [b"c" * 100])
+        again.settle()
+        assert ticket is not None and again.read(7, 1, 2, 1 << 20) == [(2, b"c" * 100)]
+        again.close()
+        assert opened._under_way is not None
+        opened._under_way.set_result(None)
+        opened._under_way = None

@@ -206,3 +206,31 @@ async def test_the_longest_tail_is_replayed() -> None:
             assert node.journal.store.fenced(owner.volume_id).last == last - 1
             again = await reopened(device)
             assert await again.read(0, 3) == b"six"
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+@virtual
+async def test_records_that_not_all_members_have_are_committed_before_the_first_read(
+    everywhere: bool,
+) -> None:
+    """One that only some have may be gone next time: who has read it must not see it vanish.
+
+    What all of them have cannot go, so opening does not wait for a commit.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        for content in (b"one", b"two"):
+            await device.write(0, content)
+            await device.flush()
+        journal = device.client.session("v").journal
+        assert journal.active
+        if not everywhere:
+            member, home = next(iter(journal._homes.items()))
+            journal._homes = {member: home}
+        await device.write(0, b"six")
+        await device.flush()
+        again = await reopened(device)
+        session = again.client.session("v")
+        assert session.replayed and session.replay_certain == everywhere
+        assert (session.heads.recorded == 0) == everywhere
+        assert await again.read(0, 3) == b"six"
