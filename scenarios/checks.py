@@ -66,6 +66,10 @@ class Checker:
         self._keys = Keys()
         self._epochs: dict[str, int] = {}
         self._heads: dict[str, Head] = {}
+        self._oldest_open: dict[str, int] = {}
+        """The INode number that began with the last head that could be followed."""
+        self._named: set[BlockRef] = set()
+        """All that such heads have led to."""
         self._snapshots: dict[str, Head] = {}
         self._rings: list[tuple[float, rings.Ring]] = []
         """Since when; the last one is in force."""
@@ -204,7 +208,7 @@ class Checker:
         if before is not None and head.epoch < before.epoch:
             self.cluster.fail(f"{key}: a head of epoch {head.epoch} after one of {before.epoch}")
         self._heads[key] = head
-        oldest_open = before.inode if before is not None else 0
+        oldest_open = self._oldest_open.get(key, 0)
         try:
             reachable = self.reachable()
         except Unreadable:
@@ -213,16 +217,18 @@ class Checker:
         # What a node has that is just being started cannot be told: it is looked at with the next.
         unknown = sum(host.is_starting for host in self.cluster.nodes)
         for ref, root in reachable.items():
+            if ref.volume == volume and ref.inode < oldest_open and ref not in self._named:
+                self.cluster.fail(f"{key} leads to {ref}, dead by head {oldest_open}")
+                return
             if ref not in self._safe:
-                if ref.volume == volume and ref.inode < oldest_open:
-                    self.cluster.fail(f"{key} leads to {ref}, dead by head {oldest_open}")
-                    return
                 copies = sum(is_durable(host, ref, root) for host in self.cluster.nodes)
                 if copies + unknown < self.copies_min:
                     self.cluster.fail(f"{key} leads to {ref}: {copies} copies are durable")
                     return
                 if copies >= self.copies_min:
                     self._safe.add(ref)
+        self._named.update(reachable)
+        self._oldest_open[key] = head.inode
 
     # -- reachable blocks --------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ def run(
         mutant: a bug that the production code has meanwhile.
         one_failure: stop at the first.
     """
-    with put_in(mutant):
+    with put_in(mutant), _collected_afterwards():
         result = _run(scenario, seed, trace_file, drawn or draw(scenario, seed), one_failure)
     result.mutant = mutant.name if mutant is not None else ""
     return result
@@ -340,22 +340,30 @@ def _knobs(values: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_actors() -> Iterator[None]:
-    """Take the actors of killed processes out of pykka's registry, which would keep them for ever.
-
-    What they hold is in cycles; it is collected now, so that memory does not grow from run to run.
-    A run is short enough not to collect during it, which takes a tenth of its time, and which would
-    end what was left alone at moments that depend on what ran before.
-    """
+    """Take the actors of killed processes out of pykka's registry, which would keep them for ever."""
     before = {ref.actor_urn for ref in pykka.ActorRegistry.get_all()}
-    collecting = gc.isenabled()
-    gc.disable()
-    gc.freeze()  # what was there before is not looked through in the end
     try:
         yield
     finally:
         for ref in pykka.ActorRegistry.get_all():
             if ref.actor_urn not in before:
                 pykka.ActorRegistry.unregister(ref)
+
+
+@contextlib.contextmanager
+def _collected_afterwards() -> Iterator[None]:
+    """Collect what a run leaves behind when it is over, so that memory does not grow.
+
+    It is in cycles, and nothing of the run may be on the stack any more. A run is short enough not
+    to collect during it, which takes a tenth of its time, and which would end what was left alone
+    at moments that depend on what ran before.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    gc.freeze()  # what was there before is not looked through in the end
+    try:
+        yield
+    finally:
         gc.collect()
         gc.unfreeze()
         if collecting:
