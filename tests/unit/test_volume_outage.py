@@ -8,6 +8,7 @@ import pytest
 
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
 from tests.unit.test_volume_flush import reopened
+from torus_actors.metadata.records import Head
 from torus_actors.nbd.protocol import Errno
 from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import segment_name
@@ -234,3 +235,47 @@ async def test_records_that_not_all_members_have_are_committed_before_the_first_
         assert session.replayed and session.replay_certain == everywhere
         assert (session.heads.recorded == 0) == everywhere
         assert await again.read(0, 3) == b"six"
+
+
+@virtual
+async def test_a_journal_lost_during_a_commit_is_replaced_only_when_a_head_covers_it() -> None:
+    """A record is acknowledged while a commit runs that does not have it, and then a member dies.
+
+    A new ensemble at the end of that commit would not have the record. The other old member is lost
+    for good then, so the one that died and came back is the last to have it.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        for content in (b"one", b"two"):
+            await device.write(0, content)
+            await device.flush()
+        session = device.client.session("v")
+        first, second = (
+            next(node for node in cluster.nodes.values() if node.node_id == member)
+            for member in session.journal._members
+        )
+        store, stored, gates = session.heads.store, asyncio.Event(), [asyncio.Event()]
+
+        async def held(head: Head) -> None:
+            gates[-1].set()
+            gates.append(asyncio.Event())
+            await stored.wait()
+            stored.clear()
+            await store(head)
+
+        session.heads.store = held  # type: ignore[method-assign]
+        session.commit_soon(lambda _: None)
+        await gates[0].wait()
+        await device.write(BLOCK, b"six")
+        await device.flush()
+        await second.crash()
+        await device.write(2 * BLOCK, b"ten")
+        flush = asyncio.ensure_future(device.flush())
+        await until(lambda: not session.journal.active)
+        stored.set()  # the first commit ends
+        await gates[1].wait()  # the next one is on its way, and never ends
+        flush.cancel()
+        await first.crash()
+        await second.start()
+        again = await reopened(device)
+        assert await again.read(BLOCK, 3) == b"six"

@@ -336,6 +336,12 @@ class Session:
         if journal.active:
             journal.cut(self._covered_seq)
             return
+        if changes.seq != self._covered_seq:
+            # The journal was lost while this ran. Records that came meanwhile may be acknowledged,
+            # and only the old members have them: they are to be asked until a head covers those.
+            changes.needs_commit = True
+            self.commit_soon(lambda _: None)
+            return
         try:
             await journal.form(self._covered_seq)
         except Fenced:
