@@ -79,7 +79,7 @@ async def _cut_in_operation(host: Host, operations: int, kill: bool, wait_s: flo
 
 async def lose_node(field: Field) -> None:
     """Nodes are gone with their disks, up to all but one of a block's; others join instead."""
-    async with field._changing:
+    async with field.losing():
         if not await field.whole_again():
             return
         cluster, rng = field.cluster, field.rng
@@ -113,7 +113,7 @@ async def abandon_node(field: Field) -> None:
 
     The others take it out of the ring, and all copies are made, without an operator.
     """
-    async with field._changing:
+    async with field.losing():
         cluster, rng = field.cluster, field.rng
         if not await field.whole_again():
             return
@@ -314,11 +314,11 @@ async def rot(field: Field) -> None:
     if field.rotten is None:
         field.rotten = rng.choice(cluster.nodes)
     host = field.rotten
-    if not host.up:
+    if not host.up or field.copies_missing:
         return
     area = rng.choice(("blocks", "blocks", "inodes", "journal"))
     found = await _in_journal(host, rng) if area == "journal" else _in_store(host, area, rng)
-    if found is not None:
+    if found is not None and not field.copies_missing:
         path, at, what = found
         field.records_rotted |= area == "journal"
         field.say(f"a byte of {what} rots on {host.name}")

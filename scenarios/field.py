@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import Cluster, Host
@@ -45,6 +46,9 @@ class Field:
         self.counts: dict[str, int] = {}
         self.rotten: Host | None = None
         self.records_rotted = False
+        self.copies_missing = False
+        """Whether a node is being lost, or was and its copies are not all there again: another copy
+        that rots now may be the last one."""
         self.snapshots = Snapshots(cluster)
         self.only = rng.choice(cluster.nodes) if one_victim else None
         self._changing = asyncio.Lock()
@@ -74,6 +78,16 @@ class Field:
     def whole(self, host: Host) -> None:
         """The node is well again, as far as this fault goes."""
         self.broken.pop(host.name, None)
+
+    @contextlib.asynccontextmanager
+    async def losing(self) -> AsyncIterator[None]:
+        """While this lasts nodes may be lost for good; nobody else changes who is a member."""
+        async with self._changing:
+            self.copies_missing = True
+            try:
+                yield
+            finally:
+                self.copies_missing = False
 
     async def settled(self, deep: bool = False) -> bool:
         """Wait until all copies are there, and right if ``deep``; whether they were in time."""
