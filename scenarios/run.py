@@ -340,7 +340,7 @@ def _knobs(values: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_actors() -> Iterator[None]:
-    """Take the actors of killed processes out of pykka's registry, which would keep them for ever."""
+    """Take the actors of killed processes out of pykka's registry, which would keep them."""
     before = {ref.actor_urn for ref in pykka.ActorRegistry.get_all()}
     try:
         yield

@@ -77,9 +77,9 @@ def test_a_seed_that_once_failed(name: str, seed: int) -> None:
     """Found by exploring, beyond the seeds above.
 
     A frozen client had two volumes open: the operations of both may take as long as it slept. A
-    read failed while the client's bridge was being started again. Nodes were starting when a head was
-    recorded, so that nobody could tell what it led to. A copy rotted while a lost node's blocks were
-    being copied from it.
+    read failed while the client's bridge was being started again. Nodes were starting when a head
+    was recorded, so that nobody could tell what it led to. A copy rotted while a lost node's blocks
+    were being copied from it.
     """
     result = run(SCENARIOS[name], seed)
     assert not result.failures, failures(result)
