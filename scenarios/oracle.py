@@ -75,7 +75,8 @@ class Taking:
     """A snapshot that is being made: what may be in it.
 
     Attributes:
-        crossed: another client has opened the volume meanwhile.
+        crossed: another client has opened the volume meanwhile, or had, and not read all of it yet:
+            nobody knew then what it had found of what was not flushed.
         begun_at, acked_at: places, in the order of all events, of the writes of this time.
     """
 
@@ -84,7 +85,7 @@ class Taking:
         self._crash = {sector: oracle.after_crash(sector) for sector in oracle.later}
         self._durable = dict(oracle.durable)
         self._begun: dict[int, list[int]] = {}
-        self.crossed = False
+        self.crossed = oracle.session is not None and not oracle.session.verified
         self.begun_at: dict[int, int] = {}
         self.acked_at: dict[int, int] = {}
         self._events = 0
@@ -227,6 +228,7 @@ class Session:
     Attributes:
         epoch: number of the session, as the client has it.
         fenced: another client has opened the volume since.
+        verified: all of it was read.
         flushing: flushes under way.
         found_after: by sector, what that client found, and all it might have found, in order.
     """
@@ -238,11 +240,12 @@ class Session:
         self.name = name
         self.epoch = epoch
         self.fenced = False
+        self.verified = False
         self.flushing = 0
         self.found_after: dict[int, tuple[int, list[int]]] = {}
 
     def verify(self, offset: int, data: bytes) -> None:
-        """What was found when the volume was opened; to be called for all of it."""
+        """What was found when the volume was opened; to be called for all of it, in order."""
         oracle = self._oracle
         if self.fenced:
             return
@@ -253,6 +256,7 @@ class Session:
             oracle.durable[sector] = sequence
             oracle.later.pop(sector, None)
             oracle.acked.pop(sector, None)
+        self.verified = offset + len(data) == oracle.size
 
     def begin_write(self, offset: int, length: int, zeros: bool = False) -> Write:
         """A write is about to be sent; returns it, with its data."""
