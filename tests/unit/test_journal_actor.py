@@ -24,6 +24,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.runtime import ChildSpec, get
+from torus_actors.storage.disk import Disk
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_space import JournalLimits
 from torus_actors.storage.simdisk import Operation, SimDisk
@@ -48,7 +49,7 @@ class Gate:
 
 
 @contextlib.asynccontextmanager
-async def journal_on(disk: SimDisk) -> AsyncIterator[tuple[OpenJournal, Any]]:
+async def journal_on(disk: Disk) -> AsyncIterator[tuple[OpenJournal, Any]]:
     """A system with a journal on this disk, and a handle to it."""
     async with system_of() as system:
         opened = OpenJournal.open(system, disk, random.Random(1), LIMITS)

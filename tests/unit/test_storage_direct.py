@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.unit.runtime_harness import on_uvloop, system_of
-from torus_actors.actors.journal import JournalActor, JournalDisk, OpenJournal
-from torus_actors.runtime import ChildSpec
+from tests.unit.runtime_harness import on_uvloop
+from tests.unit.test_journal_actor import LIMITS, journal_on
+from torus_actors.actors.journal import OpenJournal
 from torus_actors.storage.direct import WRITE_BYTES_MAX, DirectWriter
 from torus_actors.storage.disk import RealDisk
 from torus_actors.storage.journal import JournalStore
-from torus_actors.storage.journal_space import JournalLimits
 
 PAGE = 4096
-LIMITS = JournalLimits(segment_bytes=256 << 10, journal_bytes_max=6 * (256 << 10))
 
 
 def writer_in(folder: Path) -> DirectWriter:
@@ -85,25 +83,17 @@ async def test_what_does_not_suit_is_not_started(tmp_path: Path) -> None:
 @asynccontextmanager
 async def journal_in(folder: Path) -> AsyncIterator[tuple[OpenJournal, Any]]:
     """A journal on a real disk, and a handle for it; skips where it always needs a thread."""
-    async with system_of() as system:
-        opened = OpenJournal.open(system, RealDisk(folder), random.Random(1), LIMITS)
+    async with journal_on(RealDisk(folder)) as (opened, journal):
         if opened._direct is None:
             pytest.skip("no asynchronous writes here")
-        root = system.actor("root")
-        await root.start_child.remote(ChildSpec("journal_disk", JournalDisk, shutdown_s=1.0))
-        await root.start_child.remote(
-            ChildSpec("journal", lambda: JournalActor(opened), max_concurrency=16)
-        )
-        yield opened, system.actor("journal")
-    opened.close()
+        yield opened, journal
 
 
 async def filled(folder: Path, count: int) -> tuple[int, int]:
     """Append records to a journal on a real disk; commits, and how many the worker did."""
     runs = 0
 
-    async with system_of() as system:
-        opened = OpenJournal.open(system, RealDisk(folder), random.Random(1), LIMITS)
+    async with journal_on(RealDisk(folder)) as (opened, journal):
         real_run = opened._run
 
         async def counted(step: Any) -> None:
@@ -112,12 +102,6 @@ async def filled(folder: Path, count: int) -> tuple[int, int]:
             await real_run(step)
 
         opened._run = counted  # type: ignore[method-assign]
-        root = system.actor("root")
-        await root.start_child.remote(ChildSpec("journal_disk", JournalDisk, shutdown_s=1.0))
-        await root.start_child.remote(
-            ChildSpec("journal", lambda: JournalActor(opened), max_concurrency=16)
-        )
-        journal = system.actor("journal")
         for seq in range(1, count + 1):
             await journal.append.remote(7, 1, seq, payload=bytes([seq % 256]) * 3000)
             if seq == count // 2 and opened._direct is not None:
@@ -125,7 +109,6 @@ async def filled(folder: Path, count: int) -> tuple[int, int]:
                 assert runs < commits_before, "nothing was written without a thread"
                 opened._direct._works = False
         commits = opened.store.stats().commits
-    opened.close()
     return commits, runs
 
 
