@@ -218,10 +218,18 @@ _JOURNAL = (
         "A flush is acknowledged by the journal when every member has the record",
         Edit(
             "volume.journal:_Append._answered",
-            "if self._failure is None:",
-            "if not isinstance(self._failure, Fenced):",
+            "self._journal.appended(self, self._failure)",
+            "self._journal.appended(\n"
+            "    self, self._failure if isinstance(self._failure, Fenced) else None\n"
+            ")",
         ),
         hunted_in=("journal_members",),
+    ),
+    _mutant(
+        "acknowledged_by_one_record",
+        "A flush of several records is acknowledged when the members have all of them",
+        Edit("volume.journal:SessionJournal.append", "if not left and not", "if not"),
+        hunted_in=("journal_replay",),
     ),
     _mutant(
         "cut_before_head",
@@ -252,7 +260,7 @@ _JOURNAL = (
             "        self._revision = await self._meta.set_journal(\n"
             "            self._volume_id, self._epoch, self._revision, record\n"
             "        )\n",
-            "        if not self._members:\n"
+            "        if not self._homes:\n"
             "            self._revision = await self._meta.set_journal(\n"
             "                self._volume_id, self._epoch, self._revision, record\n"
             "            )\n",
@@ -268,9 +276,9 @@ _JOURNAL = (
             "if lost:",
         ),
         Edit(
-            "volume.journal:SessionJournal.accepts",
-            "self._identities[member] == identity",
-            "True",
+            "volume.journal:_Append._answered",
+            "answer.result() != self.homes[member].identity",
+            "answer.result() is None",
         ),
         hunted_in=("journal_members",),
     ),

@@ -371,7 +371,10 @@ _LIST = (
         errors_allowed=True,
         duration_s=(25, 40),
         op_s_max=OUTAGE_S_MAX,
-        knobs={"torus_actors.volume.session.COMMIT_AGE_S": 2.0},
+        knobs={
+            "torus_actors.volume.change_log.RECORD_BYTES": 8 << 10,
+            "torus_actors.volume.session.COMMIT_AGE_S": 2.0,
+        },
     ),
     Scenario(
         "journal_members",

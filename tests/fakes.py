@@ -169,6 +169,7 @@ class Network:
         self.lost_answers: dict[str, int] = {}
         self._cut: set[frozenset[str]] = set()
         self._in_flight: dict[ObjectRef[Any], tuple[str, str]] = {}
+        self._arrives: dict[tuple[str, str], float] = {}
         self._changes = 0
 
     def join(self, system: ActorSystem) -> None:
@@ -227,7 +228,10 @@ class Network:
         if ref is not None:
             self._in_flight[ref] = (source, target)
             ref.add_done_callback(lambda _: self._in_flight.pop(ref, None))
-        loop.call_later(self._latency(), self._arrive, source, target, system, ref, meta, parts)
+        # A connection keeps the order of what it carries.
+        at = max(loop.time() + self._latency(), self._arrives.get((source, target), 0.0) + 1e-6)
+        self._arrives[source, target] = at
+        loop.call_at(at, self._arrive, source, target, system, ref, meta, parts)
 
     def _latency(self) -> float:
         return 0.0001 + self.rng.random() * 0.0004

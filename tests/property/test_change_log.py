@@ -14,6 +14,7 @@ from torus_actors.metadata.records import Head
 from torus_actors.model.checksums import Buffer
 from torus_actors.model.extents import MISSING, ExtentMap
 from torus_actors.model.refs import BlockRef
+from torus_actors.volume import change_log
 from torus_actors.volume.change_log import ChangeLog, Replay, read_record
 from torus_actors.volume.write_back import WriteBack
 
@@ -34,6 +35,10 @@ class Volume:
         self.since = [self.durable]
         """What was flushed last, and what the content was after each write since."""
         self.layers.log.start()
+        self.last: list[tuple[int, bytes]] = []
+        """Numbers and records of the last flush."""
+        self.before: tuple[dict[int, bytes], list[bytes]] = ({}, self.since)
+        """``records`` and ``since`` before it."""
         self._refs = 0
 
     def content(self) -> bytes:
@@ -88,11 +93,21 @@ class Volume:
             self.layers.thaw(self.rng.choice(list(self.layers.frozen)))
 
     def flush(self) -> None:
-        """Cut a record."""
-        record = b"".join(self.layers.log.cut())
-        self.records[self.layers.log.seq] = record
+        """Cut what was not told, into one record or into several."""
+        self.before = (dict(self.records), self.since)
+        records = self.layers.log.cut()
+        first = self.layers.log.seq - len(records) + 1
+        self.last = [(first + i, b"".join(record)) for i, record in enumerate(records)]
+        self.records.update(self.last)
         self.durable = self.content()
         self.since = [self.durable]
+
+    def tear(self) -> bool:
+        """Crash in the middle of the last flush; whether it had more than one record."""
+        self.records, self.since = self.before
+        self.since = [*self.since, self.durable]
+        self.records.update(self.last[: self.rng.randrange(1, len(self.last) + 1) - 1])
+        return len(self.last) > 1
 
     def commit(self) -> None:
         """Fold all that is there into a head that the journal keeps, and forget older records.
@@ -144,6 +159,14 @@ class Volume:
         return b"".join(bytes(block) for block in out)
 
 
+@pytest.fixture(params=[4 << 20, 90], ids=["one record", "several"], autouse=True)
+def record_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How much goes into a record: all there ever is, or so little that most flushes cut many."""
+    monkeypatch.setattr(change_log, "RECORD_BYTES", request.param)
+    size: int = request.param
+    return size
+
+
 def run(seed: int, heads: bool = False) -> bool:
     """One random history; whether the replay after its last flush is right."""
     volume = Volume(random.Random(seed))
@@ -172,6 +195,44 @@ def test_a_head_in_the_journal_stands_for_what_is_before_it() -> None:
     """The same with heads among the records, and the records that they cover cut or not."""
     for seed in range(1500):
         assert run(seed, heads=True), seed
+
+
+def test_some_records_of_a_flush_are_some_of_its_writes(record_bytes: int) -> None:
+    """A crash in the middle of a flush leaves each byte as flushed before, or as written since."""
+    torn = 0
+    for seed in range(1500):
+        volume = Volume(random.Random(seed))
+        steps = [volume.write] * 4 + [volume.freeze, volume.settle, volume.thaw, volume.flush]
+        for _ in range(volume.rng.randint(5, 60)):
+            volume.rng.choice(steps)()
+        volume.flush()
+        torn += volume.tear()
+        allowed = zip(*volume.since, strict=True)
+        replayed = volume.replayed()
+        assert all(byte in each for byte, each in zip(replayed, allowed, strict=True)), seed
+    assert torn > 500 or record_bytes > 1000
+
+
+def test_a_record_has_its_bound(record_bytes: int) -> None:
+    """Whatever the number and the size of the extents; and what fits in one record is one."""
+    rng = random.Random(3)
+    for size in range(1, 60):
+        layers = WriteBack(1 << 20)
+        layers.log.start()
+        for _ in range(size):
+            index, offset = rng.randrange(9), rng.randrange(1000)
+            if rng.random() < 0.3:
+                layers.zero(index, offset, rng.randrange(1, 300))
+            else:
+                layers.write(index, offset, bytes(rng.randrange(1, 300)))
+        total = layers.log.extent_bytes
+        records = layers.log.cut()
+        assert (len(records) == 1) == (total <= record_bytes)
+        assert layers.log.seq == len(records) and layers.log.empty
+        for record in records:
+            extents = read_record(b"".join(record))[1]
+            data = sum(0 if buffer is None else length for _, _, length, buffer in extents)
+            assert data + change_log.PLACE_BYTES * len(extents) <= record_bytes
 
 
 def _head_covers_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +327,7 @@ def test_damaged_records_are_told() -> None:
         volume.freeze()
         volume.settle()
     volume.flush()
-    (record,) = volume.records.values()
+    record = next(iter(volume.records.values()))
     read_record(record)
     for size in range(len(record)):
         with pytest.raises(Corruption):

@@ -99,7 +99,7 @@ async def test_a_member_that_is_lost_in_an_outage_loses_nothing() -> None:
             content = await write_on(device, 150)
             owner = device.client.session("v")
             assert owner.heads.owed is not None
-            members = [n for n in cluster.nodes.values() if n.node_id in owner.journal._members]
+            members = [n for n in cluster.nodes.values() if n.node_id in owner.journal.members]
             await members[lost].crash()
             again = await reopened(device)
             assert await again.read(0, SIZE) == content
@@ -192,7 +192,7 @@ async def test_the_longest_tail_is_replayed() -> None:
                 await device.flush()
             owner = device.client.session("v")
             node = next(
-                n for n in cluster.nodes.values() if n.node_id == owner.journal._members[rotten]
+                n for n in cluster.nodes.values() if n.node_id == owner.journal.members[rotten]
             )
             assert node.journal is not None
             store = node.journal.store
@@ -252,7 +252,7 @@ async def test_a_journal_lost_during_a_commit_is_replaced_only_when_a_head_cover
         session = device.client.session("v")
         first, second = (
             next(node for node in cluster.nodes.values() if node.node_id == member)
-            for member in session.journal._members
+            for member in session.journal.members
         )
         store, stored, gates = session.heads.store, asyncio.Event(), [asyncio.Event()]
 

@@ -2,7 +2,9 @@
 
 A record holds, for the writes since the last one, in this order: blocks that were put on the ring
 and entered in the map, then extents that are in no block yet. Replaying all records after a head,
-in order, over that head gives everything that was flushed.
+in order, over that head gives everything that was flushed. What is too much for one record is cut
+into several at once, in that order; the first of them alone give a part of the writes that nobody
+was told are durable, which is what a crash may leave of those in any case.
 
 A block carries the number of the last record that was cut before its content was fixed. What older
 records say of its place is in it, so a replay forgets that; what newer ones say lies over it.
@@ -26,9 +28,12 @@ from torus_actors.model.checksums import Buffer
 from torus_actors.model.extents import ExtentMap
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
 
-INLINE_MAX = 4 << 20
-"""Bytes of extents in one record. A flush with more to say commits instead: it costs the peers no
-more, and the journal stays small."""
+RECORD_BYTES = 4 << 20
+"""Extents in one record, with what their places take: half of what a member takes, so that two can
+be on their way at a time and none is long."""
+
+PLACE_BYTES = 16
+"""What an extent takes beside its data, at most."""
 
 _HEAD = struct.Struct("<4sI")
 _MAGIC = b"TJr1"
@@ -123,32 +128,62 @@ class ChangeLog:
         """The blocks that the next record will name."""
         return [ref for ref, _, _ in self._blocks.values() if ref is not None]
 
-    def inline_bytes(self) -> int:
-        """Bytes of extents that the next record will hold."""
+    @property
+    def extent_bytes(self) -> int:
+        """What the extents that were not told yet will take in records."""
         return sum(
-            extents.data_bytes
+            extents.data_bytes + PLACE_BYTES * len(extents)
             for table in (self._extents, self._frozen)
             for extents in table.values()
         )
 
-    def cut(self) -> list[Buffer]:
-        """Make a record of all that was not told, and count it as told."""
+    @property
+    def extent_blocks(self) -> int:
+        """How many blocks those extents are in."""
+        return len(self._extents.keys() | self._frozen.keys())
+
+    def cut(self) -> list[list[Buffer]]:
+        """Make records of all that was not told, and count it as told.
+
+        Returns:
+            The buffers of each record, in the order of their numbers, of which ``seq`` is the last.
+            Extents of no more than ``RECORD_BYTES`` are one record.
+        """
+        records: list[list[Buffer]] = []
         blocks = [
             [index, ref or b"", root, after] for index, (ref, root, after) in self._blocks.items()
         ]
         places: list[list[int]] = []
         data: list[Buffer] = []
-        for table in (self._frozen, self._extents):
-            for index, extents in table.items():
-                for offset, length, buffer in extents.items():
-                    # A negative length is a run of zeros, for which nothing follows.
-                    places.append([index, offset, -length if buffer is None else length])
-                    if buffer is not None:
-                        data.append(buffer)
+        size = 0
+        for index, offset, length, buffer in self._pieces():
+            cost = PLACE_BYTES if buffer is None else PLACE_BYTES + length
+            if places and size + cost > RECORD_BYTES:
+                records.append([self._begin_record(blocks, places, None), *data])
+                blocks, places, data, size = [], [], [], 0
+            size += cost
+            # A negative length is a run of zeros, for which nothing follows.
+            places.append([index, offset, -length if buffer is None else length])
+            if buffer is not None:
+                data.append(buffer)
+        records.append([self._begin_record(blocks, places, None), *data])
         self._blocks.clear()
         self._frozen.clear()
         self._extents.clear()
-        return [self._begin_record(blocks, places, None), *data]
+        return records
+
+    def _pieces(self) -> Iterator[LoggedExtent]:
+        """Extents that were not told, the older ones of a block first, none too long."""
+        longest = max(RECORD_BYTES - PLACE_BYTES, 1)
+        for table in (self._frozen, self._extents):
+            for index, extents in table.items():
+                for offset, length, buffer in extents.items():
+                    if buffer is None or length <= longest:
+                        yield index, offset, length, buffer
+                        continue
+                    for at in range(0, length, longest):
+                        part = memoryview(buffer)[at : at + longest]
+                        yield index, offset + at, len(part), part
 
     def cut_head(self, head: Head) -> list[Buffer]:
         """Make a record of a head; what was not told yet stays for the next record."""

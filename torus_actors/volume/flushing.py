@@ -3,6 +3,10 @@
 Most flushes have nothing to do but to append a record to the journal. Those are begun and ended by
 callbacks, within the turn of the loop that brings the request or the last answer, since a task
 would take as long as a disk. Whatever else there is to do is done by ``run``, a task.
+
+A client that flushes after every write, as a database's log does, is foreseen: the record leaves
+with the answer to the write, and the flush that follows finds it on its way. A record may leave at
+any time, so nothing depends on the guess but time.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torus_actors.errors import Fenced, TorusError
-from torus_actors.volume.change_log import INLINE_MAX
+from torus_actors.model.checksums import Buffer
+from torus_actors.volume import change_log
 from torus_actors.volume.commit import Superseded
 
 if TYPE_CHECKING:
@@ -23,6 +28,17 @@ log = logging.getLogger(__name__)
 
 WRITE_OUT_ROUNDS = 3
 """How often a flush waits for whole blocks that were filled while it waited; then it commits."""
+
+SPARSE_RATIO = 2
+"""More than fits in one record is journaled if the blocks it is in are at least so many times as
+much. If not, they are put on the ring at once: it costs no more, and is to be done in any case."""
+
+FORESEE_AFTER = 4
+"""So many flushes in a row must each have had one small write before them for the next one to be
+foreseen."""
+
+FORESEE_BYTES_MAX = 64 << 10
+"""What is appended before anybody asked: a record in vain costs no more than this."""
 
 Done = Callable[[TorusError | None], None]
 
@@ -44,6 +60,10 @@ class Flusher:
         self._wake = asyncio.Event()
         self._parked = False
         self.appending = False
+        self._writes = 0
+        """Calls of ``wrote`` since the last flush was asked for."""
+        self._lone = 0
+        """Flushes in a row that had one write before them."""
 
     @property
     def busy(self) -> bool:
@@ -52,8 +72,23 @@ class Flusher:
 
     def ask(self, done: Done) -> None:
         """Make everything acknowledged so far durable, then call ``done``."""
+        self._lone = self._lone + 1 if self._writes == 1 else 0
+        self._writes = 0
         self._waiting.append(done)
         self._begin()
+
+    def wrote(self, requests: int) -> None:
+        """So many writes came, and are acknowledged: append them at once if a flush is to come."""
+        self._writes += requests
+        if (
+            self._lone >= FORESEE_AFTER
+            and self._writes == 1
+            and self._parked
+            and not self.appending
+            and not self._waiting
+            and self._session.log.extent_bytes <= FORESEE_BYTES_MAX
+        ):
+            self._append_at_once()
 
     def wake(self) -> None:
         """Have ``run`` look at what there is to do."""
@@ -74,13 +109,29 @@ class Flusher:
         return waiting
 
     def _begin(self) -> None:
-        if self._parked and not self.appending and self._waiting and not self._append_at_once():
-            self._wake.set()
+        if self._parked and not self.appending and self._waiting:
+            if self._all_told():
+                self._under_way, self._waiting = self._waiting, []
+                self._end(None)
+            elif not self._append_at_once():
+                self._wake.set()
 
     def _end(self, error: TorusError | None) -> None:
         flushed, self._under_way = self._under_way, []
         for done in flushed:
             done(error)
+
+    def _all_told(self) -> bool:
+        """Whether the members of the journal have everything that was acknowledged."""
+        session = self._session
+        file = session.file
+        return (
+            session.log.empty
+            and self._may_journal()
+            and file.failure is None
+            and not file.unsynced
+            and not file.layers.any_full
+        )
 
     # -- by callbacks ------------------------------------------------------------------------------
 
@@ -94,11 +145,11 @@ class Flusher:
             or file.layers.any_full
             or changes.empty
             or not self._may_journal()
-            or changes.inline_bytes() > INLINE_MAX
+            or changes.extent_bytes > change_log.RECORD_BYTES
         ):
             return False
         # No block is unsynced, so what the record names is durable.
-        record = self._cut()
+        (record,) = self._cut()
         self._under_way, self._waiting = self._waiting, []
         self.appending = True
         session.journal.append_soon(changes.seq, record, self._appended)
@@ -172,19 +223,28 @@ class Flusher:
     def _may_journal(self) -> bool:
         return self._session.journal.active and not self._session.log.needs_commit
 
-    def _cut(self) -> list[bytes | bytearray | memoryview]:
-        """Make a record of all that was not told yet."""
+    def _cut(self) -> list[list[Buffer]]:
+        """Make records of all that was not told yet."""
         changes, file = self._session.log, self._session.file
         for ref in changes.refs():
             file.fresh.pop(ref, None)  # from here on a record may name it
         return changes.cut()
 
-    async def _flush_by_journal(self) -> bool:
-        """Flush by appending a record; whether that was possible.
+    def _pays_to_journal(self) -> bool:
+        """Whether the extents that were not told are to go to the journal, or else into blocks."""
+        changes, journal = self._session.log, self._session.journal
+        size = changes.extent_bytes
+        if size <= change_log.RECORD_BYTES:
+            return True
+        whole = changes.extent_blocks * self._session.file.block_size
+        return size * SPARSE_RATIO <= whole and journal.size + size <= journal.size_max
 
-        A record may name blocks, so those are made durable first. From the cut of the record to its
-        acknowledgement nothing else vouches for what is in it: whatever goes wrong in between makes
-        the next flush a commit.
+    async def _flush_by_journal(self) -> bool:
+        """Flush by appending records; whether that was possible.
+
+        They may name blocks, so those are made durable first. From the cut of the records to their
+        acknowledgement nothing else vouches for what is in them: whatever goes wrong in between
+        makes the next flush a commit.
 
         Raises:
             OutOfSpace, BlockUnavailable: what was written cannot be stored at all.
@@ -197,7 +257,7 @@ class Flusher:
         for _ in range(WRITE_OUT_ROUNDS):
             # Whole blocks bypass the journal.
             await session.committer.write_out(file.layers.full())
-            if changes.inline_bytes() <= INLINE_MAX:
+            if self._pays_to_journal():
                 break
         else:
             return False
@@ -206,12 +266,12 @@ class Flusher:
         if changes.empty:
             return True
         covered = dict(file.unsynced)
-        record = self._cut()
-        seq = changes.seq
+        records = self._cut()
+        last = changes.seq
         acknowledged = False
         try:
             await session.committer.make_durable(covered)
-            await session.journal.append(seq, record)
+            await session.journal.append(last, *records)
             acknowledged = file.failure is None
         except Fenced:
             raise

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +46,10 @@ APPEND_TIMEOUT_S = 2.0
 RECOVER_PATIENCE_S = 15.0
 """How long opening a volume waits for one member of the last session's journal."""
 
+UNDER_WAY_BYTES = 8 << 20
+"""Records that may be on their way at a time, unless it is a single one: enough to keep a disk
+busy, and little enough for it to take them within ``APPEND_TIMEOUT_S``."""
+
 READ_BYTES = 4 << 20
 
 RECORD_OVERHEAD_BYTES = 128
@@ -73,7 +78,9 @@ class SessionJournal:
 
     Attributes:
         active: whether records can be appended.
-        sent: number of the last record that was appended, or that a head covers.
+        sent: number of the last record that was handed in, or that a head covers. Those before it
+            go to the members first.
+        under_way_bytes: records that were sent and that not all members have stored.
         size: bytes that the records since the last cut take on a member's disk.
         size_max: bytes that its members have room for, with others beside it.
         broken: why there is no ensemble now; empty if there is one or none was wanted yet.
@@ -95,9 +102,9 @@ class SessionJournal:
         self._volume_id = volume_id
         self._epoch = epoch
         self._revision = revision
-        self._members: tuple[str, ...] = ()
-        self._homes: dict[str, Any] = {}
-        self._identities: dict[str, int] = {}
+        self._homes: dict[str, _Home] = {}
+        self._queue: deque[_Append] = deque()
+        self.under_way_bytes = 0
         self.active = False
         self.sent = 0
         self.size = 0
@@ -125,20 +132,20 @@ class SessionJournal:
         if not wanted or len(up) < wanted:
             raise BlockUnavailable(f"{len(up)} of {len(order)} peers are up, {wanted} are wanted")
         members = tuple(up[:wanted])
-        homes = {p: self._system.actor("journal", node=p) for p in members}
-        identities: dict[str, int] = {}
+        homes: dict[str, _Home] = {}
         room: list[int] = []
-        for member, home in homes.items():
+        for member in members:
+            home = self._system.actor("journal", node=member)
             # Also the member's promise to refuse older sessions.
             fenced = await home.fence.remote(
                 self._volume_id, self._epoch, timeout_s=APPEND_TIMEOUT_S
             )
-            identities[member] = fenced[4]
+            homes[member] = _Home(home, fenced[4])
             room.append(fenced[5])
             if covered_seq:
                 # A member that missed the last ones need not have them, nor refuse what follows.
                 await home.cut.remote(self._volume_id, self._epoch, covered_seq)
-        extra: bytes = msgpack.packb(identities)
+        extra: bytes = msgpack.packb({each: home.identity for each, home in homes.items()})
         record = Journal(epoch=self._epoch, ensemble=members, extra=extra)
         try:
             self._revision = await self._meta.set_journal(
@@ -150,9 +157,7 @@ class SessionJournal:
             self._revision = revision
             if found != record:
                 raise BlockUnavailable("the journal's record changed meanwhile") from None
-        self._members = members
         self._homes = homes
-        self._identities = identities
         self.active = True
         self.sent = covered_seq
         self.broken = ""
@@ -161,61 +166,109 @@ class SessionJournal:
         self.began_at = self._system.loop.time()
 
     @property
+    def members(self) -> tuple[str, ...]:
+        """Ids of the peers in the ensemble, the last one if there is none now."""
+        return tuple(self._homes)
+
+    @property
     def is_large(self) -> bool:
         """Whether it is due to be folded into blocks for its size."""
         return self.size > min(COMMIT_BYTES, self.size_max)
 
-    async def append(self, seq: int, record: list[Buffer]) -> None:
-        """Have every member store a record durably.
+    async def append(self, last: int, *records: list[Buffer]) -> None:
+        """Have every member store records durably.
+
+        Args:
+            last: number of the last of them.
+            records: the buffers of each, in order.
 
         Raises:
             Fenced: another session has begun.
-            BlockUnavailable: a member did not store it; the journal is not active any more.
+            BlockUnavailable: a member did not store them; the journal is not active any more.
         """
-        appended: asyncio.Future[TorusError | None] = self._system.loop.create_future()
+        appended: asyncio.Future[None] = self._system.loop.create_future()
+        left = len(records)
+        failure: TorusError | None = None
 
         def done(error: TorusError | None) -> None:
-            if not appended.done():
-                appended.set_result(error)
+            nonlocal left, failure
+            left -= 1
+            if error is not None and not isinstance(failure, Fenced):
+                failure = error
+            if not left and not appended.done():
+                appended.set_result(None)
 
-        self.append_soon(seq, record, done)
-        error = await appended
-        if error is None and not self.active:
+        for seq, record in enumerate(records, last - len(records) + 1):
+            self.append_soon(seq, record, done)
+        await appended
+        if failure is None and not self.active:
             # Another record, on its way at the same time, was not stored.
-            error = BlockUnavailable(f"the journal lost a member: {self.broken}")
-        if error is not None:
-            raise error
+            failure = self._lost()
+        if failure is not None:
+            raise failure
 
     def append_soon(
         self, seq: int, record: list[Buffer], done: Callable[[TorusError | None], None]
     ) -> None:
-        """The same; ``done`` is called once, later, with None or with what ``append`` raises."""
-        self.sent = seq
-        _Append(self, self._homes, b"".join(record), done).send(seq)
+        """The same of one; ``done`` is called once, later, with None or what ``append`` raises.
 
-    def accepts(self, member: str, identity: int) -> bool:
-        """Whether a member's journal is the one that has the records before this."""
-        return self._identities[member] == identity
+        Args:
+            seq: one more than that of the record handed in before.
+            record: not to be changed before ``done``.
+            done: see above.
+        """
+        self.sent = max(self.sent, seq)
+        if self.active:
+            self._queue.append(_Append(self, self._homes, seq, record, done))
+            self._send()
+        else:
+            self._system.loop.call_soon(done, self._lost())
+
+    def _send(self) -> None:
+        """Send what may be on its way now.
+
+        A member that has none of an ensemble's records takes any for the first. So one goes alone
+        as long as that may be: should all members refuse it and then take what follows, nobody
+        could tell that those records are to be left out.
+        """
+        queue = self._queue
+        while queue:
+            under_way = self.under_way_bytes + queue[0].size
+            if self.under_way_bytes and (not self.size or under_way > UNDER_WAY_BYTES):
+                return
+            self.under_way_bytes = under_way
+            queue.popleft().send()
+
+    def _lost(self) -> BlockUnavailable:
+        return BlockUnavailable(f"the journal lost a member: {self.broken}")
 
     @property
     def volume(self) -> tuple[int, int]:
         """Whose log the records belong to: volume and epoch."""
         return self._volume_id, self._epoch
 
-    def appended(self, size: int) -> None:
-        """All members have a record of that many bytes."""
-        # The journal of a member is written by whole pages.
-        self.size += -(-(size + RECORD_OVERHEAD_BYTES) // PAGE_SIZE) * PAGE_SIZE
-
-    def lose(self, error: TorusError) -> TorusError:
-        """A member did not store a record: the journal ends; returns what to tell."""
-        self.active = False
-        if isinstance(error, Fenced):
-            return error
-        self.broken = str(error)
-        told = BlockUnavailable(f"the journal lost a member: {error}")
-        told.__cause__ = error
-        return told
+    def appended(self, append: _Append, error: TorusError | None) -> None:
+        """All members have a record, or one has not stored it: then the journal ends."""
+        self.under_way_bytes -= append.size
+        if error is None:
+            # The journal of a member is written by whole pages.
+            self.size += -(-(append.size + RECORD_OVERHEAD_BYTES) // PAGE_SIZE) * PAGE_SIZE
+        elif append.homes is self._homes:
+            self.active = False
+            self.broken = str(error)
+        # Else it was for an ensemble that was replaced since: a head covers what that one lacks.
+        unsent: deque[_Append] = deque()
+        if self.active:
+            self._send()
+        else:
+            unsent, self._queue = self._queue, unsent
+        if error is not None and not isinstance(error, Fenced):
+            told = BlockUnavailable(f"the journal lost a member: {error}")
+            told.__cause__ = error
+            error = told
+        append.done(error)
+        for later in unsent:
+            later.done(self._lost())
 
     async def retire(self) -> None:
         """A head covers everything, and the session ends: the next one need ask no member."""
@@ -238,7 +291,7 @@ class SessionJournal:
         self.sent = max(self.sent, upto_seq)
         if upto_seq:
             for home in self._homes.values():
-                home.cut.tell(self._volume_id, self._epoch, upto_seq)
+                home.actor.cut.tell(self._volume_id, self._epoch, upto_seq)
         self.size = 0
         self.began_at = self._system.loop.time()
 
@@ -249,50 +302,57 @@ def is_unreplayed(journal: Journal | None, head: Head | None) -> bool:
     return journal is not None and journal.epoch >= head_epoch and bool(journal.ensemble)
 
 
+class _Home(NamedTuple):
+    """A member: its journal actor, and which journal that was when the records began."""
+
+    actor: Any
+    identity: int
+
+
 class _Append:
     """One record on its way to all members."""
 
-    __slots__ = ("_done", "_failure", "_homes", "_journal", "_left", "_payload")
+    __slots__ = ("_failure", "_journal", "_left", "_record", "_seq", "done", "homes", "size")
 
     def __init__(
         self,
         journal: SessionJournal,
-        homes: dict[str, Any],
-        payload: bytes,
+        homes: dict[str, _Home],
+        seq: int,
+        record: list[Buffer],
         done: Callable[[TorusError | None], None],
     ) -> None:
         self._journal = journal
-        self._homes = homes
-        self._payload = payload
-        self._done = done
+        self.homes = homes
+        self._seq = seq
+        self._record = record
+        self.size = sum(map(len, record))
+        self.done = done
         self._left = len(homes)
         self._failure: TorusError | None = None
 
-    def send(self, seq: int) -> None:
+    def send(self) -> None:
         """Send it to all of them at once."""
         volume, epoch = self._journal.volume
-        for member, home in self._homes.items():
-            ref = home.append.remote(
-                volume, epoch, seq, payload=self._payload, timeout_s=APPEND_TIMEOUT_S
+        payload = b"".join(self._record)
+        for member, home in self.homes.items():
+            ref = home.actor.append.remote(
+                volume, epoch, self._seq, payload=payload, timeout_s=APPEND_TIMEOUT_S
             )
             ref.add_done_callback(partial(self._answered, member))
 
     def _answered(self, member: str, answer: asyncio.Future[int]) -> None:
         try:
-            if not self._journal.accepts(member, answer.result()):
+            if answer.result() != self.homes[member].identity:
                 self._failure = BlockUnavailable(f"peer {member[:8]} has lost its journal")
         except TorusError as error:
             # That the session is over says more than anything else.
             if not isinstance(self._failure, Fenced):
                 self._failure = error
         self._left -= 1
-        if self._left:
-            return
-        if self._failure is None:
-            self._journal.appended(len(self._payload))
-            self._done(None)
-        else:
-            self._done(self._journal.lose(self._failure))
+        if not self._left:
+            self._record = []
+            self._journal.appended(self, self._failure)
 
 
 async def recover(

@@ -399,6 +399,8 @@ class Session:
                 raise
         if replies:
             self._send(conn, replies)
+            if requests[0].op == Op.WRITE:
+                self.system.loop.call_soon(self.flusher.wrote, len(requests))
 
     def _send(self, conn: int, replies: list[Reply]) -> None:
         try:

@@ -1,0 +1,229 @@
+"""What a flush hands to the journal, and when: several records at once, and records unasked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from tests.fakes import Cluster, Device, until, virtual
+from tests.unit.test_volume_flush import reopened
+from torus_actors.volume import change_log, journal
+from torus_actors.volume.flushing import FORESEE_AFTER, FORESEE_BYTES_MAX
+
+BLOCK = 16 << 10
+BLOCKS = 100
+SIZE = BLOCKS * BLOCK
+PAGE = 4096
+
+
+@pytest.fixture
+def small_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pages in a record, and two such records on their way at a time."""
+    record = 2 * (PAGE + change_log.PLACE_BYTES)
+    monkeypatch.setattr(change_log, "RECORD_BYTES", record)
+    monkeypatch.setattr(journal, "UNDER_WAY_BYTES", 2 * record + 200)
+
+
+async def with_journal(cluster: Cluster) -> Device:
+    """A volume whose session has begun its journal."""
+    device = await cluster.volume(SIZE, write_bytes=8 << 20)
+    await flushed(device, 0, b"first")
+    assert device.client.session("v").journal.active
+    return device
+
+
+async def flushed(device: Device, offset: int, data: bytes) -> None:
+    """Write, then flush."""
+    await device.write(offset, data)
+    await device.flush()
+
+
+async def scatter(device: Device, pages: int = 1) -> None:
+    """Write into each block, at its beginning; no flush."""
+    for index in range(BLOCKS):
+        await device.write(index * BLOCK, bytes([index]) * (pages * PAGE))
+
+
+async def assert_scattered(device: Device) -> None:
+    """All of that is there after a crash of the client."""
+    again = await reopened(device)
+    for index in range(BLOCKS):
+        assert await again.read(index * BLOCK, PAGE) == bytes([index]) * PAGE
+
+
+def watch_sends(monkeypatch: pytest.MonkeyPatch, seen: Callable[[], None]) -> None:
+    """Call ``seen`` whenever a record is sent to the members."""
+    send = journal._Append.send
+
+    def watched(append: journal._Append) -> None:
+        seen()
+        send(append)
+
+    monkeypatch.setattr(journal._Append, "send", watched)
+
+
+@virtual
+async def test_much_that_is_scattered_is_flushed_in_several_records(
+    small_records: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by putting whole blocks for a page of each; few of them are on their way at a time."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        heads, sent = session.heads.recorded, session.journal.sent
+        under_way = [0]
+        watch_sends(monkeypatch, lambda: under_way.append(session.journal.under_way_bytes))
+        await scatter(device)
+        await device.flush()
+        assert session.heads.recorded == heads
+        assert session.journal.sent - sent == len(under_way) - 1 == BLOCKS // 2
+        assert 4 * PAGE < max(under_way) <= journal.UNDER_WAY_BYTES
+        assert session.journal.under_way_bytes == 0
+        await assert_scattered(device)
+
+
+@virtual
+async def test_a_record_goes_alone_when_members_may_have_none(
+    small_records: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right after a commit: whatever becomes of the first one, it is known before the next goes."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        under_way: list[int] = []
+        watch_sends(monkeypatch, lambda: under_way.append(session.journal.under_way_bytes))
+        await scatter(device)
+        await device.flush()
+        one = max(under_way) // 2
+        assert under_way[0] < one + 200 and under_way[1] < one + 200
+        assert under_way[2] > one + 200
+
+
+@virtual
+async def test_blocks_that_are_mostly_written_are_put_whole(small_records: None) -> None:
+    """To journal them first would cost as much again."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        heads = session.heads.recorded
+        await scatter(device, pages=3)
+        await device.flush()
+        assert session.heads.recorded == heads + 1
+        await assert_scattered(device)
+
+
+@virtual
+async def test_more_than_its_members_have_room_for_is_not_journaled(small_records: None) -> None:
+    """It is committed instead."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        heads = session.heads.recorded
+        session.journal.size_max = session.journal.size + 20 * PAGE
+        await scatter(device)
+        await device.flush()
+        assert session.heads.recorded == heads + 1
+        await assert_scattered(device)
+
+
+@virtual
+async def test_a_member_dies_between_the_records_of_a_flush(
+    small_records: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush commits; what was not sent yet is sent to nobody, nor to the next ensemble."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        heads, before = session.heads.recorded, session.journal.members
+        nodes = {node.node_id: node for node in cluster.nodes.values()}
+        sends = 0
+        crash: asyncio.Task[None] | None = None
+
+        def count() -> None:
+            nonlocal sends, crash
+            sends += 1
+            if sends == 5:
+                crash = asyncio.ensure_future(nodes[before[1]].crash())
+
+        watch_sends(monkeypatch, count)
+        await scatter(device)
+        await device.flush()
+        assert crash is not None
+        await crash
+        assert session.heads.recorded > heads
+        assert 5 <= sends <= 7
+        await flushed(device, 0, bytes(PAGE))  # forms the next ensemble
+        await until(lambda: session.journal.active)
+        assert session.journal.members != before
+        await flushed(device, 0, bytes(PAGE))
+        await assert_scattered(device)
+
+
+async def foreseen(device: Device) -> None:
+    """Flush after every write for so long that the next flush is expected."""
+    for n in range(FORESEE_AFTER + 1):
+        await flushed(device, n * PAGE, b"x")
+
+
+@virtual
+async def test_a_flush_that_follows_every_write_is_foreseen() -> None:
+    """The record leaves with the write, and the flush that comes then needs no other."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        appends = device.client.session("v").journal
+        await foreseen(device)
+        sent = appends.sent
+        await device.write(0, b"seven")
+        await until(lambda: appends.sent == sent + 1)
+        await device.flush()
+        assert appends.sent == sent + 1
+        await device.write(PAGE, b"eight")
+        await until(lambda: appends.sent == sent + 2 and not appends.under_way_bytes)
+        await device.flush()  # the record is on every disk by now
+        assert appends.sent == sent + 2
+        again = await reopened(device)
+        assert await again.read(0, 5) == b"seven" and await again.read(PAGE, 5) == b"eight"
+
+
+@virtual
+async def test_a_foreseen_flush_waits_for_its_record() -> None:
+    """A member that takes its time holds it up, and one that fails makes it a commit."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        await foreseen(device)
+        nodes = {node.node_id: node for node in cluster.nodes.values()}
+        member = nodes[session.journal.members[0]]
+        heads = session.heads.recorded
+        await member.crash()
+        await device.write(0, b"seven")
+        assert session.heads.recorded == heads
+        await device.flush()
+        assert session.heads.recorded > heads
+        again = await reopened(device)
+        assert await again.read(0, 5) == b"seven"
+
+
+@virtual
+@pytest.mark.parametrize("much", [False, True])
+async def test_what_is_not_foreseen_waits_for_its_flush(much: bool) -> None:
+    """A client that writes several times before it flushes, or much at a time."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        appends = device.client.session("v").journal
+        await foreseen(device)
+        for _ in range(2):
+            if not much:
+                await device.write(0, b"one")
+                await device.write(PAGE, b"two")
+                await device.flush()
+            sent = appends.sent
+            for n in range(FORESEE_BYTES_MAX // (2 * PAGE) + 1 if much else 1):
+                await device.write(n * BLOCK, bytes(2 * PAGE))
+                if much and not n:
+                    await until(lambda before=sent: appends.sent == before + 1)
+            await asyncio.sleep(0.1)
+            assert appends.sent == sent + (1 if much else 0)
+            await device.flush()
