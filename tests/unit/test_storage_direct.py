@@ -15,7 +15,14 @@ import pytest
 from tests.unit.runtime_harness import on_uvloop
 from tests.unit.test_journal_actor import LIMITS, journal_on
 from torus_actors.actors.journal import OpenJournal
-from torus_actors.storage.direct import WRITE_BYTES_MAX, DirectWriter
+from torus_actors.storage import direct
+from torus_actors.storage.direct import (
+    SLOW_REST_S,
+    SLOW_START_S,
+    SLOW_STARTS_MAX,
+    WRITE_BYTES_MAX,
+    DirectWriter,
+)
 from torus_actors.storage.disk import RealDisk
 from torus_actors.storage.journal import JournalStore
 
@@ -77,6 +84,34 @@ async def test_what_does_not_suit_is_not_started(tmp_path: Path) -> None:
     assert not writer.start("missing", [bytes(PAGE)], 0, outcomes.append)
     assert not writer.start("file", [bytes(PAGE)], 0, outcomes.append), "it was given up"
     assert not outcomes and (tmp_path / "file").read_bytes() == bytes(64 * PAGE)
+    writer.close()
+
+
+@on_uvloop
+async def test_slow_starts_are_given_a_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not given up: it may have been the machine that had no time."""
+    writer = writer_in(tmp_path)
+    outcomes: list[OSError | None] = []
+    now, step = 0.0, SLOW_START_S * 1.5
+
+    def monotonic() -> float:
+        nonlocal now
+        now += step
+        return now
+
+    monkeypatch.setattr(direct.time, "monotonic", monotonic)
+    for _ in range(SLOW_STARTS_MAX):
+        assert writer.start("file", [b"s" * PAGE], 0, outcomes.append)
+        assert await ended(writer, outcomes) is None
+    for _ in range(5):
+        assert not writer.start("file", [b"r" * PAGE], 0, outcomes.append)
+    now += SLOW_REST_S
+    step = 0.0
+    assert writer.start("file", [b"f" * PAGE], 0, outcomes.append)
+    assert await ended(writer, outcomes) is None
+    assert (tmp_path / "file").read_bytes()[:PAGE] == b"f" * PAGE
     writer.close()
 
 

@@ -31,6 +31,10 @@ SLOW_STARTS_MAX = 3
 """If starting a write takes so long, so often in a row, it is done while it is started: the file
 system does not write in the background, and the loop would wait for the disk."""
 
+SLOW_REST_S = 60.0
+"""Then none is started for this long. Not for good: a machine that had no time to spare looks the
+same."""
+
 _NOT_STARTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN)
 """Of a write that ended like this nothing was done: it was not to the file system's liking."""
 
@@ -56,6 +60,7 @@ class DirectWriter:
         self._ended: Ended | None = None
         self._slow = 0
         self._works = True
+        self._rests_until = 0.0
 
     def start(self, name: str, buffers: Sequence[Buffer], offset: int, ended: Ended) -> bool:
         """Start a write, if that is possible.
@@ -84,19 +89,24 @@ class DirectWriter:
             except OSError as error:
                 self._give_up(error)
                 return False
+        began = time.monotonic()
+        if began < self._rests_until:
+            return False
         memory = self._memory[:length]
         at = 0
         for buffer in buffers:
             memory[at : at + len(buffer)] = buffer
             at += len(buffer)
-        began = time.monotonic()
         if not self._queue.start([Transfer(WRITE, file, memory, offset, self._done)]):
             self._give_up(OSError(errno.EAGAIN, "a write could not be started"))
             return False
         self._ended, self._length = ended, length
-        self._slow = self._slow + 1 if time.monotonic() - began > SLOW_START_S else 0
+        now = time.monotonic()
+        self._slow = self._slow + 1 if now - began > SLOW_START_S else 0
         if self._slow >= SLOW_STARTS_MAX:
-            self._give_up(OSError(errno.ETIME, "it waits for the disk"))
+            self._slow = 0
+            self._rests_until = now + SLOW_REST_S
+            log.info("%s: asynchronous writes are slow to start", self._folder)
         return True
 
     def _give_up(self, error: OSError) -> None:

@@ -112,7 +112,8 @@ class Flusher:
         if self._parked and not self.appending and self._waiting:
             if self._all_told():
                 self._under_way, self._waiting = self._waiting, []
-                self._end(None)
+                with self._session.answers_together():
+                    self._end(None)
             elif not self._append_at_once():
                 self._wake.set()
 
