@@ -1,4 +1,4 @@
-"""The bridge: carries calls between the actors of different nodes over TCP.
+"""The bridge: carries calls between the actors of different nodes, over TCP or within a machine.
 
 Responsible for listening, for one outgoing link to each peer it knows, for reconnecting with
 backoff, and for failing calls at once when a peer is lost. Other actors do not send it messages to
@@ -14,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from torus_actors.actors import same_machine
 from torus_actors.actors.links import InLink, Link, OutLink
 from torus_actors.errors import Closed, Invalid, NoPeer, Overloaded, PeerLost, TorusError
 from torus_actors.model.buffers import BufferPool
@@ -52,12 +54,14 @@ class BridgeConfig:
         listen: ``(host, port)``, or None for a client, which nobody calls.
         secret: of the cluster, or None.
         spin_s: longest time that the loop stays awake for a message; see `Spinner`.
+        shortcut: whether nodes on the same machine are reached without TCP; see `same_machine`.
     """
 
     identity: Identity
     listen: tuple[str, int] | None = None
     secret: bytes | None = None
     spin_s: float = 0.0
+    shortcut: bool = False
 
 
 class Bridge(LoopActor):
@@ -70,7 +74,7 @@ class Bridge(LoopActor):
         self._pool = BufferPool(POOL_BYTES)
         self._peers: dict[str, _Peer] = {}
         self._in_links: dict[InLink, None] = {}
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._listening: tuple[str, int] | None = None
         self._closed = False
         self.changes = 0
@@ -80,14 +84,19 @@ class Bridge(LoopActor):
         """Listen, and connect again to the peers the predecessor knew."""
         self._spinner = Spinner(self.system.loop, self._config.spin_s)
         if self._config.listen is not None:
+            loop = self.system.loop
+            near = same_machine.listen(self.system.node_id) if self._config.shortcut else None
+            if near is not None:
+                self._servers.append(await loop.create_unix_server(self._accept, sock=near))
             host, port = self._config.listen
             try:
-                self._server = await self.system.loop.create_server(self._accept, host, port)
+                server = await loop.create_server(self._accept, host, port)
             except OSError as error:
                 # asyncio's own text repeats the address.
                 reason = os.strerror(error.errno).lower() if error.errno else str(error)
                 raise Invalid(f"cannot listen on {host}:{port}: {reason}") from error
-            self._listening = self._server.sockets[0].getsockname()[:2]
+            self._servers.append(server)
+            self._listening = server.sockets[0].getsockname()[:2]
         cluster = self.system.heirlooms.get("cluster_id")
         if cluster is not None:
             self._identity = replace(self._identity, cluster=cluster)
@@ -105,8 +114,8 @@ class Bridge(LoopActor):
         self._peers.clear()
         for link in list(self._in_links):
             link.abort(Closed("this node's bridge stopped"))
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
 
     # -- messages --------------------------------------------------------------------------------
 
@@ -136,9 +145,15 @@ class Bridge(LoopActor):
 
     @expose()
     def peers(self) -> list[dict[str, Any]]:
-        """Every known peer, whether it is connected, and why not."""
+        """Every known peer, whether it is connected, whether without TCP, and why not."""
         return [
-            {"node": p.node, "address": p.address, "up": p.up, "reason": p.reason}
+            {
+                "node": p.node,
+                "address": p.address,
+                "up": p.up,
+                "near": p.up and p.near,
+                "reason": p.reason,
+            }
             for p in self._peers.values()
         ]
 
@@ -221,6 +236,15 @@ class Bridge(LoopActor):
     def _in_lost(self, link: Link, reason: TorusError) -> None:
         self._in_links.pop(cast(InLink, link), None)
 
+    def near(self, peer: _Peer) -> socket.socket | None:
+        """A connection with a peer that is on this machine, if it is.
+
+        Every other attempt is by TCP: a name that somebody else has taken keeps nobody away.
+        """
+        if not self._config.shortcut or peer.failures % 2:
+            return None
+        return same_machine.connect(peer.node)
+
     def make_link(self, peer: _Peer) -> OutLink:
         """A new outgoing link for a peer."""
         return OutLink(
@@ -244,6 +268,7 @@ class _Peer:
         self.address = address
         self.link: OutLink | None = None
         self.up = False
+        self.near = False
         self.failures = 0
         self.reason = ""
         self._waiting: deque[tuple[ObjectRef[Any], tuple[Any, ...]]] = deque()
@@ -280,12 +305,16 @@ class _Peer:
         self.bridge.spawn(self._connect())
 
     async def _connect(self) -> None:
+        loop = self.bridge.system.loop
         host, _, port = self.address.rpartition(":")
         try:
+            near = self.bridge.near(self)
+            self.near = near is not None
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await self.bridge.system.loop.create_connection(
-                    lambda: self._new_link(), host.strip("[]"), int(port)
-                )
+                if near is not None:
+                    await loop.create_unix_connection(self._new_link, sock=near)
+                else:
+                    await loop.create_connection(self._new_link, host.strip("[]"), int(port))
         except (OSError, TimeoutError, ValueError, OverflowError) as error:
             text = "no answer" if isinstance(error, TimeoutError) else _plain(error)
             if self.link is not None:

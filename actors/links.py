@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from torus_actors.actors import same_machine
 from torus_actors.errors import (
     ActorNotFound,
     Invalid,
@@ -123,7 +125,9 @@ class Link(asyncio.BufferedProtocol):
         """The other end's address, for logs."""
         transport = self._transport
         name = transport.get_extra_info("peername") if transport is not None else None
-        return f"{name[0]}:{name[1]}" if name else "?"
+        if isinstance(name, tuple):
+            return f"{name[0]}:{name[1]}"
+        return "?" if name is None else "this machine"
 
     # -- asyncio's callbacks ---------------------------------------------------------------------
 
@@ -131,6 +135,9 @@ class Link(asyncio.BufferedProtocol):
         """Start the handshake."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family == socket.AF_UNIX:
+            same_machine.tune(sock)
         self._heard_at = self._ticked_at = self.loop.time()
         self._timer = self.loop.call_later(PING_INTERVAL_S, self._tick)
         hello = self._hello.start()

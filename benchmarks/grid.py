@@ -215,7 +215,7 @@ class Echo(LoopActor):
 async def _serve_echo(port: int) -> None:
     system = ActorSystem(asyncio.get_running_loop(), node_id="server")
     identity = Identity(None, "server", Role.NODE, 1, "bench")
-    bridge = BridgeConfig(identity, ("127.0.0.1", port), spin_s=SPIN_S)
+    bridge = BridgeConfig(identity, ("127.0.0.1", port), spin_s=SPIN_S, shortcut=True)
     children = (ChildSpec("echo", Echo), ChildSpec("bridge", lambda: Bridge(bridge)))
     await system.start(SupervisorSpec("root", children))
     await asyncio.sleep(600)
@@ -225,9 +225,10 @@ def _echo_process(port: int) -> None:
     uvloop.run(_serve_echo(port))
 
 
-async def _call_rates(port: int, seconds: float) -> dict[str, float]:
+async def _call_rates(port: int, seconds: float, shortcut: bool) -> dict[str, float]:
     system = ActorSystem(asyncio.get_running_loop(), node_id="client")
-    bridge = BridgeConfig(Identity(None, "client", Role.CLIENT, 1, "bench"), spin_s=SPIN_S)
+    identity = Identity(None, "client", Role.CLIENT, 1, "bench")
+    bridge = BridgeConfig(identity, spin_s=SPIN_S, shortcut=shortcut)
     children = (ChildSpec("echo", Echo), ChildSpec("bridge", lambda: Bridge(bridge)))
     await system.start(SupervisorSpec("root", children))
     await system.actor("bridge").set_peers.remote({"server": f"127.0.0.1:{port}"})
@@ -255,10 +256,11 @@ async def _call_rates(port: int, seconds: float) -> dict[str, float]:
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.05)
+    over = "" if shortcut else " over TCP"
     rates = {
         "actor call in a node, one at a time": await rate(near, 1),
-        "actor call between processes, one at a time": await rate(far, 1),
-        "actor call between processes, 16 in flight": await rate(far, 16),
+        f"actor call between processes{over}, one at a time": await rate(far, 1),
+        f"actor call between processes{over}, 16 in flight": await rate(far, 16),
     }
     await system.stop()
     return rates
@@ -269,7 +271,8 @@ def call_rates(seconds: float) -> dict[str, float]:
     server = multiprocessing.Process(target=_echo_process, args=(PORT + 50,), daemon=True)
     server.start()
     try:
-        return uvloop.run(_call_rates(PORT + 50, seconds))
+        over_tcp = uvloop.run(_call_rates(PORT + 50, seconds, False))
+        return over_tcp | uvloop.run(_call_rates(PORT + 50, seconds, True))
     finally:
         server.terminate()
 
@@ -278,6 +281,8 @@ CALL_FLOORS = {
     "actor call in a node, one at a time": 100000.0,
     "actor call between processes, one at a time": 15000.0,
     "actor call between processes, 16 in flight": 40000.0,
+    "actor call between processes over TCP, one at a time": 15000.0,
+    "actor call between processes over TCP, 16 in flight": 40000.0,
 }
 
 

@@ -248,6 +248,7 @@ class Cluster:
             wall_clock=self.wall_clock,
             process_name=lambda: f"{host.name} boot {boot}",
             spin_s=0.0,
+            shortcut=False,
             blocking_delay_s=delay_s,
         )
 

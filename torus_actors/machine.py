@@ -31,6 +31,7 @@ class Machine:
         wall_clock: seconds since 1970, for people to read.
         process_name: host and process, for people who ask who has a volume open.
         spin_s: how long a loop may stay awake for a message; see `Spinner`. 0 on virtual time.
+        shortcut: whether processes of one machine may do without TCP; see `same_machine`.
         blocking_delay_s: None where blocking actors have threads; see `ActorSystem`.
     """
 
@@ -38,6 +39,7 @@ class Machine:
     wall_clock: Callable[[], float] = time.time
     process_name: Callable[[], str] = _process_name
     spin_s: float = SPIN_S
+    shortcut: bool = True
     blocking_delay_s: BlockingDelay | None = None
 
 

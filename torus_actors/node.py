@@ -240,7 +240,8 @@ class Process:
         identity = Identity(
             None, self.system.node_id, self.role, self.incarnation, f"torus-actors/{__version__}"
         )
-        bridge = BridgeConfig(identity, listen, self.secret, self.machine.spin_s)
+        machine = self.machine
+        bridge = BridgeConfig(identity, listen, self.secret, machine.spin_s, machine.shortcut)
         children = [ChildSpec("bridge", lambda: Bridge(bridge))]
         if open_store is not None:
             children.append(

@@ -76,12 +76,18 @@ class Echo(LoopActor):
 class End:
     """One node: a system with a bridge and an echo."""
 
-    def __init__(self, port: int | None, secret: bytes | None = None, cluster: str = "c") -> None:
+    def __init__(
+        self,
+        port: int | None,
+        secret: bytes | None = None,
+        cluster: str = "c",
+        shortcut: bool = False,
+    ) -> None:
         self.node = str(uuid.uuid4())
         self.port = port
         identity = Identity(cluster, self.node, Role.NODE, 1, "test")
         listen = None if port is None else ("127.0.0.1", port)
-        self._config = BridgeConfig(identity, listen, secret)
+        self._config = BridgeConfig(identity, listen, secret, shortcut=shortcut)
         self.system = ActorSystem(
             asyncio.get_running_loop(), node_id=self.node, rng=random.Random(self.node)
         )
