@@ -373,6 +373,7 @@ _LIST = (
         op_s_max=OUTAGE_S_MAX,
         knobs={
             "torus_actors.volume.change_log.RECORD_BYTES": 8 << 10,
+            "torus_actors.volume.flushing.SPARSE_BYTES_MIN": 8 << 10,
             "torus_actors.volume.session.COMMIT_AGE_S": 2.0,
         },
     ),

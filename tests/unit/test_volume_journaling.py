@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes import Cluster, Device, until, virtual
 from tests.unit.test_volume_flush import reopened
-from torus_actors.volume import change_log, journal
+from torus_actors.volume import change_log, flushing, journal
 from torus_actors.volume.flushing import FORESEE_AFTER, FORESEE_BYTES_MAX
 
 BLOCK = 16 << 10
@@ -23,6 +23,7 @@ def small_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pages in a record, and two such records on their way at a time."""
     record = 2 * (PAGE + change_log.PLACE_BYTES)
     monkeypatch.setattr(change_log, "RECORD_BYTES", record)
+    monkeypatch.setattr(flushing, "SPARSE_BYTES_MIN", record)
     monkeypatch.setattr(journal, "UNDER_WAY_BYTES", 2 * record + 200)
 
 

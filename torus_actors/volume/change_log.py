@@ -28,9 +28,9 @@ from torus_actors.model.checksums import Buffer
 from torus_actors.model.extents import ExtentMap
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
 
-RECORD_BYTES = 4 << 20
-"""Extents in one record, with what their places take: half of what a member takes, so that two can
-be on their way at a time and none is long."""
+RECORD_BYTES = 1 << 20
+"""Extents in one record, with what their places take. Enough for a disk to be busy with it, and so
+little that even a slow network carries some of them in the time that a member has."""
 
 PLACE_BYTES = 16
 """What an extent takes beside its data, at most."""

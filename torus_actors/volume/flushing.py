@@ -30,8 +30,9 @@ WRITE_OUT_ROUNDS = 3
 """How often a flush waits for whole blocks that were filled while it waited; then it commits."""
 
 SPARSE_RATIO = 2
-"""More than fits in one record is journaled if the blocks it is in are at least so many times as
-much. If not, they are put on the ring at once: it costs no more, and is to be done in any case."""
+SPARSE_BYTES_MIN = 4 << 20
+"""More than that is journaled if the blocks it is in are at least so many times as much. If not,
+they are put on the ring at once: it costs no more, and is to be done in any case."""
 
 FORESEE_AFTER = 4
 """So many flushes in a row must each have had one small write before them for the next one to be
@@ -235,7 +236,7 @@ class Flusher:
         """Whether the extents that were not told are to go to the journal, or else into blocks."""
         changes, journal = self._session.log, self._session.journal
         size = changes.extent_bytes
-        if size <= change_log.RECORD_BYTES:
+        if size <= SPARSE_BYTES_MIN:
             return True
         whole = changes.extent_blocks * self._session.file.block_size
         return size * SPARSE_RATIO <= whole and journal.size + size <= journal.size_max

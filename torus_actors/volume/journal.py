@@ -46,7 +46,7 @@ APPEND_TIMEOUT_S = 2.0
 RECOVER_PATIENCE_S = 15.0
 """How long opening a volume waits for one member of the last session's journal."""
 
-UNDER_WAY_BYTES = 8 << 20
+UNDER_WAY_BYTES = 4 << 20
 """Records that may be on their way at a time, unless it is a single one: enough to keep a disk
 busy, and little enough for it to take them within ``APPEND_TIMEOUT_S``."""
 
@@ -104,6 +104,8 @@ class SessionJournal:
         self._revision = revision
         self._homes: dict[str, _Home] = {}
         self._queue: deque[_Append] = deque()
+        self._covered = 0
+        """Number of the last record that the members were told to forget."""
         self.under_way_bytes = 0
         self.active = False
         self.sent = 0
@@ -159,7 +161,7 @@ class SessionJournal:
                 raise BlockUnavailable("the journal's record changed meanwhile") from None
         self._homes = homes
         self.active = True
-        self.sent = covered_seq
+        self.sent = self._covered = covered_seq
         self.broken = ""
         self.size = 0
         self.size_max = min(room)
@@ -250,13 +252,14 @@ class SessionJournal:
     def appended(self, append: _Append, error: TorusError | None) -> None:
         """All members have a record, or one has not stored it: then the journal ends."""
         self.under_way_bytes -= append.size
-        if error is None:
-            # The journal of a member is written by whole pages.
-            self.size += -(-(append.size + RECORD_OVERHEAD_BYTES) // PAGE_SIZE) * PAGE_SIZE
-        elif append.homes is self._homes:
-            self.active = False
-            self.broken = str(error)
-        # Else it was for an ensemble that was replaced since: a head covers what that one lacks.
+        # Of one for an ensemble that was replaced since, a head has what that ensemble lacks.
+        if append.homes is self._homes:
+            if error is not None:
+                self.active = False
+                self.broken = str(error)
+            elif append.seq > self._covered:
+                # The journal of a member is written by whole pages.
+                self.size += -(-(append.size + RECORD_OVERHEAD_BYTES) // PAGE_SIZE) * PAGE_SIZE
         unsent: deque[_Append] = deque()
         if self.active:
             self._send()
@@ -289,6 +292,7 @@ class SessionJournal:
     def cut(self, upto_seq: int) -> None:
         """A head covers these records: the members may forget them."""
         self.sent = max(self.sent, upto_seq)
+        self._covered = upto_seq
         if upto_seq:
             for home in self._homes.values():
                 home.actor.cut.tell(self._volume_id, self._epoch, upto_seq)
@@ -312,7 +316,7 @@ class _Home(NamedTuple):
 class _Append:
     """One record on its way to all members."""
 
-    __slots__ = ("_failure", "_journal", "_left", "_record", "_seq", "done", "homes", "size")
+    __slots__ = ("_failure", "_journal", "_left", "_record", "done", "homes", "seq", "size")
 
     def __init__(
         self,
@@ -324,7 +328,7 @@ class _Append:
     ) -> None:
         self._journal = journal
         self.homes = homes
-        self._seq = seq
+        self.seq = seq
         self._record = record
         self.size = sum(map(len, record))
         self.done = done
@@ -337,7 +341,7 @@ class _Append:
         payload = b"".join(self._record)
         for member, home in self.homes.items():
             ref = home.actor.append.remote(
-                volume, epoch, self._seq, payload=payload, timeout_s=APPEND_TIMEOUT_S
+                volume, epoch, self.seq, payload=payload, timeout_s=APPEND_TIMEOUT_S
             )
             ref.add_done_callback(partial(self._answered, member))
 
