@@ -78,6 +78,7 @@ class VolumeActor(LoopActor):
         answered, done = self._waiter()
         if not self._session.file.write_at(offset, data, done):
             await answered
+        self._session.foresee(1)
 
     @expose(idempotent=True)
     async def zero(self, offset: int, length: int) -> None:

@@ -34,6 +34,7 @@ from rig import (
     Cluster,
     fio,
     ping_pong,
+    plain_flushes,
     read_once,
     resident_bytes,
     synced_writes,
@@ -49,6 +50,8 @@ ROUND_S = 3.0
 WRITERS = 16
 
 FLUSHED_BYTES = (64 << 20, 1 << 30)
+
+BURST_BYTES = 32 << 20
 
 FLUSH_RATIO_MAX = 2.0
 GROUP_RATIO_MIN = 5.0
@@ -168,6 +171,33 @@ def _flush(cluster: Cluster, size: int, rounds: int) -> list[Row]:
             f">= {GROUP_RATIO_MIN:g}",
             shared >= GROUP_RATIO_MIN,
         ),
+    ]
+
+
+def burst(folder: Path, rounds: int) -> list[Row]:
+    """Many small writes all over a written volume, and one flush after them."""
+    size = 1 << 30
+    disk: list[float] = []
+    flushes: list[float] = []
+    with Cluster(folder, 8 << 30).start(3) as cluster:
+        cluster.ctl("volume", "create", "bench", str(size))
+        client, path = cluster.serve("bench")
+        client.start("serving ")
+        uri = uri_of(path, "bench")
+        whole = ("--rw=write", "--bs=1M", "--iodepth=16", f"--size={size}", "--end_fsync=1")
+        fio(uri, whole)
+        flushed(uri, size, 1)  # begins a journal
+        scattered = ("--rw=randwrite", "--bs=4k", "--iodepth=16", f"--size={size}")
+        for _ in range(rounds):
+            disk.append(plain_flushes(cluster.folder, BURST_BYTES))
+            job = fio(uri, (*scattered, f"--io_size={BURST_BYTES}", "--end_fsync=1"))
+            flushes.append(job["sync"]["lat_ns"]["max"] / 1e9)
+        client.stop()
+    name = f"burst, {BURST_BYTES >> 20} MiB"
+    return [
+        Row(name, "two files at once, written in one piece + fdatasync", max(disk), "s"),
+        Row(name, "flush after 4 KiB random writes", statistics.median(flushes), "s"),
+        Row(name, "the slowest of them", max(flushes), "s"),
     ]
 
 
@@ -393,6 +423,7 @@ async def _use(metadata: str, volume: str, offsets: list[int], out: Any) -> None
 
 PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
     "flush": flush,
+    "burst": burst,
     "recovery": recovery,
     "heal": heal,
     "thin": thin,

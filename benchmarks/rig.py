@@ -145,6 +145,25 @@ def plain_writes(folder: Path, size: int) -> float:
     return size / elapsed / 1e6
 
 
+def plain_flushes(folder: Path, size: int) -> float:
+    """Seconds that two processes take to write a new file each, in one piece, and sync it."""
+    paths = [folder / f"plain{n}" for n in range(2)]
+    with multiprocessing.Pool(2) as pool:
+        times = pool.starmap(_written_and_synced, [(str(path), size) for path in paths])
+    for path in paths:
+        path.unlink()
+    return max(times)
+
+
+def _written_and_synced(path: str, size: int) -> float:
+    data = os.urandom(size)
+    with open(path, "wb", buffering=0) as file:
+        began = time.perf_counter()
+        file.write(data)
+        os.fdatasync(file.fileno())
+        return time.perf_counter() - began
+
+
 def _synced_writer(path: str, seconds: float, out: multiprocessing.connection.Connection) -> None:
     size = os.stat(path).st_size
     data = os.urandom(4096)

@@ -108,15 +108,20 @@ async def crash_client_and_member(field: Field) -> None:
     journal, _ = await cluster.meta.journal(volume.id)
     ensemble = () if journal is None else journal.ensemble
     member = field.take([node for node in cluster.nodes if node.node_id in ensemble])
-    if member is None or host.process is not process:
+    if member is None:
+        return
+    others = [h for h in cluster.members_up if h.node_id in ensemble and h.name not in field.broken]
+    may_lose = [h for h in others if await field.may_lose_journal(h)]
+    if host.process is not process or not member.up:
+        field.whole(member)
         return
     field.say(f"{process.name} is killed, and {member.name}, which has its journal, loses power")
     cluster.expendable.add(process.name)
     cluster.kill(host)
     cluster.power_off(member)
-    others = [h for h in cluster.members_up if h.node_id in ensemble and h.name not in field.broken]
-    if others and rng.random() < 0.5:
-        other = rng.choice(others)
+    may_lose = [other for other in may_lose if other.up]
+    if may_lose and rng.random() < 0.5:
+        other = rng.choice(may_lose)
         field.say(f"{other.name} is killed and loses its journal")
         cluster.kill(other)
         del other.disks[f"/{other.name}/journal"]

@@ -168,6 +168,9 @@ async def lose_journal(field: Field) -> None:
     if host is None:
         return
     cluster, rng = field.cluster, field.rng
+    if not await field.may_lose_journal(host) or not host.up:
+        field.whole(host)
+        return
     field.say(f"{host.name} is killed and loses its journal")
     cluster.kill(host)
     del host.disks[f"/{host.name}/journal"]

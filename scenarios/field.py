@@ -7,6 +7,8 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Sequence
 
+import msgpack
+
 from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.snapshots import Snapshots
@@ -120,6 +122,23 @@ class Field:
                 if left < cluster.shape.replication:
                     return False
         return not self.broken
+
+    async def may_lose_journal(self, host: Host) -> bool:
+        """Whether each volume's journal would still have a member that is up and lost nothing.
+
+        One that came back with an empty journal counts as lost until a client has chosen others.
+        """
+        cluster = self.cluster
+        for driver in self.drivers:
+            volume = await cluster.meta.volume(driver.name)
+            journal, _ = await cluster.meta.journal(volume.id)
+            if journal is None or host.node_id not in journal.ensemble:
+                continue
+            identities: dict[str, int] = msgpack.unpackb(journal.extra)
+            others = [h for h in cluster.members_up if h is not host and h.node_id in identities]
+            if not any(h.tree.journal.store.identity == identities[h.node_id] for h in others):
+                return False
+        return True
 
 
 class Cut:

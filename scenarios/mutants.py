@@ -232,6 +232,22 @@ _JOURNAL = (
         hunted_in=("journal_replay",),
     ),
     _mutant(
+        "foreseen_flush_does_not_wait",
+        "A flush that finds its record on its way is acknowledged when the members have it",
+        Edit(
+            "volume.flushing:Flusher._append_at_once",
+            "self.appending = True",
+            "self.appending = bool(self._under_way)",
+        ),
+        hunted_in=("foreseen_flush",),
+    ),
+    _mutant(
+        "shortest_tail_replayed",
+        "Of the members' records, those of the one that has the most are replayed",
+        Edit("volume.journal:recover", "-tails[each].last", "tails[each].last"),
+        hunted_in=("journal_members", "journal_replay"),
+    ),
+    _mutant(
         "cut_before_head",
         "The journal is cut only after the head that covers it is recorded",
         Edit(

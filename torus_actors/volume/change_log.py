@@ -4,7 +4,8 @@ A record holds, for the writes since the last one, in this order: blocks that we
 and entered in the map, then extents that are in no block yet. Replaying all records after a head,
 in order, over that head gives everything that was flushed. What is too much for one record is cut
 into several at once, in that order; the first of them alone give a part of the writes that nobody
-was told are durable, which is what a crash may leave of those in any case.
+was told are durable, which is what a crash may leave of those in any case. What is in one page of
+the volume is never in two of them: a crash leaves a sector as it was, or as it was written.
 
 A block carries the number of the last record that was cut before its content was fixed. What older
 records say of its place is in it, so a replay forgets that; what newer ones say lies over it.
@@ -24,7 +25,7 @@ import msgpack
 
 from torus_actors.errors import Corruption
 from torus_actors.metadata.records import Head
-from torus_actors.model.checksums import Buffer
+from torus_actors.model.checksums import PAGE_SIZE, Buffer
 from torus_actors.model.extents import ExtentMap
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
 
@@ -34,6 +35,9 @@ little that even a slow network carries some of them in the time that a member h
 
 PLACE_BYTES = 16
 """What an extent takes beside its data, at most."""
+
+ATOM_BYTES = PAGE_SIZE
+"""A range of so many bytes, beginning at a multiple of them, is told by one record."""
 
 _HEAD = struct.Struct("<4sI")
 _MAGIC = b"TJr1"
@@ -147,7 +151,8 @@ class ChangeLog:
 
         Returns:
             The buffers of each record, in the order of their numbers, of which ``seq`` is the last.
-            Extents of no more than ``RECORD_BYTES`` are one record.
+            Extents of no more than ``RECORD_BYTES`` are one record, and one has no more than that
+            and an atom.
         """
         records: list[list[Buffer]] = []
         blocks = [
@@ -156,34 +161,52 @@ class ChangeLog:
         places: list[list[int]] = []
         data: list[Buffer] = []
         size = 0
-        for index, offset, length, buffer in self._pieces():
-            cost = PLACE_BYTES if buffer is None else PLACE_BYTES + length
-            if places and size + cost > RECORD_BYTES:
-                records.append([self._begin_record(blocks, places, None), *data])
-                blocks, places, data, size = [], [], [], 0
-            size += cost
+
+        def tell(index: int, offset: int, length: int, buffer: Buffer | None) -> None:
+            nonlocal size
             # A negative length is a run of zeros, for which nothing follows.
             places.append([index, offset, -length if buffer is None else length])
+            size += PLACE_BYTES
             if buffer is not None:
                 data.append(buffer)
+                size += length
+
+        for index, offset, length, buffer, atom in self._pieces():
+            cost = PLACE_BYTES if buffer is None else PLACE_BYTES + length
+            if places and size + cost > RECORD_BYTES:
+                # Of an atom that this record has a part of, it gets the rest.
+                rest = min(atom - offset, length)
+                if rest > 0:
+                    tell(index, offset, rest, _part(buffer, 0, rest))
+                    if rest == length:
+                        continue
+                    offset, length, buffer = offset + rest, length - rest, _part(buffer, rest)
+                records.append([self._begin_record(blocks, places, None), *data])
+                blocks, places, data, size = [], [], [], 0
+            tell(index, offset, length, buffer)
         records.append([self._begin_record(blocks, places, None), *data])
         self._blocks.clear()
         self._frozen.clear()
         self._extents.clear()
         return records
 
-    def _pieces(self) -> Iterator[LoggedExtent]:
-        """Extents that were not told, the older ones of a block first, none too long."""
-        longest = max(RECORD_BYTES - PLACE_BYTES, 1)
+    def _pieces(self) -> Iterator[tuple[int, int, int, Buffer | None, int]]:
+        """Extents that were not told, the older ones of a block first, none too long.
+
+        With each comes where the atom ends that the one before it in the block ended in.
+        """
+        longest = max(RECORD_BYTES - PLACE_BYTES, ATOM_BYTES) // ATOM_BYTES * ATOM_BYTES
         for table in (self._frozen, self._extents):
             for index, extents in table.items():
+                atom = 0
                 for offset, length, buffer in extents.items():
-                    if buffer is None or length <= longest:
-                        yield index, offset, length, buffer
-                        continue
-                    for at in range(0, length, longest):
-                        part = memoryview(buffer)[at : at + longest]
-                        yield index, offset + at, len(part), part
+                    end = offset + length
+                    while buffer is not None and end - offset > longest:
+                        stop = offset // ATOM_BYTES * ATOM_BYTES + longest
+                        yield index, offset, stop - offset, _part(buffer, 0, stop - offset), atom
+                        offset, buffer, atom = stop, _part(buffer, stop - offset), 0
+                    yield index, offset, end - offset, buffer, atom
+                    atom = -(-end // ATOM_BYTES) * ATOM_BYTES
 
     def cut_head(self, head: Head) -> list[Buffer]:
         """Make a record of a head; what was not told yet stays for the next record."""
@@ -193,6 +216,10 @@ class ChangeLog:
         self.seq += 1
         packed: bytes = msgpack.packb([blocks, places, head])
         return _HEAD.pack(_MAGIC, len(packed)) + packed
+
+
+def _part(buffer: Buffer | None, start: int, stop: int | None = None) -> Buffer | None:
+    return None if buffer is None else memoryview(buffer)[start:stop]
 
 
 def read_record(payload: Buffer) -> tuple[list[LoggedBlock], list[LoggedExtent], Head | None]:

@@ -78,9 +78,9 @@ class Flusher:
         self._waiting.append(done)
         self._begin()
 
-    def wrote(self, requests: int) -> None:
-        """So many writes came, and are acknowledged: append them at once if a flush is to come."""
-        self._writes += requests
+    def wrote(self, writes: int) -> None:
+        """So many writes were acknowledged: append them at once if a flush is to come."""
+        self._writes += writes
         if (
             self._lone >= FORESEE_AFTER
             and self._writes == 1

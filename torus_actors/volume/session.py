@@ -227,6 +227,10 @@ class Session:
             return
         self.flusher.ask(done)
 
+    def foresee(self, writes: int) -> None:
+        """So many writes are about to be answered; what a flush needs then may leave after that."""
+        self.system.loop.call_soon(self.flusher.wrote, writes)
+
     def commit_soon(self, done: Callable[[TorusError | None], None]) -> None:
         """Fold everything acknowledged so far into blocks and a new head, then call ``done``."""
         if isinstance(self.file.failure, Closed):
@@ -400,7 +404,7 @@ class Session:
         if replies:
             self._send(conn, replies)
             if requests[0].op == Op.WRITE:
-                self.system.loop.call_soon(self.flusher.wrote, len(requests))
+                self.foresee(len(requests))
 
     def _send(self, conn: int, replies: list[Reply]) -> None:
         try:
