@@ -71,15 +71,23 @@ def test_seeds_of_everything(group: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "seed"),
-    [("zombie_client", 274), ("actor_kill", 594), ("everything", 424), ("everything", 1588)],
+    [
+        ("zombie_client", 274),
+        ("actor_kill", 594),
+        ("everything", 424),
+        ("everything", 1588),
+        ("journal_members", 190),
+        ("journal_replay", 77),
+    ],
 )
 def test_a_seed_that_once_failed(name: str, seed: int) -> None:
     """Found by exploring, beyond the seeds above.
 
     A frozen client had two volumes open: the operations of both may take as long as it slept. A
     read failed while the client's bridge was being started again. Nodes were starting when a head
-    was recorded, so that nobody could tell what it led to. A snapshot was
-    asked for before the client had read what it found.
+    was recorded, so that nobody could tell what it led to. A snapshot was asked for before the
+    client had read what it found. Both members of a journal lost it, one after the other, before a
+    client had come that could choose others. Two records had a part of a sector each.
     """
     result = run(SCENARIOS[name], seed)
     assert not result.failures, failures(result)
