@@ -55,12 +55,13 @@ async def test_a_block_lost_by_a_restarted_node_is_placed_again_before_flush_ret
 
 @virtual
 async def test_flush_fails_when_all_replicas_are_lost_and_nobody_has_the_data() -> None:
-    """Both copies were lost before the flush, and no cache has the block.
+    """Both copies were lost before the flush, and the client does not have the block any more.
 
     The flush fails, each time; and works again once the block was overwritten.
     """
     async with Cluster(nodes=2, replication=2) as cluster:
         device = await cluster.volume(SIZE, read_bytes=0)
+        device.client.session("v").file.kept_max = 0
         await put_only(device, b"x" * BLOCK)
         await cluster.node(0).restart()
         await cluster.node(1).restart()
@@ -72,6 +73,38 @@ async def test_flush_fails_when_all_replicas_are_lost_and_nobody_has_the_data() 
         await device.write(0, b"y" * BLOCK)
         await device.flush()
         assert await (await reopened(device)).read(0, BLOCK) == b"y" * BLOCK
+
+
+@virtual
+async def test_what_all_nodes_lost_before_a_flush_is_still_in_the_client() -> None:
+    """The first blocks since the last flush are kept until they are durable, up to a bound."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        device = await cluster.volume(SIZE, read_bytes=0)
+        file = device.client.session("v").file
+        content = bytes(range(1, 9)) * BLOCK
+        await put_only(device, content)
+        kept = [each.kept for each in file.unsynced.values()]
+        assert len(kept) == len(content) // BLOCK and None not in kept
+        for node in range(2):
+            await cluster.node(node).restart()
+        assert await device.read(0, len(content)) == content
+        await device.flush()
+        assert not file.unsynced
+        assert await (await reopened(device)).read(0, len(content)) == content
+
+
+@virtual
+async def test_no_more_blocks_are_kept_than_the_bound_says() -> None:
+    """The later ones are on the nodes only; a commit has some durable before it puts others."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        device = await cluster.volume(SIZE, read_bytes=0)
+        file = device.client.session("v").file
+        file.kept_max = 3
+        content = bytes(range(1, 9)) * BLOCK
+        await put_only(device, content)
+        assert sum(each.kept is not None for each in file.unsynced.values()) == 3
+        await device.flush()
+        assert await (await reopened(device)).read(0, len(content)) == content
 
 
 @virtual

@@ -15,6 +15,7 @@ A crash before step 5 leaves the old head, all of whose blocks still exist; afte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -30,7 +31,8 @@ from torus_actors.model.checksums import Buffer, sums_of
 from torus_actors.model.inode_tree import CommitPlan
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.file import File, Stored
+from torus_actors.volume.file import File
+from torus_actors.volume.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +200,11 @@ class Committer:
                 # The cluster is full, and what these blocks replace becomes garbage only once a
                 # head names them: that may be the very room that is missing.
                 await checkpoint()
+            if len(file.unsynced) >= file.kept_max:
+                # Those that come now are not kept here: let the ones before them be durable. The
+                # caller sees to what cannot be.
+                with contextlib.suppress(BlockUnavailable, OutOfSpace, Superseded):
+                    await self.make_durable(dict(file.unsynced))
             file.want(index)
             file.pump()
             try:
@@ -245,7 +252,11 @@ class Committer:
         async def place(ref: BlockRef, stored: Stored) -> None:
             async with room:
                 again = Stored(
-                    stored.root, await self._place_again(ref, stored), stored.index, stored.data
+                    stored.root,
+                    await self._place_again(ref, stored),
+                    stored.index,
+                    stored.data,
+                    stored.kept,
                 )
             lost[ref] = again
             if ref in self._file.unsynced:
@@ -275,7 +286,7 @@ class Committer:
         data: Buffer | None = stored.data
         if data is None:
             # If all its peers were lost, a copy here may be the last one.
-            data = file.cache.whole(ref)
+            data = file.cache.whole(ref) if stored.kept is None else stored.kept
         placed: list[list[Any]]
         if data is not None:
             placed = await replicator.put_block.remote(

@@ -37,6 +37,7 @@ from torus_actors.nbd.requests import Piece
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.read_side import Done, ReadSide, ignore
+from torus_actors.volume.stored import Stored
 from torus_actors.volume.write_back import EXTENT_OVERHEAD_BYTES, WriteBack
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ wait, because each costs a read of the rest of the block, and more writes may co
 
 ASSEMBLED_BYTES_MAX = 8 << 20
 """Idle memory that is kept for blocks made of parts; those that are stored go to the read cache."""
+
+KEPT_SHARE = 0.5
+"""So much memory, as a share of the write cache, is for blocks that are on the ring and not durable
+yet, the first ones since they last all were: should all nodes that took one crash, they get it from
+here. What the read cache has too counts twice and is there once."""
 
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 2.0
@@ -85,27 +91,6 @@ WAITING_WRITES_MAX = 4096
 Spawn = Callable[[Coroutine[Any, Any, Any]], Any]
 
 _ZEROS = memoryview(bytes(1 << 20))
-
-
-class Stored:
-    """A block on the ring that no flush has made durable yet.
-
-    Attributes:
-        root: its checksum.
-        placed: ``[peer, incarnation]`` of each copy.
-        index: where it is in the file; -1 for a page of the map.
-        data: its content, where that is small enough to be kept.
-    """
-
-    __slots__ = ("data", "index", "placed", "root")
-
-    def __init__(
-        self, root: int, placed: list[list[Any]], index: int = -1, data: Buffer | None = None
-    ) -> None:
-        self.root = root
-        self.placed = placed
-        self.index = index
-        self.data = data
 
 
 class File(ReadSide):
@@ -147,8 +132,8 @@ class File(ReadSide):
         self.read_only = read_only
         self.failure: TorusError | None = None
         """Why the file takes no writes any more; None while it does."""
-        self.unsynced: dict[BlockRef, Stored] = {}
-        """Blocks in the map that no flush has made durable yet."""
+        self.kept_max = max(int(write_cache_bytes * KEPT_SHARE) // block_size, PUTS_MAX)
+        """How many blocks are kept in memory until they are durable."""
         self.fresh: dict[BlockRef, None] = {}
         """Blocks in the map that no plan of a commit has named yet: once overwritten, nobody's."""
         self._discards: dict[str, list[BlockRef]] = {}
@@ -514,7 +499,7 @@ class File(ReadSide):
                 )
                 self.cache.put_whole(ref, block)
                 # In the same step as the map: whatever the map names, a flush must cover.
-                stored = Stored(root, placed, index)
+                stored = Stored(root, placed, index, kept=self._kept(ref, block))
                 await self.with_pages(lambda: self._settle(index, layer, (new, stored)))
                 self.stored += 1
         except TorusError as error:
@@ -530,6 +515,14 @@ class File(ReadSide):
         self._room_made()
         self._announce_progress()
         self.pump()
+
+    def _kept(self, ref: BlockRef, block: Buffer) -> Buffer | None:
+        """What to keep of a block until it is durable: as few are kept as the bound says."""
+        if len(self.unsynced) >= self.kept_max:
+            return None
+        # The same memory as in the cache, if that has it.
+        cached = self.cache.whole(ref)
+        return block if cached is None else cached
 
     def _name_for(self, index: int, block: Buffer) -> BlockRef:
         """A ref for a block: that of a failed attempt to store the very same, or a fresh one.
@@ -595,7 +588,7 @@ class File(ReadSide):
         if not layer.is_full(self.block_length(index)):
             entry = await self.with_pages(lambda: self.blockset.get(index))
             if entry is not None:
-                cached = self.cache.get(entry.ref, 0, self.block_size)
+                cached = self.at_hand(entry.ref, 0, self.block_size)
                 if cached is None:
                     cached = await self._replicator.read.remote(
                         entry.ref, entry.root, 0, self.block_size

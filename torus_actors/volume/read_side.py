@@ -23,6 +23,7 @@ from torus_actors.model.refs import BlockRef
 from torus_actors.nbd.requests import Hole, Piece
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.stored import Stored
 from torus_actors.volume.write_back import WriteBack
 
 WHOLE_READ_MIN = 128 << 10
@@ -103,6 +104,8 @@ class ReadSide:
         self.blockset = blockset
         self.cache = cache
         self.layers = layers
+        self.unsynced: dict[BlockRef, Stored] = {}
+        """Blocks in the map that no flush has made durable yet."""
         self.discarded: dict[BlockRef, None] = {}
         """Blocks discarded of late: a read that finds one gone reads again."""
         self._replicator = system.actor("replicator")
@@ -229,10 +232,19 @@ class ReadSide:
         if entry is None:
             pieces.append(Hole(size))
             return
-        found = self.cache.get(entry.ref, start, size)
+        found = self.at_hand(entry.ref, start, size)
         if found is None:
             missing.append((len(pieces), entry.ref, entry.root, start, size))
         pieces.append(found)
+
+    def at_hand(self, ref: BlockRef, start: int, size: int) -> Buffer | None:
+        """Bytes of a block, if they are in the cache, or kept because no node may have them."""
+        found = self.cache.get(ref, start, size)
+        if found is None:
+            stored = self.unsynced.get(ref)
+            if stored is not None and stored.kept is not None:
+                return memoryview(stored.kept)[start : start + size]
+        return found
 
     def _fetch_pages(
         self, ref: BlockRef, root: int, start: int, size: int, op: _ReadOp, at: int
