@@ -190,7 +190,9 @@ def burst(folder: Path, rounds: int) -> list[Row]:
         scattered = ("--rw=randwrite", "--bs=4k", "--iodepth=16", f"--size={size}")
         for _ in range(rounds):
             disk.append(plain_flushes(cluster.folder, BURST_BYTES))
-            job = fio(uri, (*scattered, f"--io_size={BURST_BYTES}", "--end_fsync=1"))
+            job = fio(
+                uri, (*scattered, f"--io_size={BURST_BYTES}", f"--fsync={BURST_BYTES // 4096}")
+            )
             flushes.append(job["sync"]["lat_ns"]["max"] / 1e9)
         client.stop()
     name = f"burst, {BURST_BYTES >> 20} MiB"

@@ -35,8 +35,8 @@ SPARSE_BYTES_MIN = 4 << 20
 they are put on the ring at once: it costs no more, and is to be done in any case."""
 
 FORESEE_AFTER = 4
-"""So many flushes in a row must each have had one small write before them for the next one to be
-foreseen."""
+"""So many flushes in a row must each have had one write before them, and no other flush beside
+them, for the next one to be foreseen. Of many writers, each has its share in a larger record."""
 
 FORESEE_BYTES_MAX = 64 << 10
 """What is appended before anybody asked: a record in vain costs no more than this."""
@@ -64,7 +64,7 @@ class Flusher:
         self._writes = 0
         """Calls of ``wrote`` since the last flush was asked for."""
         self._lone = 0
-        """Flushes in a row that had one write before them."""
+        """Flushes in a row that had one write before them and none beside them."""
 
     @property
     def busy(self) -> bool:
@@ -73,7 +73,8 @@ class Flusher:
 
     def ask(self, done: Done) -> None:
         """Make everything acknowledged so far durable, then call ``done``."""
-        self._lone = self._lone + 1 if self._writes == 1 else 0
+        lone = self._writes == 1 and not self.busy
+        self._lone = self._lone + 1 if lone else 0
         self._writes = 0
         self._waiting.append(done)
         self._begin()
