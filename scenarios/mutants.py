@@ -242,12 +242,6 @@ _JOURNAL = (
         hunted_in=("foreseen_flush",),
     ),
     _mutant(
-        "shortest_tail_replayed",
-        "Of the members' records, those of the one that has the most are replayed",
-        Edit("volume.journal:recover", "-tails[each].last", "tails[each].last"),
-        hunted_in=("journal_members", "journal_replay"),
-    ),
-    _mutant(
         "cut_before_head",
         "The journal is cut only after the head that covers it is recorded",
         Edit(
