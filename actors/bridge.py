@@ -236,7 +236,7 @@ class Bridge(LoopActor):
     def _in_lost(self, link: Link, reason: TorusError) -> None:
         self._in_links.pop(cast(InLink, link), None)
 
-    def near(self, peer: _Peer) -> socket.socket | None:
+    def shortcut_to(self, peer: _Peer) -> socket.socket | None:
         """A connection with a peer that is on this machine, if it is.
 
         Every other attempt is by TCP: a name that somebody else has taken keeps nobody away.
@@ -308,7 +308,7 @@ class _Peer:
         loop = self.bridge.system.loop
         host, _, port = self.address.rpartition(":")
         try:
-            near = self.bridge.near(self)
+            near = self.bridge.shortcut_to(self)
             self.near = near is not None
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 if near is not None:

@@ -24,10 +24,11 @@ log = logging.getLogger(__name__)
 BACKLOG = 128
 
 BUFFER_BYTES = 2 << 20
-"""The kernel's default makes three wake-ups of a block of half a mebibyte; TCP tunes its own."""
+"""The kernel's default is less than half of a block; TCP tunes its own."""
 
 _CREDENTIALS = struct.Struct("3i")
 _POSSIBLE = sys.platform == "linux"
+_KIND = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
 
 
 def listen(node: str) -> socket.socket | None:
@@ -38,7 +39,7 @@ def listen(node: str) -> socket.socket | None:
     """
     if not _POSSIBLE:
         return None
-    listening = _new_socket()
+    listening = socket.socket(socket.AF_UNIX, _KIND)
     try:
         listening.bind(_name_of(node))
         listening.listen(BACKLOG)
@@ -56,7 +57,7 @@ def connect(node: str) -> socket.socket | None:
     """
     if not _POSSIBLE:
         return None
-    connected = _new_socket()
+    connected = socket.socket(socket.AF_UNIX, _KIND)
     try:
         connected.connect(_name_of(node))  # at once, or not at all
         told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -69,17 +70,11 @@ def connect(node: str) -> socket.socket | None:
     return None
 
 
-def tune(accepted: socket.socket) -> None:
+def tune(connected: socket.socket) -> None:
     """Give a connection the room that blocks need, as far as the system lets it."""
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         with contextlib.suppress(OSError):
-            accepted.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
-
-
-def _new_socket() -> socket.socket:
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    tune(made)
-    return made
+            connected.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
 
 
 def _name_of(node: str) -> bytes:

@@ -62,7 +62,7 @@ class Flusher:
         self._parked = False
         self.appending = False
         self._writes = 0
-        """Calls of ``wrote`` since the last flush was asked for."""
+        """Since the last flush was asked for."""
         self._lone = 0
         """Flushes in a row that had one write before them and none beside them."""
 
@@ -112,7 +112,7 @@ class Flusher:
 
     def _begin(self) -> None:
         if self._parked and not self.appending and self._waiting:
-            if self._all_told():
+            if self._session.log.empty and self._needs_no_block():
                 self._under_way, self._waiting = self._waiting, []
                 with self._session.answers_together():
                     self._end(None)
@@ -124,13 +124,14 @@ class Flusher:
         for done in flushed:
             done(error)
 
-    def _all_told(self) -> bool:
-        """Whether the members of the journal have everything that was acknowledged."""
-        session = self._session
-        file = session.file
+    def _needs_no_block(self) -> bool:
+        """Whether the journal alone can make durable what was acknowledged.
+
+        No block is full, and none is unsynced: what a record names is durable.
+        """
+        file = self._session.file
         return (
-            session.log.empty
-            and self._may_journal()
+            self._may_journal()
             and file.failure is None
             and not file.unsynced
             and not file.layers.any_full
@@ -141,17 +142,13 @@ class Flusher:
     def _append_at_once(self) -> bool:
         """Begin a flush that is nothing but a record of extents; whether it is one."""
         session = self._session
-        changes, file = session.log, session.file
+        changes = session.log
         if (
-            file.failure is not None
-            or file.unsynced
-            or file.layers.any_full
-            or changes.empty
-            or not self._may_journal()
+            changes.empty
+            or not self._needs_no_block()
             or changes.extent_bytes > change_log.RECORD_BYTES
         ):
             return False
-        # No block is unsynced, so what the record names is durable.
         (record,) = self._cut()
         self._under_way, self._waiting = self._waiting, []
         self.appending = True
