@@ -53,6 +53,7 @@ class Heartbeat(LoopActor):
         self._peer_info = peer_info
         self._ttl_s = ttl_s
         self._lease = 0
+        self._registered = peer_info is None
         self._renewed_at = 0.0
         self._waiting: list[asyncio.Future[int]] = []
 
@@ -67,6 +68,8 @@ class Heartbeat(LoopActor):
             try:
                 if self._lease:
                     await self._meta.renew_lease(self._lease)
+                    if not self._registered:
+                        await self._register(self._lease)
                 else:
                     await self._begin_lease()
             except LeaseNotFound:
@@ -80,6 +83,11 @@ class Heartbeat(LoopActor):
                 log.debug("heartbeat: %s", error)
                 await backoff.wait()
                 continue
+            except TorusError as error:
+                # A full metadata store, say: what is served does not depend on it.
+                log.warning("heartbeat: %s", error)
+                await backoff.wait()
+                continue
             backoff.reset()
             self._renewed_at = self.system.loop.time()
             waiting, self._waiting = self._waiting, []
@@ -91,11 +99,7 @@ class Heartbeat(LoopActor):
     async def _begin_lease(self) -> None:
         """Make a lease, and hang on it what hung on the last one."""
         lease = await self._meta.grant_lease(self._ttl_s)
-        if self._peer_info is not None:
-            try:
-                await self._meta.register_peer(self._peer_info(), lease)
-            except Exists as error:
-                log.error("cannot register this node: %s", error)
+        await self._register(lease)
         for session in list(self.system.heirlooms.get("sessions", {}).values()):
             try:
                 await self._meta.renew_lock(session.volume_id, session.epoch, session.holder, lease)
@@ -106,6 +110,19 @@ class Heartbeat(LoopActor):
             except TorusError as error:
                 log.warning("lock of volume %s: %s", session.name, error)
         self._lease = self.system.heirlooms["lease"] = lease
+
+    async def _register(self, lease: int) -> None:
+        """Say that this node is up; again at each beat as long as another one is in its place."""
+        if self._peer_info is None:
+            return
+        try:
+            await self._meta.register_peer(self._peer_info(), lease)
+        except Exists as error:
+            if self._registered or not self._lease:
+                log.error("cannot register this node: %s", error)
+            self._registered = False
+        else:
+            self._registered = True
 
     @expose(idempotent=True)
     async def lease(self) -> int:
@@ -119,8 +136,8 @@ class Heartbeat(LoopActor):
     @expose()
     async def reregister(self) -> None:
         """The registration changed (an address, a size): write it anew."""
-        if self._lease and self._peer_info is not None:
-            await self._meta.register_peer(self._peer_info(), self._lease)
+        if self._lease:
+            await self._register(self._lease)
 
     @expose()
     def status(self) -> dict[str, Any]:

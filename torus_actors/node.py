@@ -367,6 +367,7 @@ class StorageNode(Process):
 
     def peer_info(self) -> PeerInfo:
         """This node as the others see it."""
+        assert self.stores is not None
         host, port = self.config.advertise or self.config.listen
         return PeerInfo(
             peer_id=self.system.node_id,
@@ -374,7 +375,7 @@ class StorageNode(Process):
             zone=self.config.zone,
             capacity_bytes=self.capacity_bytes,
             version=__version__,
-            incarnation=self.incarnation,
+            incarnation=self.stores.incarnation,
         )
 
     @property

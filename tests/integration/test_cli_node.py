@@ -259,6 +259,17 @@ def test_wipe_may_be_repeated_and_init_follows(tmp_path: Path) -> None:
         assert one_line(node.output) and "blocks of cluster" in node.output
 
 
+def test_a_node_that_was_killed_registers_as_the_later_one(tmp_path: Path) -> None:
+    """Its former registration lives on for a while, and must not count as newer."""
+    with Cluster(tmp_path) as cluster:
+        node = cluster.start_node(0, size="64MiB")
+        for _ in range(4):
+            node.kill()
+            node.start()
+            assert [peer["up"] for peer in cluster.ctl_json("peer", "list")] == [True]
+            assert "cannot register" not in node.output
+
+
 def test_options_may_come_from_a_file(tmp_path: Path) -> None:
     """The command line wins over the file; an unknown name is bad usage."""
     port = free_ports(2)

@@ -431,6 +431,7 @@ class GoesOnAfterFailedSync(MFileStore):
         """Forget that it failed."""
         super().fail_flush(batch)
         self._failure = None
+        self._lost.clear()
 
 
 class TrustsTheCache(MFileStore):

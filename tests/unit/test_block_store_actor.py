@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fakes import Cluster, StorageNode, until, virtual
+from tests.unit.runtime_harness import on_uvloop, system_of
 from torus_actors.actors.block_messages import (
     CHECK_STATUS,
     RANGE,
@@ -16,11 +20,12 @@ from torus_actors.actors.block_messages import (
     Status,
     split_records,
 )
-from torus_actors.actors.block_store import VOUCH_S
+from torus_actors.actors.block_store import VOUCH_S, BlockStoreActor, OpenStores, StoreConfig
 from torus_actors.actors.disk import disk_workers
 from torus_actors.errors import Closed, Exists, Invalid, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.runtime import ChildSpec
 
 BLOCK = 16 << 10
 
@@ -281,6 +286,35 @@ async def test_a_request_for_too_much_is_refused_before_anything_is_read() -> No
             await node.actor("block_store").check_blocks.remote(ref_of(1) * 5000)
         with pytest.raises(TorusError):
             await node.actor("block_store").read_ranges.remote(b"odd")
+
+
+def test_a_range_behind_a_blocks_end_leaves_nothing_pinned(tmp_path: Path) -> None:
+    """On a real disk, where cold reads are planned before they are begun."""
+
+    size = 64 << 10
+
+    async def play() -> None:
+        async with system_of() as system:
+            config = StoreConfig(tmp_path, 64 << 20, size)
+            opened = OpenStores.open(system, config, random.Random(3))
+            for spec in disk_workers(opened.stores):
+                await system.spawn(spec)
+            await system.spawn(ChildSpec("block_store", lambda: BlockStoreActor(opened)))
+            actor = system.actor("block_store")
+            for n in range(2):
+                data = memoryview(b"x" * size)
+                sums = sums_of(data)
+                await actor.put_block.remote(ref_of(n), root_of(sums), sums, payload=data)
+            packed = RANGE.pack(ref_of(0), 0, 4096) + RANGE.pack(ref_of(1), size, 4096)
+            with contextlib.suppress(TorusError):
+                await actor.read_ranges.remote(packed)
+            assert not opened.stores[0]._pins
+            await system.remove("block_store")
+            for spec in disk_workers(opened.stores):
+                await system.remove(spec.name)
+            opened.close()
+
+    on_uvloop(play)()
 
 
 @virtual

@@ -37,6 +37,7 @@ class Member:
         self.peer = Peer(str(uuid.UUID(int=number)), 1 << 30, "", f"127.0.0.1:{40000 + number}")
         self.store = FaultyStore(cluster.store)
         self.joins = joins
+        self.incarnation = 1
         self.system: ActorSystem | None = None
 
     @property
@@ -50,7 +51,8 @@ class Member:
         self.system = ActorSystem(asyncio.get_running_loop(), node_id=self.id, rng=rng)
         meta = MetadataService(self.store, rng=rng, resolve_s=1.0)
         view = ClusterView(self.cluster.gmd, await self.cluster.ring())
-        info = PeerInfo(self.id, self.peer.address, capacity_bytes=1 << 30, incarnation=1)
+        number = self.incarnation
+        info = PeerInfo(self.id, self.peer.address, capacity_bytes=1 << 30, incarnation=number)
         rejoin = (lambda: self.peer) if self.joins else None
         await self.system.start(
             SupervisorSpec(
@@ -277,3 +279,21 @@ async def test_the_change_itself_demands_that_the_peer_is_not_registered() -> No
         following = await evict(cluster.meta, there.id, 1)
         assert following is not None and there.id not in following.members
         assert await evict(cluster.meta, there.id, 1) is None
+
+
+@virtual
+async def test_a_node_that_was_not_registered_at_once_is_later() -> None:
+    """A newer registration of the same node is still there when it starts, and ends some day.
+
+    The node is registered then, and stays in the ring.
+    """
+    async with running(3, 2) as cluster:
+        node = cluster.members[2]
+        await node.stop()
+        node.incarnation = 0
+        await asyncio.sleep(1)
+        await node.start()
+        await asyncio.sleep(3 * AFTER_S)
+        registered = {each.peer_id: each.incarnation for each in await cluster.meta.peers()}
+        assert registered[node.id] == 0
+        assert node.id in await cluster.ids()

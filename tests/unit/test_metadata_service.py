@@ -37,7 +37,7 @@ from torus_actors.errors import (
 )
 from torus_actors.metadata import keys
 from torus_actors.metadata.faulty import FaultyStore
-from torus_actors.metadata.kv import Compare, Operation, Put, TxnResult
+from torus_actors.metadata.kv import Compare, Delete, Operation, Put, TxnResult
 from torus_actors.metadata.patience import patiently
 from torus_actors.metadata.records import (
     Counter,
@@ -48,6 +48,7 @@ from torus_actors.metadata.records import (
     VolumeRecord,
 )
 from torus_actors.metadata.service import MetadataService
+from torus_actors.metadata.volumes import Origin
 from torus_actors.model.refs import VOLUME_ID_MAX, BlockRef, BlockType
 
 Test = Callable[[Fixture], Awaitable[None]]
@@ -276,6 +277,28 @@ def test_watches_show_the_present_and_every_change(backend: Backend) -> None:
         assert await anext(rings) == (b"ring 3", 3)
         change = await anext(raw)
         assert not change.full and change.events[0].mod_revision == change.revision
+
+    run(backend, test)
+
+
+def test_a_record_that_cannot_be_read_is_passed_over_by_who_follows(backend: Backend) -> None:
+    """Or one bad value would end the ring watcher of every process."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        watch = service.peers_watch()
+        lease = await service.grant_lease(60)
+        assert await anext(watch) == []
+        bad = service.keys.peer(peer(2).peer_id)
+        await service.store.txn([], [Put(bad, b"nonsense")])
+        following = asyncio.ensure_future(anext(watch))
+        await asyncio.sleep(0.2)
+        assert not following.done()
+        await service.store.txn([], [Delete(bad)])
+        await service.register_peer(peer(), lease)
+        while (seen := await following) != [peer()]:
+            assert seen == []
+            following = asyncio.ensure_future(anext(watch))
 
     run(backend, test)
 
@@ -574,6 +597,38 @@ def test_a_head_replaces_exactly_the_expected_one(backend: Backend) -> None:
             await service.commit_head(volume.id, epoch, after, head_of(3, epoch + 1))
         with pytest.raises(Invalid):
             Head(1, bytes(23), 0, GIB, epoch)
+
+    run(backend, test)
+
+
+def test_a_clone_is_made_of_a_head_that_is_still_there(backend: Backend) -> None:
+    """Opened, committed to or deleted meanwhile: the clone might name blocks that are gone."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        epoch = await service.attach(volume.id, "vm1 pid 1", lease)
+        head = head_of(1, epoch)
+        revision = await service.commit_head(volume.id, epoch, 0, head)
+        made_of = Origin(volume.id, epoch, revision)
+        clone = await service.create_volume("clone", GIB, head=head, origin=made_of)
+        assert (await service.head(clone.id))[0] == head
+        await service.detach(volume.id, epoch)
+        later = await service.attach(volume.id, "vm2 pid 1", lease)
+        with pytest.raises(CompareFailed):
+            await service.create_volume("late", GIB, head=head, origin=made_of)
+        made_of = Origin(volume.id, later, revision)
+        await service.commit_head(volume.id, later, revision, head_of(2, later))
+        with pytest.raises(CompareFailed):
+            await service.create_volume("late", GIB, head=head, origin=made_of)
+        await service.detach(volume.id, later)
+        _, revision = await service.head(volume.id)
+        await service.delete_volume("demo")
+        with pytest.raises(CompareFailed):
+            made_of = Origin(volume.id, later, revision)
+            await service.create_volume("late", GIB, head=head, origin=made_of)
+        assert [each.name for each in await service.volumes()] == ["clone"]
 
     run(backend, test)
 

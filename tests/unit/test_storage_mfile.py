@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import threading
 from pathlib import Path
 
 import pytest
 
-from torus_actors.errors import Corruption, Invalid, OutOfSpace
+from torus_actors.errors import Closed, Corruption, Invalid, OutOfSpace
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef
 from torus_actors.storage import mfile_open
@@ -488,3 +489,34 @@ def test_interrupted_making_is_finished() -> None:
     store = filled(disk)
     assert store.get(ref(1)) == block(1)
     assert disk.listdir() == [DATA_PATH, INDEX_PATH]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_no_sync_is_tried_after_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Whatever it failed with, and whoever asks again: the kernel would report success.
+
+    A thin volume that is full, or a quota, ends a sync with ENOSPC or EDQUOT. The worker that was
+    in the sync may have been killed, and its successor does the same batch again.
+    """
+    store = start(RealDisk(tmp_path), 20)
+    ticket = store.reserve(ref(1), root_of(sums_of(block(1))))
+    assert ticket is not None
+    store.write(ticket, sums_of(block(1)), block(1))
+    store.commit(ticket)
+    batch = store.begin_flush()
+
+    def failing(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing)
+        with pytest.raises((OSError, OutOfSpace)):
+            batch.write()
+    with pytest.raises(OSError, match=r"."):
+        batch.write()
+    store.fail_flush(batch)
+    assert store.failure is not None
+    with pytest.raises(Closed):
+        store.begin_flush()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.fakes import Cluster, DeviceError, until, virtual
-from torus_actors.errors import Fenced, LeaseNotFound, Locked
+from torus_actors.errors import Fenced, LeaseNotFound, Locked, OutOfSpace
 from torus_actors.nbd.protocol import Errno
 
 SIZE = 1 << 20
@@ -169,3 +169,29 @@ async def test_a_client_back_from_a_long_sleep_is_fenced_by_its_heartbeat() -> N
         assert failed.value.errno == Errno.ESHUTDOWN
         assert await other.read(0, 5) == b"other"
         await device.release()
+
+
+@virtual
+async def test_a_metadata_store_without_room_does_not_kill_the_heartbeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The lease ran out, and no new one can be made: the heartbeat goes on asking.
+
+    What the volume serves goes on, and there is a lease as soon as there is room.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        client = device.client
+        old = await client.actor("heartbeat").lease.remote()
+
+        async def full(ttl_s: int) -> int:
+            raise OutOfSpace("database space exceeded")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client.store, "lease_grant", full)
+            await cluster.meta.revoke_lease(old)
+            for n in range(30):
+                await asyncio.sleep(1.0)
+                await device.write(n, b"x", fua=True)
+            assert client.system.cells["heartbeat"].restarts == 0
+        assert await client.actor("heartbeat").lease.remote() != old

@@ -155,15 +155,16 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
 
     async def work() -> int:
         from torus_actors.cli.connect import connect
+        from torus_actors.metadata.volumes import Origin
         from torus_actors.volume.journal import is_unreplayed
 
         async with connect(settings) as connection:
             meta = connection.meta
             origin = await connection.patiently(meta.volume, source)
-            lock, _ = await meta.lock_status(origin.id)
+            lock, epoch = await meta.lock_status(origin.id)
             if lock is not None:
                 raise Failed(f"volume {source} is held by {lock.holder}: close it there first")
-            head, _ = await meta.head(origin.id)
+            head, revision = await meta.head(origin.id)
             journal, _ = await meta.journal(origin.id)
             if is_unreplayed(journal, head):
                 raise Failed(
@@ -174,7 +175,8 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
                 # The clone has sessions and INode numbers of its own, and there were none yet: by
                 # the origin's number a collector would take its first blocks for old ones.
                 head = dataclasses.replace(head, epoch=0, inode=0, journal_seq=0)
-            await meta.create_volume(name, origin.size, origin.kind, head=head)
+            made_of = Origin(origin.id, epoch, revision)
+            await meta.create_volume(name, origin.size, origin.kind, head=head, origin=made_of)
             return origin.size
 
     size = run(settings, work())

@@ -93,7 +93,7 @@ class RingRecord(Record):
 class PeerInfo(Record):
     """A storage node that is up; stored under its lease.
 
-    ``incarnation`` grows with each start of the node; ``zone`` is its failure domain.
+    ``incarnation`` grows with each start on the same data; ``zone`` is its failure domain.
     """
 
     peer_id: str

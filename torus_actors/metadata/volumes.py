@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
-from torus_actors.errors import Exists, Locked, NoGlobalMetadata, NotExist, OutOfSpace
+from torus_actors.errors import (
+    CompareFailed,
+    Exists,
+    Locked,
+    NoGlobalMetadata,
+    NotExist,
+    OutOfSpace,
+)
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.base import MetadataBase, when
 from torus_actors.metadata.kv import Compare, Delete, DeletePrefix, Operation, Put
@@ -22,11 +30,31 @@ from torus_actors.metadata.watching import Follow
 from torus_actors.model.refs import VOLUME_ID_MAX
 
 
+class Origin(NamedTuple):
+    """What a clone was made of, as it was read.
+
+    Attributes:
+        volume_id: the volume that has the head.
+        epoch: its newest; nobody had it open.
+        head_revision: of its head; 0 for none.
+    """
+
+    volume_id: int
+    epoch: int
+    head_revision: int
+
+
 class VolumeOperations(MetadataBase):
     """Volumes."""
 
     async def create_volume(
-        self, name: str, size: int, kind: str = "block", *, head: Head | None = None
+        self,
+        name: str,
+        size: int,
+        kind: str = "block",
+        *,
+        head: Head | None = None,
+        origin: Origin | None = None,
     ) -> VolumeRecord:
         """Make a volume.
 
@@ -35,9 +63,11 @@ class VolumeOperations(MetadataBase):
             size: bytes.
             kind: a registered volume kind.
             head: the first version, for a clone; without it the volume is all zeros.
+            origin: whose head it is: it must still be, or its blocks may be gone.
 
         Raises:
             Exists: the name is taken.
+            CompareFailed: the origin was opened or changed meanwhile.
             NoGlobalMetadata: the cluster was never initialised.
             OutOfSpace: all 2^40 ids have been used.
         """
@@ -72,8 +102,19 @@ class VolumeOperations(MetadataBase):
                 Compare(self.keys.volume_counter, mod_revision=revision),
                 Compare(self.keys.name(name), mod_revision=0),
             ]
+            if origin is not None:
+                compare += await self._is_still(origin)
             if await self._settle(compare, then, mine) is not None:
                 return volume
+
+    async def _is_still(self, origin: Origin) -> list[Compare]:
+        """What must hold for a clone; raises CompareFailed if it does not now."""
+        head, epoch = (self.keys.of(each, origin.volume_id) for each in (table.HEAD, table.EPOCH))
+        newest, _ = await self._read(epoch, Epoch)
+        _, revision = await self._read(head, Head)
+        if newest != Epoch(origin.epoch) or revision != origin.head_revision:
+            raise CompareFailed("the volume was opened or changed while it was cloned: try again")
+        return [Compare(epoch, value=newest.encode()), Compare(head, mod_revision=revision)]
 
     async def volumes(self) -> list[VolumeRecord]:
         """All volumes, by id."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from torus_actors.errors import TRANSIENT, Compacted
+from torus_actors.errors import TRANSIENT, Compacted, Corruption
 from torus_actors.metadata.kv import Event, EventKind, KeyValue, KeyValueStore
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import Record
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
@@ -83,6 +86,8 @@ class Watch(AsyncIterator[Update]):
 class Follow(AsyncIterator[T], Generic[R, T]):
     """The records under a prefix, all of them, at present and after every change.
 
+    A state that cannot be read is passed over, and said: who follows goes on with the last one.
+
     Args:
         watch: the watch to follow.
         record: what the keys hold.
@@ -105,8 +110,12 @@ class Follow(AsyncIterator[T], Generic[R, T]):
                     self._values[event.key] = event.value
                 else:
                     self._values.pop(event.key, None)
-            seen = self._view(
-                [self._record.decode(value) for _, value in sorted(self._values.items())]
-            )
+            try:
+                seen = self._view(
+                    [self._record.decode(value) for _, value in sorted(self._values.items())]
+                )
+            except Corruption as error:
+                log.error("keeping what was known before: %s", error)
+                continue
             if seen is not None:
                 return seen

@@ -18,6 +18,7 @@ docs/decisions/0002-block-store-format.md):
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from torus_actors.errors import (
     Invalid,
     OutOfSpace,
     Overloaded,
+    TorusError,
 )
 from torus_actors.model.buffers import BufferPool, aligned
 from torus_actors.model.checksums import PAGE_SIZE, Buffer, sums_size
@@ -87,16 +89,23 @@ class MFileBatch(FlushBatch):
         index: the index file.
         puts: slot to index entry, of blocks whose data is written.
         zeros: slots whose entries are to be zeroed.
+        lost: what the store's syncs failed with. After one did, none is tried any more, in this
+            batch or a later one: the kernel reports success for pages that it has let go of.
     """
 
     def __init__(
-        self, data: File, index: File, puts: dict[int, bytes], zeros: frozenset[int]
+        self,
+        data: File,
+        index: File,
+        puts: dict[int, bytes],
+        zeros: frozenset[int],
+        lost: list[str],
     ) -> None:
         self._data = data
         self._index = index
         self.puts = puts
         self.zeros = zeros
-        self.sync_failure: str | None = None
+        self._lost = lost
 
     @property
     def empty(self) -> bool:
@@ -135,10 +144,12 @@ class MFileBatch(FlushBatch):
             self._index.pwrite(b"".join(run), ENTRIES_OFFSET + start * ENTRY_SIZE)
 
     def _sync(self, file: File) -> None:
+        if self._lost:
+            raise OSError(errno.EIO, self._lost[0])
         try:
             file.fdatasync()
-        except OSError as error:
-            self.sync_failure = str(error)
+        except (OSError, TorusError) as error:
+            self._lost.append(str(error))
             raise
 
 
@@ -172,6 +183,7 @@ class MFileStore(BlockStore):
         """A failed flush may have written entries that no sync has covered since."""
         self._pins: dict[int, int] = {}
         self._failure: str | None = None
+        self._lost: list[str] = []
         self._sums: dict[int, tuple[int, bytes]] = {}
         """Generation and checksum list of slots written or read in part, the oldest first."""
         self._pages = BufferPool(PAGES_BYTES_MAX)
@@ -274,7 +286,8 @@ class MFileStore(BlockStore):
         if self._in_flight is not None:
             # Two at once could write the entries of one slot in the wrong order.
             raise Overloaded("a flush of the block store is under way")
-        batch = self.batch_class(self._data, self._index, self._puts, frozenset(self._zeros))
+        zeros = frozenset(self._zeros)
+        batch = self.batch_class(self._data, self._index, self._puts, zeros, self._lost)
         self._in_flight = batch
         self._puts = {}
         self._zeros = set()
@@ -298,8 +311,8 @@ class MFileStore(BlockStore):
                 self._touched.add(slot)
         self._zeros |= batch.zeros
         self._unsynced = True
-        if batch.sync_failure is not None:
-            self._failure = f"failed ({batch.sync_failure}); open it again"
+        if self._lost:
+            self._failure = f"failed ({self._lost[0]}); open it again"
 
     # Delete.
 
@@ -345,6 +358,7 @@ class MFileStore(BlockStore):
         self, location: Location, offset: int, length: int, want_sums: bool
     ) -> tuple[bytes, memoryview] | None:
         self._check_current(location)
+        check_range(location.length, offset, length)
         if self._direct and not self._may_be_cached(location, offset, length):
             # Looking there would have the kernel begin to read it.
             return None
