@@ -16,11 +16,12 @@ costs the candidates of the last pass.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any
 
-from torus_actors.errors import TorusError
+from torus_actors.errors import Fenced, TorusError
 from torus_actors.metadata.records import Head
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
@@ -135,7 +136,7 @@ class Collector(LoopActor):
 
     async def _pass(self) -> None:
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
-        oldest_open, tombs, heads = await self._read_metadata()
+        oldest_open, tombs, heads, journals = await self._read_metadata()
         # Not before: what died while the metadata was read has its whole grace too.
         began = self.system.loop.time()
         live = await self._reachable(heads)
@@ -170,23 +171,37 @@ class Collector(LoopActor):
         if any(dead_twice):
             await store.flush.remote(timeout_s=120.0)  # their room is free only after that
             log.info("%d dead blocks deleted", sum(map(len, dead_twice)))
-        await self._drop_journals(tombs)
+        await self._trim_journals(tombs, journals)
         self._suspects = suspects
         self._suspected_at = began
         self._counts["passes"] += 1
         self._counts["garbage"] = len(suspects)
         self._counts["garbage_bytes"] = suspect_bytes
 
-    async def _drop_journals(self, tombs: set[int]) -> None:
-        """Forget what the journal here holds of deleted volumes."""
+    async def _trim_journals(self, tombs: set[int], journals: dict[int, int]) -> None:
+        """Forget what nobody will ask the journal here for.
+
+        Those are the logs of deleted volumes, and records of sessions before the one that recorded
+        the last ensemble: it did so when a head covered them, and told its own members only. They
+        are to be refused from then on too, or a record that is cut would count as stored.
+        """
         if "journal" not in self.system.cells:
             return
         journal = self.system.actor("journal")
-        for volume in await journal.volumes.remote():
-            if volume in tombs:
-                await journal.drop.remote(volume)
+        try:
+            for volume in await journal.volumes.remote():
+                if volume in tombs:
+                    await journal.drop.remote(volume)
+                elif volume in journals:
+                    with contextlib.suppress(Fenced):  # a still later session has been here
+                        await journal.fence.remote(volume, journals[volume])
+                    await journal.cut.remote(volume, journals[volume], 0)
+        except TorusError as error:
+            log.info("the journal keeps what nobody needs: %s", error)  # blocks are still collected
 
-    async def _read_metadata(self) -> tuple[dict[int, int], set[int], list[Head]]:
+    async def _read_metadata(
+        self,
+    ) -> tuple[dict[int, int], set[int], list[Head], dict[int, int]]:
         """All that roots blocks, as it was at one revision of the metadata.
 
         Whatever roots blocks later was made of what is there now, or of blocks that are protected:
@@ -194,7 +209,8 @@ class Collector(LoopActor):
 
         Returns:
             For each volume the INode number from which on blocks may be uncommitted; the volumes
-            that were deleted; every head and snapshot.
+            that were deleted; every head and snapshot; for each volume the session that recorded
+            its last ensemble.
 
         Raises:
             Corruption: there is a key or a record that is not understood.
@@ -205,7 +221,8 @@ class Collector(LoopActor):
         }
         heads = list(state.heads.values())
         heads += [Head.decode(each.head) for each in state.snapshots if each.head]
-        return oldest_open, set(state.deleted) - set(state.volumes), heads
+        journals = {volume: journal.epoch for volume, journal in state.journals.items()}
+        return oldest_open, set(state.deleted) - set(state.volumes), heads, journals
 
     async def _reachable(self, heads: list[Head]) -> RefSet:
         """Every block that a head leads to."""

@@ -290,7 +290,6 @@ async def test_a_request_for_too_much_is_refused_before_anything_is_read() -> No
 
 def test_a_range_behind_a_blocks_end_leaves_nothing_pinned(tmp_path: Path) -> None:
     """On a real disk, where cold reads are planned before they are begun."""
-
     size = 64 << 10
 
     async def play() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 
 from tests.fakes import Client, Cluster, Device, virtual
 from torus_actors.actors.collector import Collector
+from torus_actors.errors import Fenced
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.kv import Delete, Put
+from torus_actors.metadata.records import Journal
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.refs import BlockRef
@@ -294,6 +297,42 @@ async def test_a_volume_created_during_a_pass_is_safe() -> None:
         for fresh in made:
             again = await client.open(fresh.name)
             assert await again.read(0, BLOCK) == fresh.name.encode().ljust(BLOCK, b".")
+
+
+@virtual
+async def test_a_former_member_of_a_journal_forgets_its_records() -> None:
+    """A later session recorded other members: nobody else tells those of the earlier one.
+
+    Its records take no room any more, and none is taken in; those of the last session stay.
+    """
+    async with Cluster(nodes=1, replication=1, collect_s=1e6, journals=True) as cluster:
+        watched = Watched(cluster)
+        device = await cluster.volume(SIZE)
+        for n in range(3):
+            await device.write(n, b"x")
+            await device.flush()
+        former = await cluster.meta.create_volume("former", SIZE)
+        journal = watched.node.actor("journal")
+        lease = await cluster.meta.grant_lease(10**6)
+        assert await cluster.meta.attach(former.id, "a", lease) == 1
+        for seq in (1, 2):
+            await journal.append.remote(former.id, 1, seq, payload=b"record")
+        await cluster.meta.detach(former.id, 1)
+        epoch = await cluster.meta.attach(former.id, "b", lease)
+        await watched.start()
+        await asyncio.sleep(2 * GRACE_S)
+        store = watched.node.journal.store
+        assert store.fenced(former.id).last == 2
+        elsewhere = Journal(epoch, (str(uuid.UUID(int=7)),))
+        await cluster.meta.set_journal(former.id, epoch, 0, elsewhere)
+        await asyncio.sleep(2 * GRACE_S)
+        assert store.fenced(former.id)[:3] == (0, 0, 0)
+        with pytest.raises(Fenced):
+            await journal.append.remote(former.id, 1, 3, payload=b"record")
+        await device.client.crash()
+        await asyncio.sleep(GRACE_S)  # until its lease has ended
+        again = await (await cluster.client()).open("v")
+        assert await again.read(0, 3) == b"xxx"
 
 
 @virtual

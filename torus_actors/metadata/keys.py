@@ -89,9 +89,9 @@ SNAPSHOT_REQUEST = Key(
 DELETED = Key(
     "deleted/ID",
     records.VolumeRecord,
-    "volume delete; removed by the garbage collector",
+    "volume delete",
     False,
-    "A deleted volume whose blocks may still be stored",
+    "A deleted volume: nodes that come back late may still have blocks of it",
 )
 
 TABLE = (

@@ -201,12 +201,8 @@ class VolumeOperations(MetadataBase):
                 return volume
 
     async def deleted_volumes(self) -> list[VolumeRecord]:
-        """Deleted volumes whose blocks may still be stored, by id."""
+        """All volumes that were deleted, by id: nodes may still have blocks of them."""
         return await self._list(self.keys.under(table.DELETED), VolumeRecord)
-
-    async def forget_deleted(self, volume_id: int) -> None:
-        """The last block of a deleted volume is gone; fine if that was said before."""
-        await self.store.txn([], [Delete(self.keys.of(table.DELETED, volume_id))])
 
     async def _volume(self, name: str) -> tuple[VolumeRecord, int]:
         check_name(name)
