@@ -7,12 +7,13 @@ death costs no client anything: requests wait until the successor has adopted th
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torus_actors.errors import TorusError
+from torus_actors.errors import DeadlineExceeded, TorusError
 from torus_actors.model.buffers import BufferPool
 from torus_actors.nbd.connection import NbdConnection, NbdState, TlsSettings
 from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
@@ -145,11 +146,25 @@ class NbdServer(LoopActor):
 
     async def open(self, name: str) -> tuple[ExportInfo, BlockDevice]:
         """See Exports."""
-        opened, size, description, read_only = await self.system.actor("volumes").open.remote(
-            name, timeout_s=OPEN_TIMEOUT_S
-        )
+        # A volume that is opened after all, when nobody waits any more, has to be given back.
+        asked = self.system.actor("volumes").open.remote(name, timeout_s=10 * OPEN_TIMEOUT_S)
+        opening = asyncio.ensure_future(asked)
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                opened, size, description, read_only = await asyncio.shield(opening)
+        except TimeoutError:
+            self._state.spawn(self._give_back(name, opening))
+            raise DeadlineExceeded(f"opening {name or 'the default export'} takes long") from None
         info = ExportInfo(opened, size, description, read_only)
         return info, VolumeDevice(self.system, opened, self._connections)
+
+    async def _give_back(self, name: str, opening: asyncio.Future[Any]) -> None:
+        try:
+            opened = await opening
+        except TorusError as error:
+            log.info("%s was not opened: %s", name or "the default export", error)
+        else:
+            await self.release(opened[0])
 
     async def release(self, name: str) -> None:
         """See Exports."""

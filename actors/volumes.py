@@ -10,6 +10,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.actors.volume import VolumeActor
@@ -77,7 +78,8 @@ class Volumes(LoopActor):
         self._read_only = read_only
         self._holder = holder
         self._deaths: list[float] = []
-        self._locks: dict[str, asyncio.Lock] = {}
+        # A lock is there as long as somebody has it or waits for it, and there is one for a name.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._requests: list[SnapshotRequest] = []
 
     async def setup(self) -> None:
@@ -237,7 +239,6 @@ class Volumes(LoopActor):
             finally:
                 self._sessions.pop(name, None)
                 await self.system.remove(_actor_name(name))
-        self._locks.pop(name, None)
 
     async def _start_actor(self, name: str, session: Session) -> None:
         spec = ChildSpec(_actor_name(name), lambda: VolumeActor(session), max_concurrency=64)

@@ -257,7 +257,7 @@ _JOURNAL = (
         "A head says that it covers only the records that were cut before its commit began",
         Edit(
             "volume.session:Session._record_head",
-            "self._covering_seq if self.committer.complete else self._covered_seq",
+            "self._covering_seq if complete else self.covered_seq",
             "self.log.seq",
         ),
         hunted_in=("journal_replay",),

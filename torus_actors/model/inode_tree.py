@@ -161,6 +161,11 @@ class BlockMap:
         return self._changed or any(self._dirty)
 
     @property
+    def is_planned(self) -> bool:
+        """Whether there is a plan that has not ended: no head is known to name what is in it."""
+        return self._plan is not None
+
+    @property
     def root(self) -> TreeRoot:
         """Name of the tree as of the last plan.
 

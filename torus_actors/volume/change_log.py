@@ -56,12 +56,14 @@ class ChangeLog:
         seq: number of the last record that was cut.
         needs_commit: something happened that records do not tell, such as a trim of a large range,
             or a record was cut and could not be stored; the next flush must commit.
+        committing: a commit is under way whose head is to tell such things.
         recording: whether anything is collected.
     """
 
     def __init__(self) -> None:
         self.seq = 0
         self.needs_commit = False
+        self.committing = False
         self.recording = False
         self._extents: dict[int, ExtentMap] = {}
         self._frozen: dict[int, ExtentMap] = {}

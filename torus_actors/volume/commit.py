@@ -91,10 +91,14 @@ class Committer:
     def clean(self) -> bool:
         """Whether there is nothing to do."""
         file = self._file
-        return not (file.layers.dirty or file.layers.frozen or file.unsynced or file.map.is_dirty)
+        changed = file.map.is_dirty or file.map.is_planned
+        return not (file.layers.dirty or file.layers.frozen or file.unsynced or changed)
 
-    async def commit(self) -> None:
+    async def commit(self, in_parts: bool = True) -> None:
         """Run all the steps.
+
+        Args:
+            in_parts: whether a head of a part may be recorded on the way, to make room.
 
         Raises:
             OutOfSpace, BlockUnavailable: what was written could not be stored; it is still cached.
@@ -105,7 +109,8 @@ class Committer:
             raise file.failure
         if self.clean:
             return
-        await self.write_out(list(file.layers.indexes()), self._checkpoint)
+        checkpoint = self._checkpoint if in_parts else None
+        await self.write_out(list(file.layers.indexes()), checkpoint)
         self.complete = True
         try:
             await self._checkpoint()

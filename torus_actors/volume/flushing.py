@@ -207,7 +207,11 @@ class Flusher:
         session = self._session
         if session.file.failure is not None:
             raise session.file.failure
-        if session.committer.clean or await self._flush_by_journal():
+        changes = session.log
+        # Otherwise a record may be replayed over what a newer head has.
+        covered = changes.seq == session.covered_seq
+        told = changes.empty and (covered or not (changes.needs_commit or changes.committing))
+        if (told and session.committer.clean) or await self._flush_by_journal():
             return
         committed: asyncio.Future[TorusError | None] = session.system.loop.create_future()
 
@@ -221,7 +225,8 @@ class Flusher:
             raise error
 
     def _may_journal(self) -> bool:
-        return self._session.journal.active and not self._session.log.needs_commit
+        changes = self._session.log
+        return self._session.journal.active and not (changes.needs_commit or changes.committing)
 
     def _cut(self) -> list[list[Buffer]]:
         """Make records of all that was not told yet."""

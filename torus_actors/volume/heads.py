@@ -138,19 +138,16 @@ class Heads:
         log.info("volume %s: the journal keeps the head until the metadata is back", self._name)
         return True
 
-    async def cover(self, seq: int) -> None:
-        """Have the head say that it has all records up to this one, since nothing else changed.
+    def covering(self, seq: int) -> Head | None:
+        """The last head, saying that it has all records up to this one, since nothing else changed.
 
         A record may tell what the head made at the same time has too. Cut without a head that says
-        so, it would be missed when the volume is opened.
-
-        Raises:
-            Again, Fenced, CompareFailed: as ``store``.
+        so, it would be missed when the volume is opened. None if the last head says so already.
         """
         head = self.owed or self._last
-        if head is not None and (self.owed is not None or head.journal_seq < seq):
-            covered = max(seq, head.journal_seq)
-            await self.store(dataclasses.replace(head, journal_seq=covered, map_seq=covered))
+        if head is None or head.journal_seq >= seq:
+            return None
+        return dataclasses.replace(head, journal_seq=seq, map_seq=seq)
 
     async def pay(self) -> None:
         """Store what is owed, if the metadata is back.

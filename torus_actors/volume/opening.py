@@ -127,6 +127,7 @@ async def open_session(
             await session.file.truncate(record.size)
         await _apply(session, replay)
         session.replayed = replay.records
+        session.replay_uncovered = bool(replay.records)
         session.replay_certain = replay.certain
         if replay.head is not None:
             session.heads.owed = dataclasses.replace(
@@ -158,10 +159,13 @@ async def _apply(session: Session, replay: Replay) -> None:
     for index, offset, length, buffer in replay.extents():
         if index >= blockset.length:
             continue
+        length = min(length, file.block_length(index) - offset)
+        if length <= 0:
+            continue  # the volume has become smaller
         if buffer is None:
             file.layers.zero(index, offset, length)
         else:
-            file.layers.write(index, offset, buffer)
+            file.layers.write(index, offset, memoryview(buffer)[:length])
     if replay.records:
         log.info("volume %s: %d journal records replayed", session.name, replay.records)
 
@@ -253,10 +257,8 @@ async def close_session(session: Session, meta: MetadataService) -> None:
                 error = await flushed
         except TimeoutError:
             error = BlockUnavailable("the last flush did not end in time")
-    if isinstance(error, Again) and session.heads.owed is not None:
-        error = None  # the journal has everything, and the next session takes it over
     session.close()
-    if session.epoch and error is None and session.heads.owed is None:
+    if session.epoch and error is None and session.all_covered:
         await session.journal.retire()
     if session.epoch:
         detaching = detach_later(system, meta, session.volume_id, session.epoch)

@@ -132,7 +132,8 @@ class Session:
             epoch=epoch,
             revision=head_revision,
         )
-        self._covered_seq = 0
+        self.covered_seq = 0
+        """Number of the last record that is known to be in a head."""
         self._covering_seq = 0
         self.committer = Committer(
             system, self.file, self._inode_ref, self._next_inode, self._record_head
@@ -151,6 +152,9 @@ class Session:
         self._written_at = 0.0
         self.replayed = 0
         """Records of the last session's journal that are in the layers."""
+        self.replay_uncovered = False
+        """Whether no head of this session has the whole replay yet. Until one does, none may be
+        recorded: the last session's journal would count as replayed."""
         self.replay_certain = False
         """Whether another replay would give the same. If not, they are to be committed before the
         first read: another one might end with fewer of those that nobody acknowledged."""
@@ -295,11 +299,16 @@ class Session:
 
     async def _pay(self) -> None:
         """Store in the metadata what only the journal has, if it is back."""
-        if self.file.failure is None:
+        if self.file.failure is None and not self.replay_uncovered:
             try:
                 await self.heads.pay()
             except Fenced as failed:
                 self.file.fail(failed)
+
+    @property
+    def all_covered(self) -> bool:
+        """Whether the head in the metadata has all that the journal has."""
+        return self.heads.owed is None and self.log.seq == self.covered_seq
 
     def _commit_is_due(self) -> bool:
         if self.file.failure is not None or self.committer.clean:
@@ -326,28 +335,39 @@ class Session:
             # What is in the layers now will be in the head; what comes from here on is told by the
             # records that follow it.
             changes.start(changes.seq)
-        changes.needs_commit = False
+        # What no record tells is told by the head: until that is recorded, no flush may do without.
+        changes.committing, changes.needs_commit = changes.needs_commit, False
         self._covering_seq = changes.seq
         recorded = self.heads.recorded
         try:
-            await self.committer.commit()
+            await self.committer.commit(in_parts=not self.replay_uncovered)
+            if self.heads.recorded == recorded:
+                head = self.heads.covering(self._covering_seq)
+                if head is not None:
+                    await self._store_head(head, True)
+                elif journal.active:
+                    await self.heads.pay()
+                elif self.heads.owed is not None:
+                    # Another ensemble is recorded next, and this head is with the old one only.
+                    await self._store_head(self.heads.owed, True)
         except BaseException:
             changes.needs_commit = True
             raise
-        if self.heads.recorded == recorded:
-            await self.heads.cover(self._covering_seq)
-        self._covered_seq = self._covering_seq
+        finally:
+            changes.committing = False
+        self.covered_seq = self._covering_seq
+        self.replay_uncovered = False
         if journal.active:
-            journal.cut(self._covered_seq)
+            journal.cut(self.covered_seq)
             return
-        if changes.seq != self._covered_seq:
+        if changes.seq != self.covered_seq:
             # The journal was lost while this ran. Records that came meanwhile may be acknowledged,
             # and only the old members have them: they are to be asked until a head covers those.
             changes.needs_commit = True
             self.commit_soon(lambda _: None)
             return
         try:
-            await journal.form(self._covered_seq)
+            await journal.form(self.covered_seq)
         except Fenced:
             raise
         except TorusError as error:
@@ -355,7 +375,8 @@ class Session:
             log.info("volume %s: no journal for now: %s", self.name, error)
 
     async def _record_head(self, plan: CommitPlan, inode: int) -> None:
-        """Store the new head, however long the metadata is away."""
+        """Record the new head."""
+        complete = self.committer.complete
         head = Head(
             inode=inode,
             root=bytes(plan.root.ref),
@@ -363,9 +384,13 @@ class Session:
             size=self.size,
             epoch=self.epoch,
             extra=self.file.blockset.marshal(plan.root),
-            journal_seq=self._covering_seq if self.committer.complete else self._covered_seq,
+            journal_seq=self._covering_seq if complete else self.covered_seq,
             map_seq=self.committer.map_seq,
         )
+        await self._store_head(head, complete)
+
+    async def _store_head(self, head: Head, complete: bool) -> None:
+        """Store a head, however long the metadata is away."""
         backoff = Backoff(self.system.rng, max_s=1.0)
         while True:
             try:
@@ -374,9 +399,8 @@ class Session:
             except Again as error:
                 log.info("volume %s: waiting for the metadata: %s", self.name, error)
             # What a head does not cover, it cannot stand for in the journal.
-            if self.committer.complete and await self.heads.keep_in_journal(
-                head, bool(self._committing)
-            ):
+            awaited = bool(self._committing or self._commit_waiting)
+            if complete and await self.heads.keep_in_journal(head, awaited):
                 if self.file.failure is not None:
                     raise self.file.failure
                 return

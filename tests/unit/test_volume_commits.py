@@ -1,0 +1,347 @@
+"""Flushes beside a commit, and crashes around it: what was acknowledged is there afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.fakes import Cluster, Device, until, virtual
+from tests.unit.test_volume_flush import reopened
+from torus_actors.errors import BlockUnavailable, OutOfSpace, TorusError
+from torus_actors.metadata.records import Head
+from torus_actors.volume import journal
+from torus_actors.volume.file import File
+
+BLOCK = 16 << 10
+SIZE = 100 * BLOCK
+
+
+def hold_heads(session: Any) -> tuple[asyncio.Event, asyncio.Event]:
+    """Heads wait at the door of the metadata: the first event tells, the second lets them in."""
+    store, there, go_on = session.heads.store, asyncio.Event(), asyncio.Event()
+
+    async def held(head: Head) -> None:
+        there.set()
+        await go_on.wait()
+        await store(head)
+
+    session.heads.store = held
+    return there, go_on
+
+
+def hold_write_out(session: Any) -> tuple[asyncio.Event, asyncio.Event]:
+    """The first step of a commit takes long, as if one of many blocks were slow."""
+    write_out, there, go_on = session.committer.write_out, asyncio.Event(), asyncio.Event()
+
+    async def held(indexes: list[int], checkpoint: Any = None) -> None:
+        await write_out(indexes, checkpoint)
+        if checkpoint is not None:
+            there.set()
+            await go_on.wait()
+
+    session.committer.write_out = held
+    return there, go_on
+
+
+def begin_commit(session: Any) -> asyncio.Future[TorusError | None]:
+    """A commit that no flush asked for, as by age, by size or for a snapshot."""
+    done: asyncio.Future[TorusError | None] = asyncio.get_running_loop().create_future()
+    session.commit_soon(done.set_result)
+    return done
+
+
+async def journaling(cluster: Cluster) -> Device:
+    """A volume that has its journal."""
+    device = await cluster.volume(SIZE)
+    for _ in range(2):
+        await device.write(0, b"first")
+        await device.flush()
+    assert device.client.session("v").journal.active
+    return device
+
+
+async def is_acknowledged(device: Device, wait_s: float = 5.0) -> bool:
+    """Whether a flush ends well in that time; it is given up then."""
+    flush = asyncio.ensure_future(device.flush())
+    await asyncio.wait([flush], timeout=wait_s)
+    acknowledged = flush.done() and flush.exception() is None
+    flush.cancel()
+    return acknowledged
+
+
+@virtual
+async def test_a_flush_waits_for_the_head_of_a_commit_it_did_not_ask_for() -> None:
+    """There is no journal, all blocks are durable, and the metadata is away: no head names them."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"x" * BLOCK)
+        device.client.store.down = True
+        begin_commit(device.client.session("v"))
+        await asyncio.sleep(3)
+        acknowledged = await is_acknowledged(device)
+        again = await reopened(device)
+        assert not acknowledged or await again.read(0, BLOCK) == b"x" * BLOCK
+
+
+@pytest.mark.parametrize("delay_us", range(100, 4000, 400))
+@virtual
+async def test_zeros_that_no_record_tells_wait_for_the_commit_that_does(delay_us: int) -> None:
+    """A flush comes while a commit is under way that has them, at any moment of it."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        for n in range(95):
+            await device.write(n * BLOCK, b"o" * BLOCK)
+        for _ in range(2):
+            await device.flush()
+        await device.zero(0, 80 * BLOCK)
+        begin_commit(device.client.session("v"))
+        await asyncio.sleep(delay_us / 1e6)
+        acknowledged = await is_acknowledged(device, 0.0002)
+        again = await reopened(device)
+        assert not acknowledged or await again.read(0, BLOCK) == bytes(BLOCK)
+
+
+@pytest.mark.parametrize("when", ["blocks", "head"])
+@virtual
+async def test_zeros_wait_for_a_commit_that_takes_long(when: str) -> None:
+    """The same with a commit that is held where it writes blocks, or where it records its head."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        for n in range(80):
+            await device.write(n * BLOCK, b"o" * BLOCK)
+        for _ in range(2):
+            await device.flush()
+        session = device.client.session("v")
+        there, _ = hold_write_out(session) if when == "blocks" else hold_heads(session)
+        await device.zero(0, 80 * BLOCK)
+        await device.write(90 * BLOCK, b"y" * 512)
+        begin_commit(session)
+        await there.wait()
+        assert not await is_acknowledged(device)
+
+
+@pytest.mark.parametrize("change", ["zero", "trim"])
+@virtual
+async def test_an_older_record_is_not_replayed_over_what_a_head_has(change: str) -> None:
+    """A record is cut while a commit runs, and its range zeroed before the map is cut."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster)
+        session = device.client.session("v")
+        there, go_on = hold_write_out(session)
+        await device.write(90 * BLOCK, b"y" * 512)
+        committed = begin_commit(session)
+        await there.wait()
+        await device.write(0, b"OLD")
+        await device.flush()
+        await getattr(device, change)(0, 80 * BLOCK)
+        go_on.set()
+        assert await committed is None
+        await device.flush()
+        again = await reopened(device)
+        assert await again.read(0, 5) == bytes(5)
+
+
+@virtual
+async def test_an_older_record_is_not_replayed_over_a_block_of_a_head() -> None:
+    """The same with a whole block, and a flush that waits behind the one with the record."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster)
+        session = device.client.session("v")
+        file = session.file
+        there, go_on = hold_write_out(session)
+        await device.write(90 * BLOCK, b"y" * 512)
+        committed = begin_commit(session)
+        await there.wait()
+        await device.write(0, b"OLD")
+        assert file.unsynced  # so that a task flushes
+        append, answered = session.journal.append, asyncio.Event()
+
+        async def slow(last: int, *records: Any) -> None:
+            await append(last, *records)
+            await answered.wait()
+
+        session.journal.append = slow
+        first = asyncio.ensure_future(device.flush())
+        await asyncio.sleep(0.5)
+        assert session.journal.sent
+        await device.write(0, b"NEW".ljust(BLOCK, b"."))
+        await until(lambda: not file.layers.size)
+        second = asyncio.ensure_future(device.flush())
+        await asyncio.sleep(0.1)
+        go_on.set()
+        assert await committed is None
+        answered.set()
+        await first
+        await second
+        again = await reopened(device)
+        assert await again.read(0, 3) == b"NEW"
+
+
+@pytest.mark.parametrize("head_kept", [True, False])
+@pytest.mark.parametrize("error", [OutOfSpace("full"), BlockUnavailable("nodes are away")])
+@virtual
+async def test_a_replay_that_cannot_be_committed_outlasts_another_crash(
+    monkeypatch: pytest.MonkeyPatch, error: TorusError, head_kept: bool
+) -> None:
+    """As long as no head has all of it, none of the new session may stand for the journal.
+
+    Neither one that the journal kept for the metadata, nor one of a part, made to gain room.
+    """
+    monkeypatch.setattr(journal, "COMMIT_BYTES", 64 << 10)
+
+    async def fails(self: Any, index: int, layer: Any) -> None:
+        raise error
+
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster)
+        owner = device.client.session("v")
+        if head_kept:
+            device.client.store.down = True
+            n = 0
+            while owner.heads.owed is None:
+                n += 1
+                await device.write(n % 50 * BLOCK, b"%04d" % n)
+                await device.flush()
+                await asyncio.sleep(0.05)
+        await device.write(70 * BLOCK, b"b" * BLOCK)  # a block that a record names
+        await device.write(60 * BLOCK, b"flushed")  # an extent in a record
+        await device.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(File, "_assemble", fails)
+            again = await reopened(device)
+            assert await again.read(60 * BLOCK, 7) == b"flushed"
+            await asyncio.sleep(60)
+            last = await reopened(again)
+        assert await last.read(70 * BLOCK, 2) == b"bb"
+        assert await last.read(60 * BLOCK, 7) == b"flushed"
+
+
+@virtual
+async def test_a_flush_does_not_wait_for_the_metadata_behind_a_commit_by_age() -> None:
+    """An outage, and a commit under way that nobody waits for: one that is waited for comes."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster)
+        device.client.store.down = True
+        await device.write(0, b"again")
+        await device.flush()
+        await asyncio.sleep(60)
+        await device.trim(0, 90 * BLOCK)
+        assert await is_acknowledged(device, 60.0)
+        again = await reopened(device)
+        assert await again.read(0, 5) == bytes(5)
+
+
+@virtual
+async def test_what_a_record_says_of_a_part_that_was_cut_off_does_not_count() -> None:
+    """The volume was made smaller before its journal was replayed.
+
+    Nothing behind the end may make the last block look as if all of it had been written.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(41 * BLOCK, write_bytes=8 << 20)
+        tail = 40 * BLOCK
+        await device.write(tail, b"B" * BLOCK)
+        for _ in range(2):
+            await device.write(0, b"first")
+            await device.flush()
+        for n in range(40):
+            await device.write(n * BLOCK, b"x")
+        await device.write(tail + 12288, b"t" * 4096)
+        await device.flush()
+        await device.client.crash()
+        await asyncio.sleep(20)
+        await cluster.meta.resize_volume("v", tail + 8192)
+        for node in cluster.nodes.values():
+            cluster.network.delay_s[node.node_id] = 0.05
+        client = await cluster.client(write_bytes=8 << 20)
+        device = await client.open("v")
+        await device.write(tail, b"w" * 4096)
+        await device.flush()
+        assert await begin_commit(client.session("v")) is None
+        assert await device.read(tail, 8192) == b"w" * 4096 + b"B" * 4096
+
+
+@virtual
+async def test_a_record_that_was_never_sent_is_followed_by_none() -> None:
+    """The head that covers it cannot be stored either, since the metadata has gone away just now.
+
+    The flush waits for that, and what is flushed later is found.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"first")
+        await device.flush()
+        session = device.client.session("v")
+        await until(lambda: session.journal.active)
+        there, go_on = hold_write_out(session)
+        make_durable = session.committer.make_durable
+
+        async def fails(pending: Any) -> None:
+            raise BlockUnavailable("peers restart faster than they flush")
+
+        await device.write(90 * BLOCK, b"y" * 512)
+        committed = begin_commit(session)
+        await there.wait()
+        await device.write(5 * BLOCK, b"z" * BLOCK)
+        await until(lambda: not session.file.layers.size)
+        session.committer.make_durable = fails
+        flush = asyncio.ensure_future(device.flush())
+        await until(lambda: session.log.seq == 1 and session._commit_waiting)
+        session.committer.make_durable = make_durable
+        covering = session.heads.covering
+
+        def away(seq: int) -> Any:
+            device.client.store.down = True
+            return covering(seq)
+
+        session.heads.covering = away
+        go_on.set()
+        assert await committed is None
+        await asyncio.sleep(10)
+        assert not flush.done()
+        session.heads.covering = covering
+        device.client.store.down = False
+        await flush
+        await device.write(50 * BLOCK, b"more")
+        await device.flush()
+        again = await reopened(device)
+        assert await again.read(5 * BLOCK, 2) == b"zz"
+        assert await again.read(50 * BLOCK, 4) == b"more"
+
+
+@virtual
+async def test_closing_keeps_a_journal_that_has_more_than_the_head() -> None:
+    """A flush was acknowledged by a record while the last commit ran."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster)
+        session = device.client.session("v")
+        there, go_on = hold_heads(session)
+        await device.write(0, b"again")
+        closing = asyncio.ensure_future(device.release())
+        await there.wait()
+        await device.write(BLOCK, b"flushed")
+        await device.flush()
+        go_on.set()
+        await closing
+        again = await (await cluster.client()).open("v")
+        assert await again.read(BLOCK, 7) == b"flushed"
+
+
+@virtual
+async def test_opens_that_meet_a_release_share_one_session() -> None:
+    """However they interleave, nobody is told that this very process holds the volume."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"first")
+        client = device.client
+        releasing = asyncio.ensure_future(device.release())
+        await asyncio.sleep(0)
+        opens = [asyncio.ensure_future(client.open("v"))]
+        await releasing
+        for _ in range(12):
+            opens.append(asyncio.ensure_future(client.open("v")))
+            await asyncio.sleep(0)
+        await asyncio.gather(*opens)
+        assert client.system.heirlooms["open_volumes"]["v"].users == len(opens)
