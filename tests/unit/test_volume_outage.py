@@ -88,6 +88,8 @@ async def test_an_outage_fills_no_journal() -> None:
         await until(lambda: again.client.session("v").heads.owed is None)
         head, _ = await cluster.meta.head(owner.volume_id)
         assert head is not None and head.epoch == again.client.session("v").epoch
+        last = await reopened(again)  # before its first commit has ended, or after
+        assert await last.read(0, SIZE) == content
 
 
 @virtual

@@ -151,6 +151,8 @@ class Head(Record):
     ``epoch`` the session that committed it, ``extra`` is opaque here. ``journal_seq`` is the last
     record of that session's journal which the version includes, ``map_seq`` the last that was cut
     before the map of blocks was: the map has the blocks that records up to it name, or newer ones.
+    A version that has a part of an earlier session's journal only says in ``replays`` which one,
+    and both numbers are of that one's records; it is still to be replayed.
     """
 
     inode: int
@@ -161,6 +163,12 @@ class Head(Record):
     extra: bytes = b""
     journal_seq: int = 0
     map_seq: int = 0
+    replays: int = 0
+
+    @property
+    def journal_epoch(self) -> int:
+        """The session whose journal goes on where this version ends."""
+        return self.replays or self.epoch
 
     def __post_init__(self) -> None:
         if len(self.root) != BLOCK_REF_SIZE:

@@ -281,6 +281,9 @@ class Replay:
 
     Args:
         map_seq: of the head; 0 if it is of another session.
+        epoch: the session that wrote the records.
+        covered: number of the last record that the head has.
+        last: number of the last record there is.
 
     Attributes:
         head: replaces the head that the records are replayed over, if it is not None.
@@ -290,8 +293,11 @@ class Replay:
             another replay cannot end differently.
     """
 
-    def __init__(self, map_seq: int = 0) -> None:
+    def __init__(self, map_seq: int = 0, epoch: int = 0, covered: int = 0, last: int = 0) -> None:
         self._map_seq = map_seq
+        self.epoch = epoch
+        self.covered = covered
+        self.last = last
         self.head: Head | None = None
         self.blocks: dict[int, tuple[BlockRef | None, int, int]] = {}
         self._extents: dict[int, dict[tuple[int, int], tuple[int, Buffer | None]]] = {}
@@ -328,6 +334,7 @@ class Replay:
     def _go_on_from(self, head: Head) -> None:
         """Forget what is in a head."""
         self.head = head
+        self.covered = head.journal_seq
         self._map_seq = head.map_seq
         self.blocks = {i: block for i, block in self.blocks.items() if block[2] > head.map_seq}
         newer = {

@@ -94,11 +94,8 @@ class Committer:
         changed = file.map.is_dirty or file.map.is_planned
         return not (file.layers.dirty or file.layers.frozen or file.unsynced or changed)
 
-    async def commit(self, in_parts: bool = True) -> None:
+    async def commit(self) -> None:
         """Run all the steps.
-
-        Args:
-            in_parts: whether a head of a part may be recorded on the way, to make room.
 
         Raises:
             OutOfSpace, BlockUnavailable: what was written could not be stored; it is still cached.
@@ -109,8 +106,7 @@ class Committer:
             raise file.failure
         if self.clean:
             return
-        checkpoint = self._checkpoint if in_parts else None
-        await self.write_out(list(file.layers.indexes()), checkpoint)
+        await self.write_out(list(file.layers.indexes()), self._checkpoint)
         self.complete = True
         try:
             await self._checkpoint()

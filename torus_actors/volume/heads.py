@@ -145,9 +145,9 @@ class Heads:
         so, it would be missed when the volume is opened. None if the last head says so already.
         """
         head = self.owed or self._last
-        if head is None or head.journal_seq >= seq:
+        if head is None or (not head.replays and head.journal_seq >= seq):
             return None
-        return dataclasses.replace(head, journal_seq=seq, map_seq=seq)
+        return dataclasses.replace(head, journal_seq=seq, map_seq=seq, replays=0)
 
     async def pay(self) -> None:
         """Store what is owed, if the metadata is back.

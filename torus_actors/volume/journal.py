@@ -302,7 +302,7 @@ class SessionJournal:
 
 def is_unreplayed(journal: Journal | None, head: Head | None) -> bool:
     """Whether a journal may hold what the head, read after it, does not have."""
-    head_epoch = head.epoch if head is not None else 0
+    head_epoch = head.journal_epoch if head is not None else 0
     return journal is not None and journal.epoch >= head_epoch and bool(journal.ensemble)
 
 
@@ -457,9 +457,9 @@ async def _replay(
 ) -> Replay:
     """Read what a member has and the head does not cover."""
     first, map_seq = 1, 0
-    if head is not None and head.epoch == epoch:
+    if head is not None and head.journal_epoch == epoch:
         first, map_seq = head.journal_seq + 1, head.map_seq
-    replay = Replay(map_seq)
+    replay = Replay(map_seq, epoch, first - 1, tail.last)
     if tail.last < first:
         return replay
     begin = max(first, tail.first)

@@ -127,12 +127,10 @@ async def open_session(
             await session.file.truncate(record.size)
         await _apply(session, replay)
         session.replayed = replay.records
-        session.replay_uncovered = bool(replay.records)
+        session.replaying = replay if replay.records else None
         session.replay_certain = replay.certain
         if replay.head is not None:
-            session.heads.owed = dataclasses.replace(
-                replay.head, epoch=epoch, journal_seq=0, map_seq=0
-            )
+            session.heads.owed = dataclasses.replace(replay.head, epoch=epoch, replays=replay.epoch)
         if epoch:
             # If another lease was made meanwhile, it does not know of this lock.
             now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.nbd.protocol import STATE_HOLE, STATE_ZERO, errno_of
 from torus_actors.nbd.requests import Op, Piece, Reply, Request
 from torus_actors.runtime import ActorSystem
+from torus_actors.volume.change_log import Replay
 from torus_actors.volume.commit import Committer
 from torus_actors.volume.file import File, Spawn
 from torus_actors.volume.flushing import Flusher
@@ -152,9 +154,9 @@ class Session:
         self._written_at = 0.0
         self.replayed = 0
         """Records of the last session's journal that are in the layers."""
-        self.replay_uncovered = False
-        """Whether no head of this session has the whole replay yet. Until one does, none may be
-        recorded: the last session's journal would count as replayed."""
+        self.replaying: Replay | None = None
+        """The replay, until a head of this session has all of it. One that is recorded before says
+        so, or the last session's journal would count as replayed."""
         self.replay_certain = False
         """Whether another replay would give the same. If not, they are to be committed before the
         first read: another one might end with fewer of those that nobody acknowledged."""
@@ -299,7 +301,7 @@ class Session:
 
     async def _pay(self) -> None:
         """Store in the metadata what only the journal has, if it is back."""
-        if self.file.failure is None and not self.replay_uncovered:
+        if self.file.failure is None:
             try:
                 await self.heads.pay()
             except Fenced as failed:
@@ -340,7 +342,7 @@ class Session:
         self._covering_seq = changes.seq
         recorded = self.heads.recorded
         try:
-            await self.committer.commit(in_parts=not self.replay_uncovered)
+            await self.committer.commit()
             if self.heads.recorded == recorded:
                 head = self.heads.covering(self._covering_seq)
                 if head is not None:
@@ -356,7 +358,7 @@ class Session:
         finally:
             changes.committing = False
         self.covered_seq = self._covering_seq
-        self.replay_uncovered = False
+        self.replaying = None
         if journal.active:
             journal.cut(self.covered_seq)
             return
@@ -387,6 +389,11 @@ class Session:
             journal_seq=self._covering_seq if complete else self.covered_seq,
             map_seq=self.committer.map_seq,
         )
+        if not complete and (replay := self.replaying) is not None:
+            # All blocks that its records name are in the map, or newer ones.
+            head = dataclasses.replace(
+                head, journal_seq=replay.covered, map_seq=replay.last, replays=replay.epoch
+            )
         await self._store_head(head, complete)
 
     async def _store_head(self, head: Head, complete: bool) -> None:

@@ -174,7 +174,9 @@ async def restore_snapshot(
         kept = Head.decode(snapshot.head) if snapshot.head else None
         if kept is None:
             kept = _empty_head(record, block_size, block_spec)
-        head = dataclasses.replace(kept, inode=inode, epoch=epoch, journal_seq=0, map_seq=0)
+        head = dataclasses.replace(
+            kept, inode=inode, epoch=epoch, journal_seq=0, map_seq=0, replays=0
+        )
         await meta.restore_snapshot(record, epoch, revision, snapshot, head)
     finally:
         detaching = detach_later(system, meta, record.id, epoch)
