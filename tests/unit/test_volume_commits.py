@@ -12,6 +12,7 @@ from tests.unit.test_volume_flush import reopened
 from torus_actors.errors import BlockUnavailable, OutOfSpace, TorusError
 from torus_actors.metadata.records import Head
 from torus_actors.volume import journal
+from torus_actors.volume.change_log import ChangeLog, Replay
 from torus_actors.volume.file import File
 
 BLOCK = 16 << 10
@@ -216,6 +217,16 @@ async def test_a_replay_that_cannot_be_committed_outlasts_another_crash(
             last = await reopened(again)
         assert await last.read(70 * BLOCK, 2) == b"bb"
         assert await last.read(60 * BLOCK, 7) == b"flushed"
+
+
+def test_a_head_in_the_journal_does_not_replace_a_newer_one() -> None:
+    """A session that replayed it has a head of its own; what only the old one names may be gone."""
+    log = ChangeLog()
+    record = b"".join(log.cut_head(Head(1, bytes(24), 0, SIZE, 1, journal_seq=0)))
+    for map_seq in (0, 1):
+        replay = Replay(map_seq, 1, 0, 1)
+        replay.add(1, record)
+        assert (replay.head is None) == (map_seq == 1)
 
 
 @virtual

@@ -311,7 +311,7 @@ class Replay:
             Corruption: it cannot be read.
         """
         blocks, extents, head = read_record(payload)
-        if head is not None:
+        if head is not None and seq > self._map_seq:  # or the one in the metadata is newer
             self._go_on_from(head)
         for index, ref, root, after in blocks:
             if seq > self._map_seq:
