@@ -242,6 +242,16 @@ _JOURNAL = (
         hunted_in=("foreseen_flush",),
     ),
     _mutant(
+        "zeros_told_too_early",
+        "What no record tells is durable when the head that tells it is recorded",
+        Edit(
+            "volume.session:Session._commit",
+            "changes.committing, changes.needs_commit = changes.needs_commit, False",
+            "changes.needs_commit = False",
+        ),
+        hunted_in=("flush_beside_commit",),
+    ),
+    _mutant(
         "cut_before_head",
         "The journal is cut only after the head that covers it is recorded",
         Edit(
