@@ -418,10 +418,10 @@ _LIST = (
             pause_s=0.05,
             whole_blocks=0.4,
             hot_share=0.8,
-            fast=5000,
+            fast=1000,
         ),
         errors_allowed=True,
-        duration_s=(20, 35),
+        duration_s=(15, 25),
         op_s_max=OUTAGE_S_MAX,
         knobs={
             "torus_actors.volume.file.CLEAR_RANGE_MIN": 1,

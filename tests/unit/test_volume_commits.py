@@ -86,7 +86,7 @@ async def test_a_flush_waits_for_the_head_of_a_commit_it_did_not_ask_for() -> No
         assert not acknowledged or await again.read(0, BLOCK) == b"x" * BLOCK
 
 
-@pytest.mark.parametrize("delay_us", range(100, 4000, 400))
+@pytest.mark.parametrize("delay_us", range(100, 2000, 400))
 @virtual
 async def test_zeros_that_no_record_tells_wait_for_the_commit_that_does(delay_us: int) -> None:
     """A flush comes while a commit is under way that has them, at any moment of it."""
