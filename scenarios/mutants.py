@@ -326,7 +326,7 @@ _JOURNAL = (
             "{place: each for place, each in older.items() if each[0] > after}",
             "{}",
         ),
-        hunted_in=("journal_replay",),
+        hunted_in=("flush_beside_commit",),
     ),
     _mutant(
         "trim_not_recorded",
