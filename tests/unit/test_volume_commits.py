@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import Cluster, Device, until, virtual
+from tests.unit.test_snapshots import snapshot
 from tests.unit.test_volume_flush import reopened
 from torus_actors.errors import BlockUnavailable, OutOfSpace, TorusError
 from torus_actors.metadata.records import Head
@@ -320,6 +321,78 @@ async def test_a_record_that_was_never_sent_is_followed_by_none() -> None:
         again = await reopened(device)
         assert await again.read(5 * BLOCK, 2) == b"zz"
         assert await again.read(50 * BLOCK, 4) == b"more"
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+@virtual
+async def test_records_are_not_cut_before_any_head_covers_them(opened_before: bool) -> None:
+    """A journal without a head of its session, and zeros over holes, which change no map."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        if opened_before:
+            await device.write(95 * BLOCK, b"a" * BLOCK)
+            await device.flush()
+            device = await reopened(device)
+        assert await snapshot(cluster, "s") is not None
+        session = device.client.session("v")
+        assert session.journal.active and not session.heads.recorded
+        await device.write(0, b"OLD")
+        await device.flush()
+        await device.zero(0, 80 * BLOCK)
+        await device.flush()
+        await device.write(90 * BLOCK, b"more")
+        await device.flush()
+        await asyncio.sleep(1)
+        again = await reopened(device)
+        assert await again.read(0, 3) == bytes(3)
+        assert await again.read(90 * BLOCK, 4) == b"more"
+
+
+@virtual
+async def test_a_head_of_a_part_says_where_the_journal_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One member has a record more, never acknowledged, which the session did not see.
+
+    It made a head of what it saw, and what that record names is collected: it counts no more.
+    """
+
+    async def fails(self: Any, index: int, layer: Any) -> None:
+        raise OutOfSpace("full")
+
+    async with Cluster(nodes=4, replication=2, journals=True, collect_s=1.0) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(70 * BLOCK, b"good" * (BLOCK // 4))
+        for _ in range(2):
+            await device.write(0, b"first")
+            await device.flush()
+        first = device.client.session("v")
+        assert first.journal.active
+        await device.write(60 * BLOCK, b"flushed")
+        await device.flush()
+        await asyncio.sleep(5)
+        longer = first.journal.members[1]
+        await device.write(70 * BLOCK, b"late" * (BLOCK // 4))
+        await until(lambda: not first.file.layers.any_full)
+        await first.committer.make_durable(dict(first.file.unsynced))
+        (record,) = first.flusher._cut()
+        member = first.journal._homes[longer].actor
+        await member.append.remote(1, first.epoch, first.log.seq, payload=b"".join(record))
+        await device.client.crash()
+        await asyncio.sleep(20)
+        client = await cluster.client()
+        cluster.network.cut(client.node_id, longer)
+        with monkeypatch.context() as patch:
+            patch.setattr(File, "_assemble", fails)
+            second = await client.open("v")
+            await client.session("v").committer._checkpoint()
+            head, _ = await cluster.meta.head(1)
+            assert head is not None and head.replays == first.epoch
+            await asyncio.sleep(60)
+        cluster.network.heal()
+        third = await reopened(second)
+        assert await third.read(60 * BLOCK, 7) == b"flushed"
+        assert await third.read(70 * BLOCK, 8) == b"goodgood"
 
 
 @virtual

@@ -94,8 +94,11 @@ class Committer:
         changed = file.map.is_dirty or file.map.is_planned
         return not (file.layers.dirty or file.layers.frozen or file.unsynced or changed)
 
-    async def commit(self) -> None:
+    async def commit(self, force: bool = False) -> None:
         """Run all the steps.
+
+        Args:
+            force: record a head though nothing has changed.
 
         Raises:
             OutOfSpace, BlockUnavailable: what was written could not be stored; it is still cached.
@@ -104,7 +107,7 @@ class Committer:
         file = self._file
         if file.failure is not None:
             raise file.failure
-        if self.clean:
+        if self.clean and not force:
             return
         await self.write_out(list(file.layers.indexes()), self._checkpoint)
         self.complete = True

@@ -459,6 +459,10 @@ async def _replay(
     first, map_seq = 1, 0
     if head is not None and head.journal_epoch == epoch:
         first, map_seq = head.journal_seq + 1, head.map_seq
+        if head.replays:
+            # It was made of the records up to that one. What another member has beyond was never
+            # acknowledged, and the blocks it names may be collected.
+            tail = tail._replace(last=min(tail.last, head.map_seq))
     replay = Replay(map_seq, epoch, first - 1, tail.last)
     if tail.last < first:
         return replay
@@ -489,6 +493,8 @@ async def _read_tail(
         payload = memoryview(answer.joined())
         at = 0
         for seq, length in lengths:
+            if seq > last:
+                return  # it was not asked for
             if seq != following:
                 raise OutcomeUnknown(f"record {seq} came where {following} was due")
             replay.add(seq, payload[at : at + length])

@@ -300,8 +300,11 @@ class Session:
         return self.heads.revision
 
     async def _pay(self) -> None:
-        """Store in the metadata what only the journal has, if it is back."""
-        if self.file.failure is None:
+        """Store in the metadata what only the journal has, if it is back.
+
+        Not as long as there is more to replay: the head would not say how much.
+        """
+        if self.file.failure is None and self.replaying is None:
             try:
                 await self.heads.pay()
             except Fenced as failed:
@@ -347,6 +350,9 @@ class Session:
                 head = self.heads.covering(self._covering_seq)
                 if head is not None:
                     await self._store_head(head, True)
+                elif self._covering_seq and self.heads.recorded == 0:
+                    # There are records to be covered, and no head yet that could say so.
+                    await self.committer.commit(force=True)
                 elif journal.active:
                     await self.heads.pay()
                 elif self.heads.owed is not None:
