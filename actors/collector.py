@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torus_actors.errors import Fenced, TorusError
 from torus_actors.metadata.records import Head
@@ -56,6 +56,22 @@ class _Page:
 
     pages: tuple[tuple[int, int, BlockRef, int], ...]
     entries: bytes
+
+
+class _Roots(NamedTuple):
+    """What the metadata says of blocks and journals.
+
+    Attributes:
+        oldest_open: for each volume the INode number from which on blocks may be uncommitted.
+        tombs: volumes that were deleted.
+        heads: of all volumes and snapshots.
+        journals: for each volume the session that recorded its last ensemble.
+    """
+
+    oldest_open: dict[int, int]
+    tombs: set[int]
+    heads: list[Head]
+    journals: dict[int, int]
 
 
 class Collector(LoopActor):
@@ -199,18 +215,11 @@ class Collector(LoopActor):
         except TorusError as error:
             log.info("the journal keeps what nobody needs: %s", error)  # blocks are still collected
 
-    async def _read_metadata(
-        self,
-    ) -> tuple[dict[int, int], set[int], list[Head], dict[int, int]]:
+    async def _read_metadata(self) -> _Roots:
         """All that roots blocks, as it was at one revision of the metadata.
 
         Whatever roots blocks later was made of what is there now, or of blocks that are protected:
         a snapshot of a head, a clone of a head, a head of a session or of a snapshot.
-
-        Returns:
-            For each volume the INode number from which on blocks may be uncommitted; the volumes
-            that were deleted; every head and snapshot; for each volume the session that recorded
-            its last ensemble.
 
         Raises:
             Corruption: there is a key or a record that is not understood.
@@ -222,7 +231,7 @@ class Collector(LoopActor):
         heads = list(state.heads.values())
         heads += [Head.decode(each.head) for each in state.snapshots if each.head]
         journals = {volume: journal.epoch for volume, journal in state.journals.items()}
-        return oldest_open, set(state.deleted) - set(state.volumes), heads, journals
+        return _Roots(oldest_open, set(state.deleted) - set(state.volumes), heads, journals)
 
     async def _reachable(self, heads: list[Head]) -> RefSet:
         """Every block that a head leads to."""

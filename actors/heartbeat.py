@@ -64,6 +64,7 @@ class Heartbeat(LoopActor):
 
     async def _beat(self) -> None:
         backoff = Backoff(self.system.rng, max_s=1.0)
+        told = ""
         while True:
             try:
                 if self._lease:
@@ -79,15 +80,14 @@ class Heartbeat(LoopActor):
                 else:
                     await backoff.wait()  # not even the new one held until all hung on it
                 continue
-            except (Again, OutcomeUnknown, Overloaded) as error:
-                log.debug("heartbeat: %s", error)
-                await backoff.wait()
-                continue
             except TorusError as error:
-                # A full metadata store, say: what is served does not depend on it.
-                log.warning("heartbeat: %s", error)
+                # What is served does not depend on the metadata, be it away or full.
+                passing = isinstance(error, (Again, OutcomeUnknown, Overloaded))
+                known, told = told, str(error)
+                log.log(logging.DEBUG if passing or told == known else logging.WARNING, told)
                 await backoff.wait()
                 continue
+            told = ""
             backoff.reset()
             self._renewed_at = self.system.loop.time()
             waiting, self._waiting = self._waiting, []

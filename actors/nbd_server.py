@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 60.0
 
+GIVE_BACK_S = 600.0
+"""A volume that is open only when its client has been told that it takes too long is given back;
+it is waited for so long."""
+
 POOL_BYTES = 16 << 20
 """Payload buffers kept for reuse; those that the caches hold come on top."""
 
@@ -146,8 +150,7 @@ class NbdServer(LoopActor):
 
     async def open(self, name: str) -> tuple[ExportInfo, BlockDevice]:
         """See Exports."""
-        # A volume that is opened after all, when nobody waits any more, has to be given back.
-        asked = self.system.actor("volumes").open.remote(name, timeout_s=10 * OPEN_TIMEOUT_S)
+        asked = self.system.actor("volumes").open.remote(name, timeout_s=GIVE_BACK_S)
         opening = asyncio.ensure_future(asked)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):

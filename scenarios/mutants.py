@@ -256,9 +256,9 @@ _JOURNAL = (
         "The journal is cut only after the head that covers it is recorded",
         Edit(
             "volume.session:Session._commit",
-            "    try:\n        await self.committer.commit()\n",
+            "    try:\n        await self.committer.commit(force)\n",
             "    if journal.active:\n        journal.cut(self._covering_seq)\n"
-            "    try:\n        await self.committer.commit()\n",
+            "    try:\n        await self.committer.commit(force)\n",
         ),
         hunted_in=("journal_replay",),
     ),

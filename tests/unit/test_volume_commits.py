@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
 
 from tests.fakes import Cluster, Device, until, virtual
 from tests.unit.test_snapshots import snapshot
-from tests.unit.test_volume_flush import reopened
-from torus_actors.errors import BlockUnavailable, OutOfSpace, TorusError
+from tests.unit.test_volume_flush import journaling, reopened
+from torus_actors.actors.nbd_server import NbdServer
+from torus_actors.errors import BlockUnavailable, DeadlineExceeded, OutOfSpace, TorusError
 from torus_actors.metadata.records import Head
+from torus_actors.runtime import ChildSpec
 from torus_actors.volume import journal
 from torus_actors.volume.change_log import ChangeLog, Replay
 from torus_actors.volume.file import File
@@ -54,13 +57,13 @@ def begin_commit(session: Any) -> asyncio.Future[TorusError | None]:
     return done
 
 
-async def journaling(cluster: Cluster) -> Device:
-    """A volume that has its journal."""
+async def overwritten(cluster: Cluster) -> Device:
+    """A volume that has its journal, and old data in most of its blocks, in a head."""
     device = await cluster.volume(SIZE)
+    for n in range(95):
+        await device.write(n * BLOCK, b"o" * BLOCK)
     for _ in range(2):
-        await device.write(0, b"first")
         await device.flush()
-    assert device.client.session("v").journal.active
     return device
 
 
@@ -92,11 +95,7 @@ async def test_a_flush_waits_for_the_head_of_a_commit_it_did_not_ask_for() -> No
 async def test_zeros_that_no_record_tells_wait_for_the_commit_that_does(delay_us: int) -> None:
     """A flush comes while a commit is under way that has them, at any moment of it."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await cluster.volume(SIZE)
-        for n in range(95):
-            await device.write(n * BLOCK, b"o" * BLOCK)
-        for _ in range(2):
-            await device.flush()
+        device = await overwritten(cluster)
         await device.zero(0, 80 * BLOCK)
         begin_commit(device.client.session("v"))
         await asyncio.sleep(delay_us / 1e6)
@@ -110,11 +109,7 @@ async def test_zeros_that_no_record_tells_wait_for_the_commit_that_does(delay_us
 async def test_zeros_wait_for_a_commit_that_takes_long(when: str) -> None:
     """The same with a commit that is held where it writes blocks, or where it records its head."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await cluster.volume(SIZE)
-        for n in range(80):
-            await device.write(n * BLOCK, b"o" * BLOCK)
-        for _ in range(2):
-            await device.flush()
+        device = await overwritten(cluster)
         session = device.client.session("v")
         there, _ = hold_write_out(session) if when == "blocks" else hold_heads(session)
         await device.zero(0, 80 * BLOCK)
@@ -129,7 +124,7 @@ async def test_zeros_wait_for_a_commit_that_takes_long(when: str) -> None:
 async def test_an_older_record_is_not_replayed_over_what_a_head_has(change: str) -> None:
     """A record is cut while a commit runs, and its range zeroed before the map is cut."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await journaling(cluster)
+        device = await journaling(cluster, SIZE)
         session = device.client.session("v")
         there, go_on = hold_write_out(session)
         await device.write(90 * BLOCK, b"y" * 512)
@@ -149,7 +144,7 @@ async def test_an_older_record_is_not_replayed_over_what_a_head_has(change: str)
 async def test_an_older_record_is_not_replayed_over_a_block_of_a_head() -> None:
     """The same with a whole block, and a flush that waits behind the one with the record."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await journaling(cluster)
+        device = await journaling(cluster, SIZE)
         session = device.client.session("v")
         file = session.file
         there, go_on = hold_write_out(session)
@@ -197,7 +192,7 @@ async def test_a_replay_that_cannot_be_committed_outlasts_another_crash(
         raise error
 
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await journaling(cluster)
+        device = await journaling(cluster, SIZE)
         owner = device.client.session("v")
         if head_kept:
             device.client.store.down = True
@@ -234,7 +229,7 @@ def test_a_head_in_the_journal_does_not_replace_a_newer_one() -> None:
 async def test_a_flush_does_not_wait_for_the_metadata_behind_a_commit_by_age() -> None:
     """An outage, and a commit under way that nobody waits for: one that is waited for comes."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await journaling(cluster)
+        device = await journaling(cluster, SIZE)
         device.client.store.down = True
         await device.write(0, b"again")
         await device.flush()
@@ -302,18 +297,18 @@ async def test_a_record_that_was_never_sent_is_followed_by_none() -> None:
         flush = asyncio.ensure_future(device.flush())
         await until(lambda: session.log.seq == 1 and session._commit_waiting)
         session.committer.make_durable = make_durable
-        covering = session.heads.covering
+        commit = session.committer.commit
 
-        def away(seq: int) -> Any:
+        async def away(force: bool) -> None:
             device.client.store.down = True
-            return covering(seq)
+            await commit(force)
 
-        session.heads.covering = away
+        session.committer.commit = away
         go_on.set()
         assert await committed is None
         await asyncio.sleep(10)
         assert not flush.done()
-        session.heads.covering = covering
+        session.committer.commit = commit
         device.client.store.down = False
         await flush
         await device.write(50 * BLOCK, b"more")
@@ -399,7 +394,7 @@ async def test_a_head_of_a_part_says_where_the_journal_ends(
 async def test_closing_keeps_a_journal_that_has_more_than_the_head() -> None:
     """A flush was acknowledged by a record while the last commit ran."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await journaling(cluster)
+        device = await journaling(cluster, SIZE)
         session = device.client.session("v")
         there, go_on = hold_heads(session)
         await device.write(0, b"again")
@@ -429,3 +424,30 @@ async def test_opens_that_meet_a_release_share_one_session() -> None:
             await asyncio.sleep(0)
         await asyncio.gather(*opens)
         assert client.system.heirlooms["open_volumes"]["v"].users == len(opens)
+
+
+@virtual
+async def test_a_volume_that_opens_when_nobody_waits_any_more_is_given_back() -> None:
+    """The open waited for a close that took long, and its client was told so."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"first")
+        client = device.client
+        system = client.system
+        assert system is not None
+        await system.cell_for(ChildSpec("nbd", lambda: NbdServer([])), "root").start()
+        exports = system.heirlooms["nbd_state"].exports
+        there, go_on = hold_heads(client.session("v"))
+        releasing = asyncio.ensure_future(device.release())
+        await there.wait()
+        with pytest.raises(DeadlineExceeded):
+            await exports.open("v")
+        go_on.set()
+        with contextlib.suppress(TorusError):  # the last flush took longer than it may
+            await releasing
+        await asyncio.sleep(30)
+        assert "v" not in system.heirlooms["open_volumes"]
+        info, _ = await exports.open("v")
+        assert info.size == SIZE
+        await exports.release("v")
+        assert "v" not in system.heirlooms["open_volumes"]

@@ -34,6 +34,16 @@ async def reopened(device: Device) -> Device:
                 await asyncio.sleep(0.5)
 
 
+async def journaling(cluster: Cluster, size: int) -> Device:
+    """A volume ``v`` that begins with ``first``, and has its journal."""
+    device = await cluster.volume(size)
+    for _ in range(2):
+        await device.write(0, b"first")
+        await device.flush()
+    assert device.client.session("v").journal.active
+    return device
+
+
 @virtual
 async def test_a_block_lost_by_a_restarted_node_is_placed_again_before_flush_returns() -> None:
     """A node restarts between put and flush: the flush succeeds, and then both copies exist."""

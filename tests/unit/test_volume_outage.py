@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
-from tests.unit.test_volume_flush import reopened
+from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.metadata.records import Head
 from torus_actors.nbd.protocol import Errno
 from torus_actors.storage.journal import JournalStore
@@ -43,11 +43,7 @@ async def test_a_journal_keeps_to_the_room_of_its_members(monkeypatch: pytest.Mo
 
 async def cut_off(cluster: Cluster) -> Device:
     """A volume whose session has its journal, and whose client cannot reach the metadata."""
-    device = await cluster.volume(SIZE)
-    for _ in range(2):
-        await device.write(0, b"first")
-        await device.flush()
-    assert device.client.session("v").journal.active
+    device = await journaling(cluster, SIZE)
     device.client.store.down = True
     return device
 

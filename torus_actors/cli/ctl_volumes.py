@@ -174,7 +174,7 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
             if head is not None:
                 # The clone has sessions and INode numbers of its own, and there were none yet: by
                 # the origin's number a collector would take its first blocks for old ones.
-                head = dataclasses.replace(head, epoch=0, inode=0, journal_seq=0, replays=0)
+                head = head.handed_to(0, 0)
             made_of = Origin(origin.id, epoch, revision)
             await meta.create_volume(name, origin.size, origin.kind, head=head, origin=made_of)
             return origin.size

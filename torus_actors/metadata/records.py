@@ -165,6 +165,12 @@ class Head(Record):
     map_seq: int = 0
     replays: int = 0
 
+    def handed_to(self, epoch: int, inode: int) -> Head:
+        """The same version, as that of a session whose journal has nothing yet."""
+        return dataclasses.replace(
+            self, epoch=epoch, inode=inode, journal_seq=0, map_seq=0, replays=0
+        )
+
     @property
     def journal_epoch(self) -> int:
         """The session whose journal goes on where this version ends."""

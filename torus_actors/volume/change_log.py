@@ -126,6 +126,11 @@ class ChangeLog:
     # -- records -----------------------------------------------------------------------------------
 
     @property
+    def waits_for_head(self) -> bool:
+        """Whether something happened that no record tells, and no head yet."""
+        return self.needs_commit or self.committing
+
+    @property
     def empty(self) -> bool:
         """Whether there is nothing to tell."""
         return not (self._extents or self._frozen or self._blocks)

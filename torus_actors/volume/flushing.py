@@ -209,8 +209,7 @@ class Flusher:
             raise session.file.failure
         changes = session.log
         # Otherwise a record may be replayed over what a newer head has.
-        covered = changes.seq == session.covered_seq
-        told = changes.empty and (covered or not (changes.needs_commit or changes.committing))
+        told = changes.empty and (not changes.waits_for_head or changes.seq == session.covered_seq)
         if (told and session.committer.clean) or await self._flush_by_journal():
             return
         committed: asyncio.Future[TorusError | None] = session.system.loop.create_future()
@@ -225,8 +224,7 @@ class Flusher:
             raise error
 
     def _may_journal(self) -> bool:
-        changes = self._session.log
-        return self._session.journal.active and not (changes.needs_commit or changes.committing)
+        return self._session.journal.active and not self._session.log.waits_for_head
 
     def _cut(self) -> list[list[Buffer]]:
         """Make records of all that was not told yet."""

@@ -9,7 +9,6 @@ the volume's newest version.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
 from torus_actors.errors import Again, CompareFailed, Fenced, OutcomeUnknown, TorusError
@@ -58,7 +57,6 @@ class Heads:
         self._revision = revision
         self.owed: Head | None = None
         self.recorded = 0
-        self._last: Head | None = None
 
     @property
     def revision(self) -> int:
@@ -85,7 +83,6 @@ class Heads:
                 )
                 self.recorded += 1
                 self.owed = None
-                self._last = head
                 return
             except OutcomeUnknown as error:
                 raise Again(str(error)) from error
@@ -133,21 +130,10 @@ class Heads:
             changes.needs_commit = True
             log.info("volume %s: the journal cannot keep the head: %s", self._name, error)
             return False
-        self.owed = self._last = head
+        self.owed = head
         self.recorded += 1
         log.info("volume %s: the journal keeps the head until the metadata is back", self._name)
         return True
-
-    def covering(self, seq: int) -> Head | None:
-        """The last head, saying that it has all records up to this one, since nothing else changed.
-
-        A record may tell what the head made at the same time has too. Cut without a head that says
-        so, it would be missed when the volume is opened. None if the last head says so already.
-        """
-        head = self.owed or self._last
-        if head is None or (not head.replays and head.journal_seq >= seq):
-            return None
-        return dataclasses.replace(head, journal_seq=seq, map_seq=seq, replays=0)
 
     async def pay(self) -> None:
         """Store what is owed, if the metadata is back.

@@ -130,7 +130,7 @@ async def open_session(
         session.replaying = replay if replay.records else None
         session.replay_certain = replay.certain
         if replay.head is not None:
-            session.heads.owed = dataclasses.replace(replay.head, epoch=epoch, replays=replay.epoch)
+            session.heads.owed = replay.head  # until this session's first one takes its place
         if epoch:
             # If another lease was made meanwhile, it does not know of this lock.
             now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)

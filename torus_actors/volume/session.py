@@ -343,21 +343,15 @@ class Session:
         # What no record tells is told by the head: until that is recorded, no flush may do without.
         changes.committing, changes.needs_commit = changes.needs_commit, False
         self._covering_seq = changes.seq
-        recorded = self.heads.recorded
+        # A head may be wanted though nothing in the file has changed: for records that none covers,
+        # for what is replayed, or for the metadata, which does not have the last one yet.
+        force = (
+            self._covering_seq != self.covered_seq
+            or self.replaying is not None
+            or self.heads.owed is not None
+        )
         try:
-            await self.committer.commit()
-            if self.heads.recorded == recorded:
-                head = self.heads.covering(self._covering_seq)
-                if head is not None:
-                    await self._store_head(head, True)
-                elif self._covering_seq and self.heads.recorded == 0:
-                    # There are records to be covered, and no head yet that could say so.
-                    await self.committer.commit(force=True)
-                elif journal.active:
-                    await self.heads.pay()
-                elif self.heads.owed is not None:
-                    # Another ensemble is recorded next, and this head is with the old one only.
-                    await self._store_head(self.heads.owed, True)
+            await self.committer.commit(force)
         except BaseException:
             changes.needs_commit = True
             raise
@@ -383,7 +377,7 @@ class Session:
             log.info("volume %s: no journal for now: %s", self.name, error)
 
     async def _record_head(self, plan: CommitPlan, inode: int) -> None:
-        """Record the new head."""
+        """Store the new head, however long the metadata is away."""
         complete = self.committer.complete
         head = Head(
             inode=inode,
@@ -400,10 +394,6 @@ class Session:
             head = dataclasses.replace(
                 head, journal_seq=replay.covered, map_seq=replay.last, replays=replay.epoch
             )
-        await self._store_head(head, complete)
-
-    async def _store_head(self, head: Head, complete: bool) -> None:
-        """Store a head, however long the metadata is away."""
         backoff = Backoff(self.system.rng, max_s=1.0)
         while True:
             try:

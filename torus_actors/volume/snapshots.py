@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 
 from torus_actors.errors import (
     Again,
@@ -174,9 +173,7 @@ async def restore_snapshot(
         kept = Head.decode(snapshot.head) if snapshot.head else None
         if kept is None:
             kept = _empty_head(record, block_size, block_spec)
-        head = dataclasses.replace(
-            kept, inode=inode, epoch=epoch, journal_seq=0, map_seq=0, replays=0
-        )
+        head = kept.handed_to(epoch, inode)
         await meta.restore_snapshot(record, epoch, revision, snapshot, head)
     finally:
         detaching = detach_later(system, meta, record.id, epoch)
