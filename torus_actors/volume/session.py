@@ -344,12 +344,8 @@ class Session:
         changes.committing, changes.needs_commit = changes.needs_commit, False
         self._covering_seq = changes.seq
         # A head may be wanted though nothing in the file has changed: for records that none covers,
-        # for what is replayed, or for the metadata, which does not have the last one yet.
-        force = (
-            self._covering_seq != self.covered_seq
-            or self.replaying is not None
-            or self.heads.owed is not None
-        )
+        # or because the metadata does not have the last one yet, and a new ensemble would hide it.
+        force = self._covering_seq != self.covered_seq or self.heads.owed is not None
         try:
             await self.committer.commit(force)
         except BaseException:
