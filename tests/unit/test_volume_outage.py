@@ -73,7 +73,7 @@ async def test_an_outage_fills_no_journal() -> None:
     """
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await cut_off(cluster)
-        content = await write_on(device, 600)
+        content = await write_on(device, 500)
         owner = device.client.session("v")
         assert owner.heads.owed is not None
         assert owner.journal.size < 2 * SMALL, "the journal was not cut"

@@ -8,7 +8,9 @@ was told are durable, which is what a crash may leave of those in any case. What
 the volume is never in two of them: a crash leaves a sector as it was, or as it was written.
 
 A block carries the number of the last record that was cut before its content was fixed. What older
-records say of its place is in it, so a replay forgets that; what newer ones say lies over it.
+records say of its place is in it, so a replay forgets that; what newer ones say lies over it. One
+that has nothing but what records have told is not in any: a replay makes the same of those, and
+until a head names it, its loss costs nothing but the work. So flushes need not wait for it.
 
 A record may instead hold a head, for which the metadata was away when it was due. It has all that
 the records up to the number in it say, so those need not be kept: that is how a journal stays small
@@ -67,8 +69,7 @@ class ChangeLog:
         self.recording = False
         self._extents: dict[int, ExtentMap] = {}
         self._frozen: dict[int, ExtentMap] = {}
-        self._frozen_after: dict[int, int] = {}
-        self._blocks: dict[int, tuple[BlockRef | None, int, int]] = {}
+        self._blocks: dict[int, tuple[BlockRef | None, int]] = {}
 
     def start(self, seq: int = 0) -> None:
         """Begin to collect, with nothing to tell."""
@@ -94,14 +95,12 @@ class ChangeLog:
 
     def froze(self, index: int) -> None:
         """The dirty layer of a block was fixed, to be put on the ring."""
-        self._frozen_after[index] = self.seq
         extents = self._extents.pop(index, None)
         if extents is not None:
             self._frozen[index] = extents
 
     def thawed(self, index: int) -> None:
         """The put failed: what was fixed is below what was written since."""
-        self._frozen_after.pop(index, None)
         extents = self._frozen.pop(index, None)
         if extents is not None:
             newer = self._extents.get(index)
@@ -111,14 +110,12 @@ class ChangeLog:
 
     def settled(self, index: int, ref: BlockRef | None, root: int) -> None:
         """The fixed layer is in the map now, as a block or a hole."""
-        after = self._frozen_after.pop(index, self.seq)
-        self._frozen.pop(index, None)
-        if self.recording:
-            self._blocks[index] = (ref, root, after)
+        if self._frozen.pop(index, None) is not None:
+            self._blocks[index] = (ref, root)
 
     def dropped(self, first: int, last: int) -> None:
         """A range of blocks was trimmed at once, layers and all."""
-        for table in (self._extents, self._frozen, self._frozen_after, self._blocks):
+        for table in (self._extents, self._frozen, self._blocks):
             for index in [i for i in table if first <= i < last]:
                 del table[index]
         self.needs_commit = True
@@ -137,7 +134,7 @@ class ChangeLog:
 
     def refs(self) -> list[BlockRef]:
         """The blocks that the next record will name."""
-        return [ref for ref, _, _ in self._blocks.values() if ref is not None]
+        return [ref for ref, _ in self._blocks.values() if ref is not None]
 
     @property
     def extent_bytes(self) -> int:
@@ -162,8 +159,9 @@ class ChangeLog:
             and an atom.
         """
         records: list[list[Buffer]] = []
+        # No record was cut since their content was fixed: it would have told that instead.
         blocks = [
-            [index, ref or b"", root, after] for index, (ref, root, after) in self._blocks.items()
+            [index, ref or b"", root, self.seq] for index, (ref, root) in self._blocks.items()
         ]
         places: list[list[int]] = []
         data: list[Buffer] = []

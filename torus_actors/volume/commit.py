@@ -37,8 +37,13 @@ from torus_actors.volume.stored import Stored
 log = logging.getLogger(__name__)
 
 WRITE_OUT_PATIENCE_S = 20.0
-"""How long a flush waits for peers that do not take blocks before it fails; the data stays in the
+"""How long a flush waits for peers to take the next block before it fails; the data stays in the
 cache, and a later flush may succeed."""
+
+SYNC_AHEAD_SHARE = 0.5
+"""Of the blocks that are kept until they are durable: with so many, a commit has them synced while
+it puts more. Of those that come when all are kept, a flush beside the commit would wait for a sync.
+"""
 
 PLACE_AGAIN_MAX = 8
 """Rounds of flushing and placing anew before a flush fails: every round needs a node to crash."""
@@ -190,6 +195,7 @@ class Committer:
             present = {id(layers.dirty.get(index)), id(layers.frozen.get(index))}
             if not (present - {id(None)}) & targets[index]:
                 left.popleft()
+                end = self._system.loop.time() + WRITE_OUT_PATIENCE_S
                 continue
             if file.failure is not None:
                 raise file.failure
@@ -204,9 +210,8 @@ class Committer:
                 # The cluster is full, and what these blocks replace becomes garbage only once a
                 # head names them: that may be the very room that is missing.
                 await checkpoint()
-            if len(file.unsynced) >= file.kept_max:
-                # Those that come now are not kept here: let the ones before them be durable. The
-                # caller sees to what cannot be.
+            if len(file.unsynced) >= file.kept_max * SYNC_AHEAD_SHARE:
+                # The caller sees to what cannot be.
                 with contextlib.suppress(BlockUnavailable, OutOfSpace, Superseded):
                     await self.make_durable(dict(file.unsynced))
             file.want(index)

@@ -46,6 +46,10 @@ PUTS_MAX = 16
 """Blocks on their way to the ring at once: 8 MiB of the default size, enough to keep two peers busy
 and little enough for the slowest to finish within its time-out."""
 
+PUTS_BESIDE_FLUSHES = 4
+"""The same while small flushes come in, whose records share the disks and the processors with them:
+beside 4 puts there are two to three times as many flushes a second as beside 16."""
+
 PRESSURE = 0.5
 """Share of the write cache above which partly written blocks are put on the ring. Below it they
 wait, because each costs a read of the rest of the block, and more writes may come to it."""
@@ -141,6 +145,8 @@ class File(ReadSide):
         self.reclaiming = False
         """Whether the cluster is full and garbage is being looked for."""
         self.commit_soon: Callable[[], None] = ignore
+        self.yields: Callable[[], bool] = lambda: False
+        """Whether puts are to leave the disks to something more urgent."""
         self.spawn: Spawn | None = None
         self._pool = BufferPool(ASSEMBLED_BYTES_MAX)
         self._ready: deque[int] = deque()
@@ -431,8 +437,11 @@ class File(ReadSide):
             return
         if self.spawn is None or self.failure is not None or self.read_only:
             return  # a reader's layers are what it found in the journal: they stay in memory
+        # Nothing is more urgent than writes that wait, for room or for a snapshot.
+        gently = not self._waiting and not self.held and self.yields()
+        puts_max = PUTS_BESIDE_FLUSHES if gently else PUTS_MAX
         blocked: list[int] = []
-        while self._ready and self._putting < PUTS_MAX and self.spawn is not None:
+        while self._ready and self._putting < puts_max and self.spawn is not None:
             index = self._ready.popleft()
             if index in layers.frozen:
                 blocked.append(index)  # its older layer is still on its way
@@ -441,10 +450,10 @@ class File(ReadSide):
             if index in layers.dirty:
                 self._start_put(index)
         self._ready.extend(blocked)
-        if self._putting < PUTS_MAX and (layers.size > layers.size_max * PRESSURE or self._waiting):
-            self._relieve()
+        if self._putting < puts_max and (layers.size > layers.size_max * PRESSURE or self._waiting):
+            self._relieve(puts_max - self._putting)
 
-    def _relieve(self) -> None:
+    def _relieve(self, count: int) -> None:
         """The cache is filling: put out the partly written blocks that free the most."""
         layers = self.layers
         oldest = []
@@ -454,7 +463,7 @@ class File(ReadSide):
                 if len(oldest) >= 4 * PUTS_MAX:
                     break
         oldest.sort(key=lambda index: -layers.dirty[index].data_bytes)
-        for index in oldest[: PUTS_MAX - self._putting]:
+        for index in oldest[:count]:
             self._start_put(index)
 
     def _start_put(self, index: int) -> None:

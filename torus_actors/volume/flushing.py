@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torus_actors.errors import Fenced, TorusError
 from torus_actors.model.checksums import Buffer
+from torus_actors.model.refs import BlockRef
 from torus_actors.volume import change_log
 from torus_actors.volume.commit import Superseded
+from torus_actors.volume.stored import Stored
 
 if TYPE_CHECKING:
     from torus_actors.volume.session import Session
@@ -52,6 +55,7 @@ class Flusher:
 
     Attributes:
         appending: whether a flush that needs no task is under way.
+        appended_at: when the last of those began, by the loop's clock.
     """
 
     def __init__(self, session: Session) -> None:
@@ -61,6 +65,7 @@ class Flusher:
         self._wake = asyncio.Event()
         self._parked = False
         self.appending = False
+        self.appended_at = -math.inf
         self._writes = 0
         """Since the last flush was asked for."""
         self._lone = 0
@@ -125,17 +130,26 @@ class Flusher:
             done(error)
 
     def _needs_no_block(self) -> bool:
-        """Whether the journal alone can make durable what was acknowledged.
-
-        No block is full, and none is unsynced: what a record names is durable.
-        """
+        """Whether the journal alone can make durable what was acknowledged."""
         file = self._session.file
         return (
             self._may_journal()
             and file.failure is None
-            and not file.unsynced
             and not file.layers.any_full
+            and not (file.unsynced and self._needed_durable())
         )
+
+    def _needed_durable(self) -> dict[BlockRef, Stored]:
+        """The unsynced blocks that a flush has to wait for.
+
+        Those that the next record names; and those that this client does not keep: should all nodes
+        that have one crash, it could not be read until the volume is opened anew.
+        """
+        unsynced = self._session.file.unsynced
+        named = set(self._session.log.refs())
+        return {
+            ref: stored for ref, stored in unsynced.items() if stored.kept is None or ref in named
+        }
 
     # -- by callbacks ------------------------------------------------------------------------------
 
@@ -152,6 +166,7 @@ class Flusher:
         (record,) = self._cut()
         self._under_way, self._waiting = self._waiting, []
         self.appending = True
+        self.appended_at = session.system.loop.time()
         session.journal.append_soon(changes.seq, record, self._appended)
         return True
 
@@ -245,7 +260,7 @@ class Flusher:
     async def _flush_by_journal(self) -> bool:
         """Flush by appending records; whether that was possible.
 
-        They may name blocks, so those are made durable first. From the cut of the records to their
+        The blocks that they name are made durable first. From the cut of the records to their
         acknowledgement nothing else vouches for what is in them: whatever goes wrong in between
         makes the next flush a commit.
 
@@ -268,7 +283,7 @@ class Flusher:
             return False
         if changes.empty:
             return True
-        covered = dict(file.unsynced)
+        covered = self._needed_durable()
         records = self._cut()
         last = changes.seq
         acknowledged = False

@@ -75,13 +75,14 @@ class SessionJournal:
         volume_id: the volume.
         epoch: of the session.
         revision: of the journal record in the metadata, as last read.
+        replay_bytes: of memory that a replay may take, more or less.
 
     Attributes:
         active: whether records can be appended.
         sent: number of the last record that was handed in, or that a head covers. Those before it
             go to the members first.
         under_way_bytes: records that were sent and that not all members have stored.
-        size: bytes that the records since the last cut take on a member's disk.
+        size: bytes that the records which no head covers take on a member's disk.
         size_max: bytes that its members have room for, with others beside it.
         broken: why there is no ensemble now; empty if there is one or none was wanted yet.
     """
@@ -95,10 +96,12 @@ class SessionJournal:
         volume_id: int,
         epoch: int,
         revision: int,
+        replay_bytes: int,
     ) -> None:
         self._system = system
         self._meta = meta
         self._view = view
+        self.replay_bytes = replay_bytes
         self._volume_id = volume_id
         self._epoch = epoch
         self._revision = revision
@@ -106,6 +109,8 @@ class SessionJournal:
         self._queue: deque[_Append] = deque()
         self._covered = 0
         """Number of the last record that the members were told to forget."""
+        self._stored = 0
+        """Number of the last record that all members have."""
         self.under_way_bytes = 0
         self.active = False
         self.sent = 0
@@ -161,7 +166,7 @@ class SessionJournal:
                 raise BlockUnavailable("the journal's record changed meanwhile") from None
         self._homes = homes
         self.active = True
-        self.sent = self._covered = covered_seq
+        self.sent = self._covered = self._stored = covered_seq
         self.broken = ""
         self.size = 0
         self.size_max = min(room)
@@ -175,7 +180,12 @@ class SessionJournal:
     @property
     def is_large(self) -> bool:
         """Whether it is due to be folded into blocks for its size."""
-        return self.size > min(COMMIT_BYTES, self.size_max)
+        return self.size > self.size_wanted
+
+    @property
+    def size_wanted(self) -> int:
+        """Bytes at which it is due to be folded into blocks."""
+        return min(COMMIT_BYTES, self.replay_bytes, self.size_max)
 
     async def append(self, last: int, *records: list[Buffer]) -> None:
         """Have every member store records durably.
@@ -236,7 +246,8 @@ class SessionJournal:
         queue = self._queue
         while queue:
             under_way = self.under_way_bytes + queue[0].size
-            if self.under_way_bytes and (not self.size or under_way > UNDER_WAY_BYTES):
+            may_be_first = self._stored <= self._covered
+            if self.under_way_bytes and (may_be_first or under_way > UNDER_WAY_BYTES):
                 return
             self.under_way_bytes = under_way
             queue.popleft().send()
@@ -258,6 +269,7 @@ class SessionJournal:
                 self.active = False
                 self.broken = str(error)
             elif append.seq > self._covered:
+                self._stored = append.seq
                 # The journal of a member is written by whole pages.
                 self.size += -(-(append.size + RECORD_OVERHEAD_BYTES) // PAGE_SIZE) * PAGE_SIZE
         unsent: deque[_Append] = deque()
@@ -289,14 +301,20 @@ class SessionJournal:
         except (TorusError, TimeoutError) as error:
             log.info("the journal's record stays: %s", error)
 
-    def cut(self, upto_seq: int) -> None:
-        """A head covers these records: the members may forget them."""
+    def cut(self, upto_seq: int, size: int) -> None:
+        """A head covers these records: the members may forget them.
+
+        Args:
+            upto_seq: number of the last.
+            size: what ``size`` was when that had been cut. Of those that were on their way then it
+                lacks a few: they count until the next cut.
+        """
         self.sent = max(self.sent, upto_seq)
         self._covered = upto_seq
         if upto_seq:
             for home in self._homes.values():
                 home.actor.cut.tell(self._volume_id, self._epoch, upto_seq)
-        self.size = 0
+        self.size -= size
         self.began_at = self._system.loop.time()
 
 

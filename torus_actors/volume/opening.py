@@ -120,6 +120,7 @@ async def open_session(
                 volume_id=record.id,
                 epoch=epoch,
                 revision=journal_revision,
+                replay_bytes=write_cache_bytes,
             ),
         )
         if head is not None and head.size != record.size:

@@ -62,6 +62,13 @@ IDLE_CHECK_S = 1.0
 OUTBOX_RETRY_S = 0.05
 """Answers that the NBD server has no room for are offered again after this long."""
 
+YIELD_S = 0.5
+"""So long after a flush that was a record, blocks are still put gently: the next one is due."""
+
+YIELD_SHARE = 1.5
+"""Of the size at which a journal is folded: if it is larger while that goes on, blocks are put as
+fast as they can be. Its members have room for twice that size."""
+
 UNSYNCED_MAX = 2048
 """Blocks that may be stored and not committed before a commit is due without being asked for: what
 they replace cannot be collected before it."""
@@ -148,6 +155,7 @@ class Session:
         self._outbox: dict[int, list[Reply]] = {}
         self._emptying = False
         self.flusher = Flusher(self)
+        self.file.yields = self._flushes_go_first
         self._commit_waiting: list[Callable[[TorusError | None], None]] = []
         self._committing: list[Callable[[TorusError | None], None]] = []
         self._commit_wake = asyncio.Event()
@@ -326,6 +334,17 @@ class Session:
             journal.is_large or (journal.size and old) or len(self.file.unsynced) > UNSYNCED_MAX
         )
 
+    def _flushes_go_first(self) -> bool:
+        """Whether blocks are to leave the disks to the records of flushes.
+
+        Not while there are none; nor when the journal grows too fast for a slow commit.
+        """
+        journal = self.journal
+        return (
+            self.system.loop.time() - self.flusher.appended_at < YIELD_S
+            and journal.size < YIELD_SHARE * journal.size_wanted
+        )
+
     def _flush_if_quiet(self) -> None:
         quiet = self.system.loop.time() - self._written_at > IDLE_FLUSH_S
         told = self.journal.active and self.log.empty and not self.log.needs_commit
@@ -343,6 +362,7 @@ class Session:
         # What no record tells is told by the head: until that is recorded, no flush may do without.
         changes.committing, changes.needs_commit = changes.needs_commit, False
         self._covering_seq = changes.seq
+        covering_bytes = journal.size
         # A head may be wanted though nothing in the file has changed: for records that none covers,
         # or because the metadata does not have the last one yet, and a new ensemble would hide it.
         force = self._covering_seq != self.covered_seq or self.heads.owed is not None
@@ -356,7 +376,7 @@ class Session:
         self.covered_seq = self._covering_seq
         self.replaying = None
         if journal.active:
-            journal.cut(self.covered_seq)
+            journal.cut(self.covered_seq, covering_bytes)
             return
         if changes.seq != self.covered_seq:
             # The journal was lost while this ran. Records that came meanwhile may be acknowledged,
