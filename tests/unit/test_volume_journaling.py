@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.fakes import Cluster, Device, until, virtual
 from tests.unit.test_volume_flush import reopened
-from torus_actors.volume import change_log, flushing, journal
+from torus_actors.volume import change_log, commit, flushing, journal
+from torus_actors.volume.file import PUTS_BESIDE_FLUSHES, PUTS_MAX
 from torus_actors.volume.flushing import FORESEE_AFTER, FORESEE_BYTES_MAX
+from torus_actors.volume.session import YIELD_S
 
 BLOCK = 16 << 10
 BLOCKS = 100
@@ -228,3 +231,144 @@ async def test_what_is_not_foreseen_waits_for_its_flush(much: bool) -> None:
             await asyncio.sleep(0.1)
             assert appends.sent == sent + (1 if much else 0)
             await device.flush()
+
+
+async def told_and_put(device: Device, kept_max: int) -> None:
+    """Scattered pages that records have told, and whose blocks are on the ring, not durable."""
+    file = device.client.session("v").file
+    file.kept_max = kept_max
+    await scatter(device)
+    await device.flush()
+    for index in range(BLOCKS):
+        file.want(index)
+    file.pump()
+    await until(lambda: len(file.unsynced) == BLOCKS)
+
+
+@virtual
+async def test_a_flush_waits_for_no_block_that_records_have_told() -> None:
+    """No store is synced for it; and should all nodes crash then, nothing is lost."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        await told_and_put(device, kept_max=BLOCKS)
+        calls: list[str] = []
+        cluster.network.trace = lambda _, __, ___, method: calls.append(method)
+        await flushed(device, 5, b"new")
+        assert calls.count("append") == 2 and "flush" not in calls
+        for node in cluster.nodes.values():
+            await node.restart()
+        content = bytearray(PAGE)
+        content[5:8] = b"new"
+        assert await device.read(0, PAGE) == content
+        for index in range(1, BLOCKS):
+            assert await device.read(index * BLOCK, PAGE) == bytes([index]) * PAGE
+        again = await reopened(device)
+        assert await again.read(0, PAGE) == content
+        for index in range(1, BLOCKS):
+            assert await again.read(index * BLOCK, PAGE) == bytes([index]) * PAGE
+
+
+@virtual
+async def test_a_flush_waits_for_blocks_that_nobody_keeps() -> None:
+    """Records have told them, but if their nodes crash, only a new session could read them."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        await told_and_put(device, kept_max=BLOCKS // 2)
+        file = device.client.session("v").file
+        assert sum(stored.kept is None for stored in file.unsynced.values()) == BLOCKS // 2
+        await flushed(device, 5, b"new")
+        assert len(file.unsynced) == BLOCKS // 2
+        assert all(stored.kept is not None for stored in file.unsynced.values())
+
+
+@virtual
+async def test_a_flush_waits_for_blocks_that_its_record_names() -> None:
+    """What was written between flushes, and is in blocks already, is told by their names."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        file = device.client.session("v").file
+        await device.write(0, b"x" * PAGE)
+        file.want(0)
+        file.pump()
+        await until(lambda: file.unsynced)
+        await device.flush()
+        assert not file.unsynced
+        for node in cluster.nodes.values():
+            await node.restart()
+        assert await (await reopened(device)).read(0, PAGE) == b"x" * PAGE
+
+
+@virtual
+async def test_a_commit_leaves_the_size_of_what_came_meanwhile() -> None:
+    """The members still have those records: a journal that forgot them would outgrow its room."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        commit_head = session._meta.commit_head
+
+        async def recorded(*args: Any) -> int:
+            await flushed(device, BLOCK, b"meanwhile")
+            return await commit_head(*args)
+
+        for _ in range(10):
+            await flushed(device, 0, b"before")
+        before = session.journal.size
+        session._meta.commit_head = recorded  # type: ignore[method-assign]
+        committed = asyncio.get_running_loop().create_future()
+        session.commit_soon(committed.set_result)
+        assert await committed is None
+        assert session.journal.size == before // 10 > 0
+
+
+@virtual
+async def test_blocks_are_put_gently_beside_small_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not when no flush was for a while, nor when the journal fills up."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        most = [0]
+        start_put = session.file._start_put
+
+        def started(index: int) -> None:
+            start_put(index)
+            most[0] = max(most[0], session.file._putting)
+
+        monkeypatch.setattr(session.file, "_start_put", started)
+
+        async def put_all() -> int:
+            most[0] = 0
+            await session.committer.write_out(list(range(BLOCKS)))
+            return most[0]
+
+        await scatter(device)
+        assert await put_all() == PUTS_MAX
+        await device.flush()
+        await scatter(device)
+        await device.flush()
+        assert await put_all() == PUTS_BESIDE_FLUSHES
+        await scatter(device)
+        await device.flush()
+        await asyncio.sleep(YIELD_S)
+        assert await put_all() == PUTS_MAX
+        await scatter(device)
+        await device.flush()
+        session.journal.size_max = session.journal.size // 2
+        assert await put_all() == PUTS_MAX
+
+
+@virtual
+async def test_a_commit_may_take_long_as_long_as_it_gets_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its patience is for the next block: small writes all over a large volume take many."""
+    patience_s = 1.0
+    monkeypatch.setattr(commit, "WRITE_OUT_PATIENCE_S", patience_s)
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        await scatter(device)
+        cluster.network._latency = lambda: 0.1  # type: ignore[method-assign]
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await session.committer.write_out(list(range(BLOCKS)))
+        assert loop.time() - began > patience_s
