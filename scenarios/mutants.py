@@ -242,6 +242,26 @@ _JOURNAL = (
         hunted_in=("foreseen_flush",),
     ),
     _mutant(
+        "block_not_told",
+        "A record names the blocks that have what no record tells",
+        Edit(
+            "volume.change_log:ChangeLog.settled",
+            "self._blocks[index] = (ref, root)",
+            "pass",
+        ),
+        hunted_in=("journal_replay",),
+    ),
+    _mutant(
+        "named_before_durable",
+        "A block is durable before a record names it",
+        Edit(
+            "volume.flushing:Flusher._needed_durable",
+            "stored.kept is None or ref in named",
+            "stored.kept is None",
+        ),
+        hunted_in=("journal_replay", "many_crashes"),
+    ),
+    _mutant(
         "zeros_told_too_early",
         "What no record tells is durable when the head that tells it is recorded",
         Edit(
@@ -319,14 +339,10 @@ _JOURNAL = (
         hunted_in=("crashes_everywhere", "journal_replay"),
     ),
     _mutant(
-        "replay_forgets_later_writes",
-        "A replayed block hides only what was written before its content was fixed",
-        Edit(
-            "volume.change_log:Replay.add",
-            "{place: each for place, each in older.items() if each[0] > after}",
-            "{}",
-        ),
-        hunted_in=("flush_beside_commit",),
+        "replay_lays_old_over_new",
+        "What older records say of a block's place is in the block",
+        Edit("volume.change_log:Replay.add", "if each[0] > after", "if each"),
+        hunted_in=("journal_replay",),
     ),
     _mutant(
         "trim_not_recorded",

@@ -342,6 +342,21 @@ def test_the_model_finds_known_bugs(
     assert not all(run(seed) for seed in range(1500)), break_it.__doc__
 
 
+def test_a_block_may_cover_fewer_records_than_there_are_before_it() -> None:
+    """Journals have such records: extents that came after its content was fixed lie over it."""
+    layers = WriteBack(1 << 20)
+    layers.log.start()
+    replay = Replay()
+    for content in (b"in it", b"newer"):
+        layers.write(0, 0, content)
+        (record,) = layers.log.cut()
+        replay.add(layers.log.seq, b"".join(record))
+    packed = msgpack.packb([[[0, BlockRef.of(1, 1, 1), 7, 1]], [], None])
+    replay.add(3, b"TJr1" + len(packed).to_bytes(4, "little") + packed)
+    assert replay.blocks == {0: (BlockRef.of(1, 1, 1), 7, 3)}
+    assert list(replay.extents()) == [(0, 0, 5, b"newer")]
+
+
 def test_damaged_records_are_told() -> None:
     """Cut, changed or foreign bytes raise Corruption and nothing else."""
     rng = random.Random(7)
