@@ -30,6 +30,7 @@ from torus_actors.errors import (
     ActorCrashed,
     BlockNotExist,
     BlockUnavailable,
+    Closed,
     DeadlineExceeded,
     Exists,
     Invalid,
@@ -191,6 +192,10 @@ class OpenStores:
     ) -> None:
         kind = self.kind_of(ref)
         store = self.stores[kind]
+        for each in self.stores:
+            if each.failure is not None:
+                # A flush is of both stores: none would ever confirm this block.
+                raise Closed(f"block store {each.failure}")
         if replace and store.has(ref):
             location = store.locate(ref)
             if not await self.verify(kind, location):
