@@ -191,6 +191,21 @@ async def test_a_store_that_failed_does_not_block_the_other_ones_flush_for_ever(
 
 
 @virtual
+async def test_a_node_takes_no_block_that_no_flush_could_confirm() -> None:
+    """One store has failed, and a flush is of both: blocks for the other one go elsewhere."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1), b"block")
+        await put(node, ref_of(1, BlockType.INODE), b"page")
+        node.disks[1].inject("sync")
+        with pytest.raises(TorusError):
+            await node.actor("block_store").flush.remote()
+        for number in (1, 2):  # also one that it has
+            with pytest.raises(Closed):
+                await put(node, ref_of(number), b"block")
+
+
+@virtual
 async def test_concurrent_flushes_share_a_sync() -> None:
     """Fifty flushes at once cost one or two rounds of syncs."""
     async with Cluster(nodes=1) as cluster:
