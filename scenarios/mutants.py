@@ -255,9 +255,9 @@ _JOURNAL = (
         "named_before_durable",
         "A block is durable before a record names it",
         Edit(
-            "volume.flushing:Flusher._needed_durable",
-            "stored.kept is None or ref in named",
-            "stored.kept is None",
+            "volume.flushing:Flusher._waits_for_blocks",
+            "any(ref in unsynced for ref in self._session.log.refs())",
+            "False",
         ),
         hunted_in=("journal_replay", "many_crashes"),
     ),

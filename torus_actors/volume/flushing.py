@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING
 
 from torus_actors.errors import Fenced, TorusError
 from torus_actors.model.checksums import Buffer
-from torus_actors.model.refs import BlockRef
 from torus_actors.volume import change_log
 from torus_actors.volume.commit import Superseded
-from torus_actors.volume.stored import Stored
 
 if TYPE_CHECKING:
     from torus_actors.volume.session import Session
@@ -136,20 +134,20 @@ class Flusher:
             self._may_journal()
             and file.failure is None
             and not file.layers.any_full
-            and not (file.unsynced and self._needed_durable())
+            and not self._waits_for_blocks()
         )
 
-    def _needed_durable(self) -> dict[BlockRef, Stored]:
-        """The unsynced blocks that a flush has to wait for.
+    def _waits_for_blocks(self) -> bool:
+        """Whether a flush has to wait for blocks to be durable.
 
-        Those that the next record names; and those that this client does not keep: should all nodes
-        that have one crash, it could not be read until the volume is opened anew.
+        For those that the next record names; and for those that this client does not keep: should
+        all nodes that have one crash, it could not be read until the volume is opened anew.
         """
         unsynced = self._session.file.unsynced
-        named = set(self._session.log.refs())
-        return {
-            ref: stored for ref, stored in unsynced.items() if stored.kept is None or ref in named
-        }
+        return bool(unsynced) and (
+            any(ref in unsynced for ref in self._session.log.refs())
+            or any(stored.kept is None for stored in unsynced.values())
+        )
 
     # -- by callbacks ------------------------------------------------------------------------------
 
@@ -283,7 +281,8 @@ class Flusher:
             return False
         if changes.empty:
             return True
-        covered = self._needed_durable()
+        # A sync is of all that a node has, and when all are durable the next ones can be kept.
+        covered = dict(file.unsynced) if self._waits_for_blocks() else {}
         records = self._cut()
         last = changes.seq
         acknowledged = False

@@ -75,9 +75,10 @@ class SessionJournal:
         volume_id: the volume.
         epoch: of the session.
         revision: of the journal record in the metadata, as last read.
-        replay_bytes: of memory that a replay may take, more or less.
+        replay_bytes: see below.
 
     Attributes:
+        replay_bytes: of memory that a replay may take, more or less.
         active: whether records can be appended.
         sent: number of the last record that was handed in, or that a head covers. Those before it
             go to the members first.
