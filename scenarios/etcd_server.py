@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from torus_actors.scenarios.processes import POLL_S, Unexpected, free_ports
+from torus_actors.scenarios.processes import POLL_S, Unexpected, free_ports, pause
 
 START_DEADLINE_S = 15.0
 
@@ -101,7 +101,7 @@ class EtcdServer:
     def pause(self) -> None:
         """SIGSTOP: it stays connected and never answers."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        pause(self._process)
 
     def resume(self) -> None:
         """SIGCONT."""

@@ -59,6 +59,13 @@ def require(condition: object, text: str) -> None:
         raise Unexpected(text)
 
 
+def pause(process: subprocess.Popen[Any]) -> None:
+    """SIGSTOP a child; when this returns, it does nothing any more, or has ended."""
+    process.send_signal(signal.SIGSTOP)
+    # Its threads run on for a moment: long enough, on a busy machine, to answer a request.
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
 def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
     """Wait until a condition holds, and return what it returned.
 
@@ -219,7 +226,7 @@ class Process:
 
     def pause(self) -> None:
         """SIGSTOP: it stays connected and never answers."""
-        self._running.send_signal(signal.SIGSTOP)
+        pause(self._running)
 
     def resume(self) -> None:
         """SIGCONT."""
