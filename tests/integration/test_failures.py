@@ -182,6 +182,7 @@ def _flat(rows: Any) -> list[dict[str, Any]]:
     return []
 
 
+@pytest.mark.long
 def test_killing_any_actor_of_a_node_costs_no_error(shared: Cluster) -> None:
     """Each actor of a storage node dies once under verified load, supervisors included."""
     shared.ctl("volume", "create", "node-actors", "128MiB")
