@@ -1,9 +1,12 @@
 """The bridge: carries calls between the actors of different nodes, over TCP or within a machine.
 
 Responsible for listening, for one outgoing link to each peer it knows, for reconnecting with
-backoff, and for failing calls at once when a peer is lost. Other actors do not send it messages to
-make calls: handles of remote actors use ``Bridge.call``, which runs on the same loop, because a
-message in between would cost more than the call.
+backoff, and for failing calls at once when a peer is lost. A peer whose connection breaks is dialed
+again at once, and lost only if that fails: calls that may be done twice are then sent again, since
+a broken connection is no reason to place a block elsewhere, or to end a journal.
+
+Other actors do not send it messages to make calls: handles of remote actors use ``Bridge.call``,
+which runs on the same loop, because a message in between would cost more than the call.
 
 Messages in: ``set_peers`` (who is where), ``set_cluster``. Its death closes every connection: calls
 in flight fail with PeerLost, callers on the data path try again, and the successor listens anew.
@@ -15,12 +18,11 @@ import asyncio
 import logging
 import os
 import socket
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torus_actors.actors import same_machine
-from torus_actors.actors.links import InLink, Link, OutLink
+from torus_actors.actors.links import InLink, Link, OutCall, OutLink
 from torus_actors.errors import Closed, Invalid, NoPeer, Overloaded, PeerLost, TorusError
 from torus_actors.model.buffers import BufferPool
 from torus_actors.runtime import LoopActor, ObjectRef, expose
@@ -36,6 +38,12 @@ BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 """Pause between attempts to reach a peer: a restarted one is back soon, and one attempt a second to
 each dead peer costs nothing."""
+
+REDIAL_S = 1.5
+"""How long calls wait for a peer whose connection broke: no longer than for one that is silent."""
+
+REDIAL_AFTER_S = 0.2
+"""A connection that broke sooner than this is not replaced at once: it would break again."""
 
 POOL_BYTES = 16 << 20
 """Receive buffers kept for reuse: what a reader or a store usually has in use at a time. More would
@@ -168,6 +176,7 @@ class Bridge(LoopActor):
         payload: Any,
         timeout_s: float,
         checked: bool = False,
+        resend: bool = False,
     ) -> ObjectRef[Any]:
         """Call an actor of another node. Loop thread.
 
@@ -179,15 +188,16 @@ class Bridge(LoopActor):
             payload: None, a buffer or a list of them; not to be changed before the answer.
             timeout_s: deadline, seconds from now.
             checked: the handler verifies the payload by itself.
+            resend: it may be done twice, and later than what was called after it.
         """
         ref: ObjectRef[Any] = ObjectRef(self.system, self.system.loop.time() + timeout_s)
         peer = self._peers.get(node) or self._stranger(node)
         if peer is None:
             ref.fail(NoPeer(f"no peer {node} is known"))
         elif peer.link is not None and peer.up:
-            peer.link.call(ref, actor, method, args, payload, checked)
+            peer.link.call((ref, actor, method, args, payload, checked, resend))
         else:
-            peer.call_later(ref, (actor, method, args, payload, checked))
+            peer.call_later((ref, actor, method, args, payload, checked, resend))
         return ref
 
     def cast(self, node: str, actor: str, method: str, args: tuple[Any, ...], payload: Any) -> None:
@@ -271,20 +281,23 @@ class _Peer:
         self.near = False
         self.failures = 0
         self.reason = ""
-        self._waiting: deque[tuple[ObjectRef[Any], tuple[Any, ...]]] = deque()
+        self._waiting: list[OutCall] = []
         self._timer: asyncio.TimerHandle | None = None
+        """To dial again, or to wait no longer for that."""
+        self._up_since = 0.0
         self._connecting = False
         self._closed = False
 
-    def call_later(self, ref: ObjectRef[Any], call: tuple[Any, ...]) -> None:
-        """No link yet: wait for the attempt under way, or fail if attempts keep failing."""
+    def call_later(self, call: OutCall) -> None:
+        """No link now: wait for the attempt under way, or fail if attempts keep failing."""
+        ref = call[0]
         if self._closed or (self.failures and not self._connecting_first()):
             ref.fail(PeerLost(f"{self._name()} cannot be reached: {self.reason}"))
             return
         if len(self._waiting) >= WAITING_CALLS_MAX:
             ref.fail(Overloaded(f"too many calls wait for {self._name()}"))
             return
-        self._waiting.append((ref, call))
+        self._waiting.append(call)
         self.connect()
 
     def _connecting_first(self) -> bool:
@@ -298,9 +311,7 @@ class _Peer:
         """Start an attempt unless one is under way."""
         if self._connecting or self.up or self._closed or self.bridge.actor_stopped.is_set():
             return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         self._connecting = True
         self.bridge.spawn(self._connect())
 
@@ -335,45 +346,73 @@ class _Peer:
         if not expected.startswith("@") and link.peer.node != expected:
             link.abort(PeerLost(f"{self.address} is now node {link.peer.node}"))
             return
+        self._stop_timer()
         self._connecting = False
         self.bridge.changes += 1
         self.up = True
+        self._up_since = self.bridge.system.loop.time()
         self.failures = 0
         self.reason = ""
-        waiting, self._waiting = self._waiting, deque()
-        for ref, call in waiting:
-            if not ref.done():
-                cast(OutLink, link).call(ref, *call)
+        waiting, self._waiting = self._waiting, []
+        for call in waiting:
+            if not call[0].done():
+                cast(OutLink, link).call(call)
 
     def link_lost(self, link: Link, reason: TorusError) -> None:
         """The link broke, or never came to be."""
-        if link is self.link:
-            self.link = None
+        if link is not self.link:
+            return
+        link, self.link = self.link, None
+        lasted = self.bridge.system.loop.time() - self._up_since
+        stranger = self.node.startswith("@")
+        if self.up and link.broken and lasted >= REDIAL_AFTER_S and not (stranger or self._closed):
+            self._redial(link.take_resent())
+        else:
             self._failed(reason)
 
+    def _redial(self, unanswered: list[OutCall]) -> None:
+        """The connection broke, which says little of the peer: one attempt may tell more."""
+        log.info("%s: the connection broke, dialing again", self._name())
+        self.bridge.changes += 1
+        self.up = False
+        self._waiting = unanswered
+        self.connect()
+        self._timer = self.bridge.system.loop.call_later(
+            REDIAL_S, self._lost, PeerLost(f"no connection again within {REDIAL_S:g} s")
+        )
+
     def _failed(self, error: TorusError) -> None:
+        """There is no connection, and no attempt either."""
+        self._stop_timer()
         if self.up and not self._closed:
             log.info("%s lost: %s", self._name(), error)
         self._connecting = False
-        self.bridge.changes += 1
         self.up = False
-        self.failures += 1
-        self.reason = str(error)
-        waiting, self._waiting = self._waiting, deque()
-        for ref, _ in waiting:
-            failure = error if not isinstance(error, PeerLost) else None
-            ref.fail(failure or PeerLost(f"{self._name()} cannot be reached: {error}"))
+        self._lost(error)
         if self._closed or self.node.startswith("@"):
             return
         pause = min(BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S)
         pause *= 0.75 + self.bridge.system.rng.random() / 2
         self._timer = self.bridge.system.loop.call_later(pause, self.connect)
 
+    def _lost(self, error: TorusError) -> None:
+        """Nobody is to wait for this peer."""
+        self.bridge.changes += 1
+        self.failures += 1
+        self.reason = str(error)
+        waiting, self._waiting = self._waiting, []
+        for ref, *_ in waiting:
+            failure = error if not isinstance(error, PeerLost) else None
+            ref.fail(failure or PeerLost(f"{self._name()} cannot be reached: {error}"))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def close(self, error: TorusError) -> None:
         """Give the peer up."""
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
         if self.link is not None:
             self.link.abort(error)
         self._failed(error)

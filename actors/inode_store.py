@@ -9,13 +9,17 @@ import asyncio
 from typing import Any
 
 from torus_actors.actors.block_store import INODE_BLOCK_SIZE
-from torus_actors.errors import Invalid, TorusError
+from torus_actors.errors import BlockUnavailable, Invalid, TorusError
+from torus_actors.metadata.patience import Backoff
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import LoopActor, expose
 
 PUTS_MAX = 16
 """Pages on their way at once."""
+
+PATIENCE_S = 20.0
+"""How long a page is tried again that no peer takes: as long as whole blocks of data are."""
 
 
 class INodeStore(LoopActor):
@@ -35,16 +39,24 @@ class INodeStore(LoopActor):
         Raises:
             OutOfSpace, BlockUnavailable: one could not be stored.
         """
+        end = self.system.loop.time() + PATIENCE_S
         room = asyncio.Semaphore(PUTS_MAX)
         replicator = self.system.actor("replicator")
 
         async def put(ref: BlockRef, page: bytes) -> list[Any]:
             if len(page) > INODE_BLOCK_SIZE:
                 raise Invalid(f"an INode page of {len(page)} bytes, at most {INODE_BLOCK_SIZE}")
+            backoff = Backoff(self.system.rng, max_s=1.0)
             async with room:
                 sums = sums_of(page)
                 root = root_of(sums)
-                return [root, await replicator.put_block.remote(ref, root, sums, 0, payload=page)]
+                while True:
+                    try:
+                        placed = await replicator.put_block.remote(ref, root, sums, 0, payload=page)
+                        return [root, placed]
+                    except BlockUnavailable:
+                        if not await backoff.wait(end):
+                            raise
 
         return list(await asyncio.gather(*[put(ref, page) for ref, page in pages]))
 

@@ -66,6 +66,10 @@ SERVED_BYTES_MAX = 64 << 20
 """What one connection may have in work here; beyond it, it is not read from, so that TCP makes the
 other side wait. 64 MiB are 128 blocks of the default size."""
 
+OutCall = tuple[ObjectRef[Any], str, str, Sequence[Any], Any, bool, bool]
+"""What gets the answer, actor, method, arguments, payload, ``checked``, ``resend``: see
+`Bridge.call`."""
+
 WRITE_HIGH_WATER = 32 << 20
 """Bytes waiting to be sent from which on a link takes no more calls, or no more to answer."""
 
@@ -86,6 +90,11 @@ class Link(asyncio.BufferedProtocol):
         spinner: is told when a message is due, and when one came.
         on_ready: called with the link once the other side is known.
         on_lost: called once with the link and the reason when it ended.
+
+    Attributes:
+        ready: whether the other side is known, and the connection holds.
+        lost: whether the link has ended.
+        broken: whether it ended because the connection did, not because a side gave the other up.
     """
 
     def __init__(
@@ -103,6 +112,7 @@ class Link(asyncio.BufferedProtocol):
         self.loop = system.loop
         self.ready = False
         self.lost = False
+        self.broken = False
         self._side = side
         self._hello = Hello(side, identity, secret, system.rng.randbytes(32))
         self._decoder = FrameDecoder(pool.take)
@@ -187,6 +197,7 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone, for whatever reason."""
+        self.broken = not self.lost and self._reason is None
         self._end(PeerLost(str(exc) if exc else "the other side closed the connection"))
 
     def abort(self, error: TorusError) -> None:
@@ -203,8 +214,8 @@ class Link(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
         reason = self._reason or error
-        self._finish(reason)
         self._on_lost(self, reason)
+        self._finish(reason)
 
     def _finish(self, reason: TorusError) -> None:
         """Let go of what hung on the link."""
@@ -237,8 +248,8 @@ class OutLink(Link):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._in_flight: dict[int, ObjectRef[Any]] = {}
-        self._held: deque[tuple[ObjectRef[Any], str, str, Sequence[Any], Any, bool]] = deque()
+        self._in_flight: dict[int, OutCall] = {}
+        self._held: deque[OutCall] = deque()
         self._next_id = 1
         self._congested = False
 
@@ -250,32 +261,16 @@ class OutLink(Link):
         """It does again."""
         self._congested = False
         while self._held and not self._congested and not self.lost:
-            ref, *call = self._held.popleft()
-            if not ref.done():
-                self.call(ref, *call)
+            call = self._held.popleft()
+            if not call[0].done():
+                self.call(call)
 
-    def call(
-        self,
-        ref: ObjectRef[Any],
-        actor: str,
-        method: str,
-        args: Sequence[Any],
-        payload: Any,
-        checked: bool = False,
-    ) -> None:
-        """Send a call.
-
-        Args:
-            ref: gets the answer; must have a deadline.
-            actor: name of the actor there.
-            method: one of its methods that other nodes may call.
-            args: what the codec can carry.
-            payload: None, a buffer or a list of buffers; not to be changed before the answer.
-            checked: the handler verifies the payload by itself.
-        """
+    def call(self, call: OutCall) -> None:
+        """Send a call; what gets the answer must have a deadline."""
         if self._congested and len(self._held) < HELD_CALLS_MAX:
-            self._held.append((ref, actor, method, args, payload, checked))
+            self._held.append(call)
             return
+        ref, actor, method, args, payload, checked, _ = call
         if self._congested or len(self._in_flight) >= IN_FLIGHT_CALLS_MAX:
             ref.fail(Overloaded(f"the link to {self.where} is full"))
             return
@@ -289,7 +284,7 @@ class OutLink(Link):
             ref.fail(error)
             return
         self._next_id = request_id + 1
-        self._in_flight[request_id] = ref
+        self._in_flight[request_id] = call
         self._transport.writelines(out)
         self._spinner.expect()
 
@@ -303,15 +298,15 @@ class OutLink(Link):
     def _on_frames(self, frames: list[Frame]) -> None:
         for kind, request_id, meta, payload in frames:
             if kind is Kind.REPLY:
-                ref = self._in_flight.pop(request_id, None)
-                if ref is None:
+                call = self._in_flight.pop(request_id, None)
+                if call is None:
                     continue  # its caller gave up on it
                 result = decode_reply(meta)
-                ref._resolve(result if payload is None else Reply(result, (payload,)))
+                call[0]._resolve(result if payload is None else Reply(result, (payload,)))
             elif kind is Kind.ERROR:
-                ref = self._in_flight.pop(request_id, None)
-                if ref is not None:
-                    ref._reject(decode_error(meta))
+                call = self._in_flight.pop(request_id, None)
+                if call is not None:
+                    call[0]._reject(decode_error(meta))
             elif kind is Kind.HELLO:
                 self._hello.receive(Frame(kind, request_id, meta, payload))  # a late refusal
             elif kind is not Kind.PONG:
@@ -325,15 +320,22 @@ class OutLink(Link):
             assert self._transport is not None
             self._transport.writelines(encode(Kind.PING, 0))
         # Forget calls that were given up.
-        for request_id in [i for i, ref in self._in_flight.items() if ref.done()]:
+        for request_id in [i for i, call in self._in_flight.items() if call[0].done()]:
             del self._in_flight[request_id]
         while self._held and self._held[0][0].done():
             self._held.popleft()
 
+    def take_resent(self) -> list[OutCall]:
+        """Calls without an answer that may be sent again, in order; they are the caller's now."""
+        unanswered = [*self._in_flight.values(), *self._held]
+        self._in_flight = {i: call for i, call in self._in_flight.items() if not call[-1]}
+        self._held = deque(call for call in self._held if not call[-1])
+        return [call for call in unanswered if call[-1]]
+
     def _finish(self, reason: TorusError) -> None:
         lost, self._in_flight = self._in_flight, {}
         held, self._held = self._held, deque()
-        for ref in [*lost.values(), *(call[0] for call in held)]:
+        for ref, *_ in [*lost.values(), *held]:
             ref.fail(PeerLost(f"connection lost: {reason}"))
 
 

@@ -258,7 +258,13 @@ class Replicator(LoopActor):
                 if peer is None:
                     break
                 put = self._store(peer).put_block.remote(
-                    ref, root, sums, payload=payload, timeout_s=PUT_TIMEOUT_S, checked=True
+                    ref,
+                    root,
+                    sums,
+                    payload=payload,
+                    timeout_s=PUT_TIMEOUT_S,
+                    checked=True,
+                    resend=True,
                 )
                 in_air[put.future] = peer
             if not in_air:
@@ -299,7 +305,10 @@ class Replicator(LoopActor):
             The incarnation of each store that confirmed. A store that has another incarnation than
             the one which took a block may have lost it.
         """
-        refs = {p: self._store(p).flush.remote(timeout_s=FLUSH_TIMEOUT_S) for p in peers}
+        refs = {
+            peer: self._store(peer).flush.remote(timeout_s=FLUSH_TIMEOUT_S, resend=True)
+            for peer in peers
+        }
         confirmed: dict[str, int] = {}
         for peer, ref in refs.items():
             try:

@@ -26,6 +26,10 @@ OUTAGE_S_MAX = 120.0
 """Where more than R-1 nodes may be away, or one and the metadata, which a session needs to find a
 lost member of its journal another: an operation may wait until they are back."""
 
+BROKEN_S_MAX = 10.0
+"""Where connections break as often as every half second, and to make one and be answered over it
+takes three ways there and back, of up to 0.4 s each."""
+
 KNOBS: dict[str, Any] = {
     "torus_actors.actors.block_store.INODE_ROOM_MIN": 32 << 20,
 }
@@ -504,6 +508,7 @@ _LIST = (
         "bad_network",
         "Slow and breaking connections cost no client an error",
         {"reset_connections": (0.5, 3), "slow_network": (1, 4)},
+        op_s_max=BROKEN_S_MAX,
     ),
     Scenario(
         "everything",

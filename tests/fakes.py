@@ -169,6 +169,7 @@ class Network:
         self.lost_answers: dict[str, int] = {}
         self._cut: set[frozenset[str]] = set()
         self._in_flight: dict[ObjectRef[Any], tuple[str, str]] = {}
+        self._resent: dict[ObjectRef[Any], tuple[bytes, Sequence[Any]]] = {}
         self._arrives: dict[tuple[str, str], float] = {}
         self._changes = 0
 
@@ -191,6 +192,21 @@ class Network:
         self._cut.add(frozenset((a, b)))
         self._changes += 1
         self._lose(lambda pair: pair in ((a, b), (b, a)))
+
+    def reset(self, a: str, b: str) -> None:
+        """Their connection breaks, and they have another at once, as two bridges would.
+
+        What may be sent again may arrive twice by that.
+        """
+        again = [
+            (ref, self._in_flight.pop(ref), *self._resent[ref])
+            for ref, pair in list(self._in_flight.items())
+            if ref in self._resent and set(pair) == {a, b}
+        ]
+        self._changes += 1
+        self._lose(lambda pair: set(pair) == {a, b})
+        for ref, (source, target), meta, parts in again:
+            self.send(source, target, ref, meta, parts, resend=True)
 
     def heal(self) -> None:
         """Take back all cuts, hangs and delays."""
@@ -221,6 +237,7 @@ class Network:
         ref: ObjectRef[Any] | None,
         meta: bytes,
         parts: Sequence[Any],
+        resend: bool = False,
     ) -> None:
         """Carry one call; its payload is read when it arrives, not before."""
         system = self.systems[target]
@@ -228,6 +245,9 @@ class Network:
         if ref is not None:
             self._in_flight[ref] = (source, target)
             ref.add_done_callback(lambda _: self._in_flight.pop(ref, None))
+            if resend:
+                self._resent[ref] = (meta, parts)
+                ref.add_done_callback(lambda _: self._resent.pop(ref, None))
         # A connection keeps the order of what it carries.
         at = max(loop.time() + self._latency(), self._arrives.get((source, target), 0.0) + 1e-6)
         self._arrives[source, target] = at
@@ -358,6 +378,7 @@ class FakeTransport:
         payload: Any,
         timeout_s: float,
         checked: bool = False,
+        resend: bool = False,
     ) -> ObjectRef[Any]:
         """See Transport."""
         ref: ObjectRef[Any] = ObjectRef(self._system, self._system.loop.time() + timeout_s)
@@ -369,7 +390,7 @@ class FakeTransport:
         except TorusError as error:
             ref.fail(error)
             return ref
-        self._network.send(self._system.node_id, node, ref, meta, _parts(payload))
+        self._network.send(self._system.node_id, node, ref, meta, _parts(payload), resend)
         return ref
 
     def cast(self, node: str, actor: str, method: str, args: tuple[Any, ...], payload: Any) -> None:

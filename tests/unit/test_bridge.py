@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.unit.runtime_harness import on_uvloop, until
-from torus_actors.actors import links
+from torus_actors.actors import bridge, links
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.errors import (
     DeadlineExceeded,
@@ -68,9 +68,21 @@ class Echo(LoopActor):
         """Fail."""
         raise Invalid(text)
 
+    @expose(remote=True)
+    def hang_up(self) -> None:
+        """Break every connection."""
+        self.waiting += 1
+        break_all(self.system.cells["bridge"].actor)
+
     @expose()
     def private(self) -> None:
         """Not for others."""
+
+
+def break_all(bridge: Any) -> None:
+    """Break all connections that a bridge has accepted."""
+    for link in list(bridge._in_links):
+        link.abort(PeerLost("on purpose"))
 
 
 class End:
@@ -159,6 +171,13 @@ async def pair(
 async def up(caller: End, server: End) -> None:
     """Wait until they are connected."""
     await until(lambda: caller.bridge.is_up(server.node))
+
+
+async def stop_listening(server: End) -> None:
+    """Take no more connections; those that there are stay."""
+    for listener in server.bridge._servers:
+        listener.close()
+        await listener.wait_closed()
 
 
 async def reason(caller: End) -> str:
@@ -257,13 +276,87 @@ async def test_a_lost_peer_fails_what_is_in_flight_at_once() -> None:
         calls = [caller.at(server).gated.remote(payload=b"x", timeout_s=60.0) for _ in range(50)]
         await until(lambda: server.echo.waiting == 50)
         started = time.monotonic()
-        for link in list(server.bridge._in_links):
-            link.abort(PeerLost("on purpose"))
+        break_all(server.bridge)
         for call in calls:
             with pytest.raises(PeerLost):
                 await call
         assert time.monotonic() - started < 0.5
         assert not server.bridge._in_links or caller.bridge.is_up(server.node)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+@on_uvloop
+async def test_what_may_be_done_twice_outlives_a_broken_connection(size: int) -> None:
+    """It is sent again over the next one, also what waited for a socket that did not keep up."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        payload, at = bytes(size), caller.at(server)
+        again = [at.gated.remote(payload=payload, timeout_s=60.0, resend=True) for _ in range(100)]
+        once = at.gated.remote(payload=payload, timeout_s=60.0)
+        given_up = at.gated.remote(payload=payload, timeout_s=60.0, resend=True)
+        await until(lambda: server.echo.waiting >= 60)
+        given_up.future.cancel()
+        await asyncio.sleep(bridge.REDIAL_AFTER_S)
+        before = server.echo.waiting
+        break_all(server.bridge)
+        with pytest.raises(PeerLost, match="connection lost"):
+            await once
+        later = at.after.remote(0, 7)
+        assert not caller.bridge.is_down(server.node)
+        server.echo.gate.set()
+        assert [await call for call in again] == [size] * 100
+        assert await later == 7
+        assert server.echo.waiting == before + 100
+
+
+@on_uvloop
+async def test_nothing_waits_for_a_peer_that_is_gone() -> None:
+    """Its process has ended, with its connections: that is known at once."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        call = caller.at(server).gated.remote(payload=b"x", timeout_s=60.0, resend=True)
+        await until(lambda: server.echo.waiting == 1)
+        await asyncio.sleep(bridge.REDIAL_AFTER_S)
+        started = time.monotonic()
+        await stop_listening(server)
+        break_all(server.bridge)
+        with pytest.raises(PeerLost, match="cannot be reached"):
+            await call
+        assert time.monotonic() - started < 0.5
+
+
+@on_uvloop
+async def test_nothing_waits_long_for_a_peer_that_broke_a_connection_and_says_nothing() -> None:
+    """The next connection comes to be, and nobody introduces himself on it."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        call = caller.at(server).gated.remote(payload=b"x", timeout_s=60.0, resend=True)
+        await until(lambda: server.echo.waiting == 1)
+        await asyncio.sleep(bridge.REDIAL_AFTER_S)
+        await stop_listening(server)
+        with socket.create_server(("127.0.0.1", server.port or 0)):
+            started = time.monotonic()
+            break_all(server.bridge)
+            with pytest.raises(PeerLost, match="cannot be reached: no connection again"):
+                await call
+            assert time.monotonic() - started < bridge.REDIAL_S + 0.5
+            assert caller.bridge.is_down(server.node)
+            with pytest.raises(PeerLost, match="cannot be reached"):
+                await caller.at(server).after.remote(0, 1, timeout_s=60.0)
+            assert time.monotonic() - started < bridge.REDIAL_S + 0.5
+
+
+@on_uvloop
+async def test_a_call_that_breaks_every_connection_is_not_sent_for_ever() -> None:
+    """A connection that breaks at once is not replaced at once, and what was on it fails."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        await asyncio.sleep(bridge.REDIAL_AFTER_S)
+        with pytest.raises(PeerLost):
+            await caller.at(server).hang_up.remote(timeout_s=60.0, resend=True)
+        assert server.echo.waiting == 2
+        await up(caller, server)
+        assert await caller.at(server).after.remote(0, 1) == 1
 
 
 @on_uvloop

@@ -374,7 +374,7 @@ async def test_a_commit_may_take_long_as_long_as_it_gets_on(
 ) -> None:
     """Its patience is for the next block: small writes all over a large volume take many."""
     patience_s = 1.0
-    monkeypatch.setattr(commit, "WRITE_OUT_PATIENCE_S", patience_s)
+    monkeypatch.setattr(commit, "PATIENCE_S", patience_s)
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await with_journal(cluster)
         session = device.client.session("v")

@@ -39,6 +39,7 @@ class Transport(Protocol):
         payload: Any,
         timeout_s: float,
         checked: bool,
+        resend: bool,
     ) -> ObjectRef[Any]:
         """Send a call; never blocks, errors come through the ref."""
 
@@ -252,6 +253,7 @@ class MethodHandle:
         payload: Any = None,
         timeout_s: float = CALL_TIMEOUT_S,
         checked: bool = False,
+        resend: bool = False,
     ) -> ObjectRef[Any]:
         """Call; returns at once.
 
@@ -261,6 +263,8 @@ class MethodHandle:
             timeout_s: deadline, seconds from now.
             checked: the handler verifies every byte of the payload by checksums among its
                 arguments; so the way there need not.
+            resend: it may be done twice, and at another time: so it may be sent again, should the
+                connection break.
         """
         raise NotImplementedError
 
@@ -294,6 +298,7 @@ class LocalMethod(MethodHandle):
         payload: Any = None,
         timeout_s: float = CALL_TIMEOUT_S,
         checked: bool = False,
+        resend: bool = False,
     ) -> ObjectRef[Any]:
         """See MethodHandle."""
         system = self._system
@@ -345,6 +350,7 @@ class RemoteMethod(MethodHandle):
         payload: Any = None,
         timeout_s: float = CALL_TIMEOUT_S,
         checked: bool = False,
+        resend: bool = False,
     ) -> ObjectRef[Any]:
         """See MethodHandle."""
         transport = self._system.transport
@@ -357,7 +363,7 @@ class RemoteMethod(MethodHandle):
                 ref.fail(NoPeer("this node has no bridge to others"))
             return ref
         return transport.call(
-            self._node, self._name, self._method, args, payload, timeout_s, checked
+            self._node, self._name, self._method, args, payload, timeout_s, checked, resend
         )
 
     def tell(self, *args: Any, payload: Any = None) -> None:

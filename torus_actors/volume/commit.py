@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -36,17 +37,17 @@ from torus_actors.volume.stored import Stored
 
 log = logging.getLogger(__name__)
 
-WRITE_OUT_PATIENCE_S = 20.0
-"""How long a flush waits for peers to take the next block before it fails; the data stays in the
-cache, and a later flush may succeed."""
+PATIENCE_S = 20.0
+"""How long a flush waits for peers to take the next block, or to make it durable, before it fails;
+the data stays in the cache, and a later flush may succeed."""
 
 SYNC_AHEAD_SHARE = 0.5
 """Of the blocks that are kept until they are durable: with so many, a commit has them synced while
 it puts more. Of those that come when all are kept, a flush beside the commit would wait for a sync.
 """
 
-PLACE_AGAIN_MAX = 8
-"""Rounds of flushing and placing anew before a flush fails: every round needs a node to crash."""
+FULL_ROUNDS = 8
+"""So often blocks are placed anew before a flush fails because the cluster is full."""
 
 PLACED_AT_ONCE_MAX = 8
 """Blocks placed anew at the same time: each is held in memory whole."""
@@ -187,7 +188,7 @@ class Committer:
         file.put_error = None
         file.retry_now()
         file.pump()
-        end = self._system.loop.time() + WRITE_OUT_PATIENCE_S
+        end = self._system.loop.time() + PATIENCE_S
         # All have to end, so it is enough to look at one of them at a time.
         left = deque(targets)
         while left:
@@ -195,7 +196,7 @@ class Committer:
             present = {id(layers.dirty.get(index)), id(layers.frozen.get(index))}
             if not (present - {id(None)}) & targets[index]:
                 left.popleft()
-                end = self._system.loop.time() + WRITE_OUT_PATIENCE_S
+                end = self._system.loop.time() + PATIENCE_S
                 continue
             if file.failure is not None:
                 raise file.failure
@@ -223,12 +224,16 @@ class Committer:
                 pass
 
     async def make_durable(self, pending: dict[BlockRef, Stored]) -> None:
-        """Flush the peers that hold these blocks until all of them have confirmed."""
+        """Flush the peers that hold these blocks until all of them have confirmed.
+
+        Raises:
+            OutOfSpace, BlockUnavailable: what a node lost can be stored nowhere else.
+        """
         file = self._file
         replicator = self._system.actor("replicator")
         backoff = Backoff(self._system.rng, first_s=0.02, max_s=0.5)
-        failure: TorusError | None = None
-        for _ in range(PLACE_AGAIN_MAX):
+        end = self._system.loop.time() + PATIENCE_S
+        for rounds in itertools.count(1):
             peers = sorted({peer for stored in pending.values() for peer, _ in stored.placed})
             if not peers:
                 return
@@ -241,18 +246,20 @@ class Committer:
                     lost[ref] = stored
             if not lost:
                 return
+            if len(lost) < len(pending):
+                end = self._system.loop.time() + PATIENCE_S
             pending = lost
             failure = await self._place_all_again(lost)
             log.info("%d blocks placed anew after a node was lost", len(lost))
-            await backoff.wait()
+            if isinstance(failure, OutOfSpace) and rounds >= FULL_ROUNDS:
+                raise failure
+            if not await backoff.wait(end):
+                told = failure or "peers restart faster than they flush"
+                raise BlockUnavailable(
+                    f"{len(pending)} blocks, lost by a node, cannot be made durable: {told}"
+                )
             if file.failure is not None:
                 raise file.failure
-        if isinstance(failure, OutOfSpace):
-            raise failure
-        told = failure or "peers restart faster than they flush"
-        raise BlockUnavailable(
-            f"{len(pending)} blocks, lost by a node, cannot be made durable: {told}"
-        )
 
     async def _place_all_again(self, lost: dict[BlockRef, Stored]) -> TorusError | None:
         """Store blocks anew; returns why some of them could not be, if so."""

@@ -360,7 +360,12 @@ class _Append:
         payload = b"".join(self._record)
         for member, home in self.homes.items():
             ref = home.actor.append.remote(
-                volume, epoch, self.seq, payload=payload, timeout_s=APPEND_TIMEOUT_S
+                volume,
+                epoch,
+                self.seq,
+                payload=payload,
+                timeout_s=APPEND_TIMEOUT_S,
+                resend=True,
             )
             ref.add_done_callback(partial(self._answered, member))
 
