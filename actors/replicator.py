@@ -1,9 +1,9 @@
 """The replicator: reads and writes blocks through the ring.
 
-Messages in: ``put_block``, ``read``, ``flush``, ``repair``, ``status``. Messages out: to the block
-stores of the peers. Reads of one turn of the loop are gathered into one vectored call a peer,
-overtaken by another replica where one is slow, and answered each as its data arrives. Its death
-costs nothing: reads in the air go on, writes are handed to the successor.
+Messages in: ``put_block``, ``read``, ``flush``, ``copies``, ``repair``, ``status``. Messages out:
+to the block stores of the peers. Reads of one turn of the loop are gathered into one vectored call
+a peer, overtaken by another replica where one is slow, and answered each as its data arrives. Its
+death costs nothing: reads in the air go on, writes are handed to the successor.
 """
 
 from __future__ import annotations
@@ -316,6 +316,22 @@ class Replicator(LoopActor):
             except TorusError as error:
                 log.warning("flush of peer %s failed: %s", peer[:8], error)
         return confirmed
+
+    @expose()
+    def copies(self, wanted: int) -> list[int]:
+        """How many copies of a block that is put now its writer waits for.
+
+        Args:
+            wanted: of a block of data; 0 for as many as the ring says.
+
+        Returns:
+            Of a block of data, and of a page: no more than there are peers that are not down.
+        """
+        if self._write_level is not WriteLevel.ALL:
+            return [1, 1]
+        up = sum(not self._down(peer) for peer in self._view.ring.members)
+        wanted = wanted or self._view.ring.replication
+        return [min(wanted, up), min(self._view.inode_replication, up)]
 
     # -- reading -----------------------------------------------------------------------------------
 

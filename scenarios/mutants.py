@@ -47,8 +47,8 @@ _STORE = (
         "A flush counts only if the very run of the store confirms it that took the blocks",
         Edit(
             "volume.commit:Committer.make_durable",
-            "confirmed.get(peer) == incarnation",
-            "peer in confirmed",
+            "confirmed.get(peer) != incarnation",
+            "peer not in confirmed",
         ),
         hunted_in=("node_crash", "many_crashes"),
     ),

@@ -162,6 +162,7 @@ class Network:
         self.systems: dict[str, ActorSystem] = {}
         self.hanging: set[str] = set()
         self.delay_s: dict[str, float] = {}
+        self.latency_s = 0.0
         self.mangle: dict[str, Callable[[str, bytes], bytes]] = {}
         self.trace: Callable[[str, str, str, str], None] = lambda *_: None
         self.calls: dict[str, int] = {}
@@ -254,7 +255,7 @@ class Network:
         loop.call_at(at, self._arrive, source, target, system, ref, meta, parts)
 
     def _latency(self) -> float:
-        return 0.0001 + self.rng.random() * 0.0004
+        return self.latency_s or 0.0001 + self.rng.random() * 0.0004
 
     def _arrive(
         self,

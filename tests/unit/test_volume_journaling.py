@@ -384,3 +384,23 @@ async def test_a_commit_may_take_long_as_long_as_it_gets_on(
         began = loop.time()
         await session.committer.write_out(list(range(BLOCKS)))
         assert loop.time() - began > patience_s
+
+
+@virtual
+async def test_what_counts_as_one_record_is_one() -> None:
+    """An extent just as long as a record may be, in a block that is longer than a record."""
+    async with Cluster(
+        nodes=3, replication=2, journals=True, block_size=2 << 20, blocks=30
+    ) as cluster:
+        device = await cluster.volume(16 << 20, write_bytes=16 << 20)
+        await device.write(0, b"first")
+        await device.flush()
+        session = device.client.session("v")
+        assert session.journal.active
+        await asyncio.sleep(1.0)
+        await device.write(2 << 20, b"x" * (change_log.RECORD_BYTES - change_log.PLACE_BYTES))
+        assert session.log.extent_bytes == change_log.RECORD_BYTES
+        await device.flush()
+        assert session.log.seq == 1
+        again = await reopened(device)
+        assert await again.read(2 << 20, 4) == b"xxxx"

@@ -195,3 +195,24 @@ async def test_a_metadata_store_without_room_does_not_kill_the_heartbeat(
                 await device.write(n, b"x", fua=True)
             assert client.system.cells["heartbeat"].restarts == 0
         assert await client.actor("heartbeat").lease.remote() != old
+
+
+@virtual
+async def test_who_dies_while_it_closes_a_volume_keeps_no_lock() -> None:
+    """Nobody here has the volume open any more, and the lease is still renewed."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"flushed")
+        await device.flush()
+        for node in cluster.ids:
+            cluster.network.delay_s[node] = 0.5
+        await device.write(4096, b"more")
+        closing = asyncio.ensure_future(device.release())
+        await asyncio.sleep(0.2)
+        device.client.kill("volumes")
+        await asyncio.gather(closing, return_exceptions=True)
+        cluster.network.heal()
+        await asyncio.sleep(10)
+        client = await cluster.client()
+        again = await client.open("v")
+        assert await again.read(0, 7) == b"flushed"

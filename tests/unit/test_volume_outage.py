@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
+from tests.unit.test_volume_commits import begin_commit, hold_heads
 from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.metadata.records import Head
 from torus_actors.nbd.protocol import Errno
@@ -277,3 +279,68 @@ async def test_a_journal_lost_during_a_commit_is_replaced_only_when_a_head_cover
         await second.start()
         again = await reopened(device)
         assert await again.read(BLOCK, 3) == b"six"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@virtual
+async def test_a_flush_whose_actor_dies_while_it_waits_for_blocks(killed: bool) -> None:
+    """Its record was cut, and is never handed in: the journal takes the head all the same."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        session = device.client.session("v")
+        device.client.store.down = True
+        await device.write(5 * BLOCK, b"z" * BLOCK)
+        await until(lambda: session.file.unsynced)
+        make_durable, there = session.committer.make_durable, asyncio.Event()
+
+        async def slow(pending: Any) -> None:
+            there.set()
+            await asyncio.sleep(0.1)
+            await make_durable(pending)
+
+        session.committer.make_durable = slow
+        flush = asyncio.ensure_future(device.flush())
+        await there.wait()
+        if killed:
+            device.client.kill("volume:v")
+        await flush
+        await device.write(6 * BLOCK, b"small")
+        await device.flush()
+        assert device.client.store.down
+        again = await reopened(device)
+        assert await again.read(5 * BLOCK, 2) == b"zz"
+        assert await again.read(6 * BLOCK, 5) == b"small"
+
+
+@virtual
+async def test_records_that_are_still_to_come_keep_their_numbers() -> None:
+    """A commit wants its head in the journal, and a flush that began later waits for blocks."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        session = device.client.session("v")
+        device.client.store.down = True
+        await device.write(BLOCK, b"small")
+        at_store, store = hold_heads(session)
+        committed = begin_commit(session)
+        await at_store.wait()
+        await device.write(5 * BLOCK, b"z" * BLOCK)
+        await until(lambda: session.file.unsynced)
+        make_durable = session.committer.make_durable
+        at_blocks, blocks = asyncio.Event(), asyncio.Event()
+
+        async def held(pending: Any) -> None:
+            at_blocks.set()
+            await blocks.wait()
+            await make_durable(pending)
+
+        session.committer.make_durable = held
+        flush = asyncio.ensure_future(device.flush())
+        await at_blocks.wait()
+        store.set()
+        await asyncio.sleep(5)
+        blocks.set()
+        await flush
+        assert await committed is None
+        assert session.journal.active and session.heads.owed is not None
+        again = await reopened(device)
+        assert await again.read(5 * BLOCK, 2) == b"zz"

@@ -60,6 +60,7 @@ class ChangeLog:
             or a record was cut and could not be stored; the next flush must commit.
         committing: a commit is under way whose head is to tell such things.
         recording: whether anything is collected.
+        held: records were cut that are still to be handed to the journal.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class ChangeLog:
         self.needs_commit = False
         self.committing = False
         self.recording = False
+        self.held = False
         self._extents: dict[int, ExtentMap] = {}
         self._frozen: dict[int, ExtentMap] = {}
         self._blocks: dict[int, tuple[BlockRef | None, int]] = {}
@@ -200,14 +202,15 @@ class ChangeLog:
 
         With each comes where the atom ends that the one before it in the block ended in.
         """
-        longest = max(RECORD_BYTES - PLACE_BYTES, ATOM_BYTES) // ATOM_BYTES * ATOM_BYTES
+        longest = max(RECORD_BYTES - PLACE_BYTES, ATOM_BYTES)
+        step = longest // ATOM_BYTES * ATOM_BYTES
         for table in (self._frozen, self._extents):
             for index, extents in table.items():
                 atom = 0
                 for offset, length, buffer in extents.items():
                     end = offset + length
                     while buffer is not None and end - offset > longest:
-                        stop = offset // ATOM_BYTES * ATOM_BYTES + longest
+                        stop = offset // ATOM_BYTES * ATOM_BYTES + step
                         yield index, offset, stop - offset, _part(buffer, 0, stop - offset), atom
                         offset, buffer, atom = stop, _part(buffer, stop - offset), 0
                     yield index, offset, end - offset, buffer, atom
@@ -219,8 +222,17 @@ class ChangeLog:
 
     def _begin_record(self, blocks: list[Any], places: list[Any], head: bytes | None) -> bytes:
         self.seq += 1
-        packed: bytes = msgpack.packb([blocks, places, head])
-        return _HEAD.pack(_MAGIC, len(packed)) + packed
+        return _packed(blocks, places, head)
+
+
+def empty_record() -> list[Buffer]:
+    """Makes a record that tells nothing, in place of one that was cut and never handed in."""
+    return [_packed([], [], None)]
+
+
+def _packed(blocks: list[Any], places: list[Any], head: bytes | None) -> bytes:
+    packed: bytes = msgpack.packb([blocks, places, head])
+    return _HEAD.pack(_MAGIC, len(packed)) + packed
 
 
 def _part(buffer: Buffer | None, start: int, stop: int | None = None) -> Buffer | None:

@@ -183,6 +183,11 @@ class Committer:
         both = {index: (layers.dirty.get(index), layers.frozen.get(index)) for index in indexes}
         # The layers themselves are kept alive by ``both``, so that no other takes over their id.
         targets = {index: {id(layer) for layer in pair} for index, pair in both.items()}
+
+        def waits(index: int) -> bool:
+            present = {id(layers.dirty.get(index)), id(layers.frozen.get(index))}
+            return bool((present - {id(None)}) & targets[index])
+
         for index in targets:
             file.want(index)
         file.put_error = None
@@ -193,11 +198,17 @@ class Committer:
         left = deque(targets)
         while left:
             index = left[0]
-            present = {id(layers.dirty.get(index)), id(layers.frozen.get(index))}
-            if not (present - {id(None)}) & targets[index]:
+            if not waits(index):
                 left.popleft()
                 end = self._system.loop.time() + PATIENCE_S
                 continue
+            if self._system.loop.time() >= end:
+                # That one may come last, behind others that get on.
+                waiting = deque(filter(waits, left))
+                if len(waiting) < len(left):
+                    left = waiting
+                    end = self._system.loop.time() + PATIENCE_S
+                    continue
             if file.failure is not None:
                 raise file.failure
             if isinstance(file.put_error, OutOfSpace):
@@ -226,6 +237,8 @@ class Committer:
     async def make_durable(self, pending: dict[BlockRef, Stored]) -> None:
         """Flush the peers that hold these blocks until all of them have confirmed.
 
+        A block that has fewer copies than peers could take now is completed before.
+
         Raises:
             OutOfSpace, BlockUnavailable: what a node lost can be stored nowhere else.
         """
@@ -238,19 +251,32 @@ class Committer:
             if not peers:
                 return
             confirmed = await replicator.flush.remote(peers, timeout_s=120.0)
+            wanted = file.blockset.replication or 0
+            data_copies, page_copies = await replicator.copies.remote(wanted)
             lost: dict[BlockRef, Stored] = {}
+            short: dict[BlockRef, Stored] = {}
             for ref, stored in pending.items():
-                if all(confirmed.get(peer) == incarnation for peer, incarnation in stored.placed):
-                    file.unsynced.pop(ref, None)
-                else:
+                copies = data_copies if stored.data is None else page_copies
+                if any(confirmed.get(peer) != incarnation for peer, incarnation in stored.placed):
                     lost[ref] = stored
-            if not lost:
+                elif rounds == 1 and len(stored.placed) < copies:
+                    short[ref] = stored
+                else:
+                    file.unsynced.pop(ref, None)
+            if short:
+                # Peers that did not take them are back. Once is enough: one that takes none again
+                # is as good as down, and then fewer copies are what can be had.
+                await self._place_all_again(short)
+            if not lost and not short:
                 return
             if len(lost) < len(pending):
                 end = self._system.loop.time() + PATIENCE_S
-            pending = lost
+            pending = lost | short
+            if not lost:
+                continue
             failure = await self._place_all_again(lost)
             log.info("%d blocks placed anew after a node was lost", len(lost))
+            pending.update(lost)
             if isinstance(failure, OutOfSpace) and rounds >= FULL_ROUNDS:
                 raise failure
             if not await backoff.wait(end):

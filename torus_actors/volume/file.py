@@ -621,7 +621,7 @@ class File(ReadSide):
         self.last_error = error
         if isinstance(error, Fenced):
             self.fail(error)
-        if isinstance(error, OutOfSpace) and self.put_error is None:
+        if isinstance(error, OutOfSpace) and not isinstance(self.put_error, OutOfSpace):
             if not self.reclaiming and self.spawn is not None:
                 self.reclaiming = True
                 self.spawn(self._reclaim(error))

@@ -286,8 +286,10 @@ class Flusher:
         records = self._cut()
         last = changes.seq
         acknowledged = False
+        changes.held = True
         try:
             await session.committer.make_durable(covered)
+            changes.held = False
             await session.journal.append(last, *records)
             acknowledged = file.failure is None
         except Fenced:
@@ -295,6 +297,7 @@ class Flusher:
         except (TorusError, Superseded) as error:
             log.info("volume %s: committing instead of journaling: %s", session.name, error)
         finally:
+            changes.held = False
             if not acknowledged:
                 changes.needs_commit = True
         return acknowledged

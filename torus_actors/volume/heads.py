@@ -14,7 +14,7 @@ import logging
 from torus_actors.errors import Again, CompareFailed, Fenced, OutcomeUnknown, TorusError
 from torus_actors.metadata.records import Head
 from torus_actors.metadata.service import MetadataService
-from torus_actors.volume.change_log import ChangeLog
+from torus_actors.volume.change_log import ChangeLog, empty_record
 from torus_actors.volume.journal import SessionJournal
 
 log = logging.getLogger(__name__)
@@ -118,12 +118,13 @@ class Heads:
             Fenced: another session has begun.
         """
         journal, changes = self._journal, self._changes
-        # After a record that was cut and never sent no other may follow.
-        in_order = journal.sent == changes.seq
-        if not (journal.active and in_order and (awaited or journal.is_large)):
+        if changes.held or not (journal.active and (awaited or journal.is_large)):
             return False
+        # Those that were cut and never handed in: until a head covers them no flush counts on what
+        # was in them, but their numbers must not be missing.
+        gap = [empty_record() for _ in range(journal.sent, changes.seq)]
         try:
-            await journal.append(changes.seq + 1, changes.cut_head(head))
+            await journal.append(changes.seq + 1, *gap, changes.cut_head(head))
         except Fenced:
             raise
         except TorusError as error:

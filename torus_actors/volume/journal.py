@@ -389,6 +389,7 @@ async def recover(
     volume_id: int,
     epoch: int,
     head: Head | None,
+    patience_s: float = RECOVER_PATIENCE_S,
 ) -> tuple[Replay, int]:
     """Fence the last session's journal, and read what its head does not cover.
 
@@ -399,6 +400,7 @@ async def recover(
         epoch: of the new session, already recorded: the older one can form no new ensemble. 0 for
             a reader, which fences nobody.
         head: the volume's, read after that.
+        patience_s: how long to ask again while no member can be read.
 
     Returns:
         The replay, and the revision of the journal record.
@@ -412,7 +414,7 @@ async def recover(
     if journal is None or not is_unreplayed(journal, head):
         return replay, revision
     identities: dict[str, int] = msgpack.unpackb(journal.extra) if journal.extra else {}
-    end = system.loop.time() + RECOVER_PATIENCE_S
+    end = system.loop.time() + patience_s
     backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
     # A reader, of epoch 0, asks by the epoch that the members have promised already.
     fence_epoch = epoch or journal.epoch

@@ -32,7 +32,7 @@ from torus_actors.model import blocksets
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.change_log import Replay
-from torus_actors.volume.journal import SessionJournal, recover
+from torus_actors.volume.journal import RECOVER_PATIENCE_S, SessionJournal, recover
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import MINTED, Session
 
@@ -90,9 +90,7 @@ async def open_session(
             inodes = list(range(first, first + MINTED))
         replay, journal_revision = Replay(), 0
         if kept is None:
-            head, revision = await meta.head(record.id)
-            # Only the journal of an older session is fenced; a reader leaves the writer alone.
-            replay, journal_revision = await recover(system, meta, record.id, epoch, head)
+            head, revision, replay, journal_revision = await _newest(system, meta, record.id, epoch)
             head = replay.head or head
         else:
             head, revision = Head.decode(kept.head) if kept.head else None, 0
@@ -147,6 +145,37 @@ async def open_session(
             detach_later(system, meta, record.id, epoch)
         raise
     return session
+
+
+async def _newest(
+    system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int
+) -> tuple[Head | None, int, Replay, int]:
+    """The volume's head, and what its journal has beyond it; with the revision of each.
+
+    A session that writes has fenced the one before, so both stay as they are. A reader leaves the
+    writer alone: should that commit, or another one begin, meanwhile, it reads both again. A head
+    with the records of a later journal would be a mix of new and old.
+    """
+    if epoch:
+        head, revision = await meta.head(volume_id)
+        return head, revision, *await recover(system, meta, volume_id, epoch, head)
+    end = system.loop.time() + RECOVER_PATIENCE_S
+    backoff = Backoff(system.rng, first_s=0.02, max_s=1.0)
+    while True:
+        head, revision = await meta.head(volume_id)
+        failure: TorusError | None = None
+        try:
+            replay, journal_revision = await recover(
+                system, meta, volume_id, epoch, head, patience_s=0.0
+            )
+            _, head_now = await meta.head(volume_id)
+            _, journal_now = await meta.journal(volume_id)
+            if (head_now, journal_now) == (revision, journal_revision):
+                return head, revision, replay, journal_revision
+        except (BlockUnavailable, Fenced) as error:
+            failure = error  # also of records that a newer head has, or a newer session
+        if not await backoff.wait(end):
+            raise failure or BlockUnavailable("the volume's head changes faster than it is read")
 
 
 async def _apply(session: Session, replay: Replay) -> None:
@@ -241,26 +270,37 @@ async def close_session(session: Session, meta: MetadataService) -> None:
         TorusError: the flush failed; the lock is given up all the same, what was not flushed is
             lost, as when a disk is unplugged.
     """
-    error: TorusError | None = None
-    system = session.system
-    if session.epoch and session.file.failure is None:
-        flushed: asyncio.Future[TorusError | None] = system.loop.create_future()
-
-        def done(failed: TorusError | None) -> None:
-            if not flushed.done():
-                flushed.set_result(failed)
-
-        session.commit_soon(done)
+    detaching: asyncio.Task[None] | None = None
+    try:
         try:
-            async with asyncio.timeout(CLOSE_FLUSH_S):
-                error = await flushed
-        except TimeoutError:
-            error = BlockUnavailable("the last flush did not end in time")
-    session.close()
-    if session.epoch and error is None and session.all_covered:
-        await session.journal.retire()
-    if session.epoch:
-        detaching = detach_later(system, meta, session.volume_id, session.epoch)
+            error = await _last_commit(session)
+        finally:
+            session.close()
+        if session.epoch and error is None and session.all_covered:
+            await session.journal.retire()
+    finally:
+        # Also when who closes it dies: the lease lives on, and would keep the lock for ever.
+        if session.epoch:
+            detaching = detach_later(session.system, meta, session.volume_id, session.epoch)
+    if detaching is not None:
         await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
     if error is not None:
         raise error
+
+
+async def _last_commit(session: Session) -> TorusError | None:
+    """Commit what there is; returns why that failed."""
+    if not session.epoch or session.file.failure is not None:
+        return None
+    committed: asyncio.Future[TorusError | None] = session.system.loop.create_future()
+
+    def done(failed: TorusError | None) -> None:
+        if not committed.done():
+            committed.set_result(failed)
+
+    session.commit_soon(done)
+    try:
+        async with asyncio.timeout(CLOSE_FLUSH_S):
+            return await committed
+    except TimeoutError:
+        return BlockUnavailable("the last flush did not end in time")

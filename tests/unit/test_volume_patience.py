@@ -1,0 +1,182 @@
+"""A volume whose peers come and go: what its operations wait for, and how many copies there are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+
+from tests.fakes import Cluster, until, virtual
+from tests.unit.test_volume_flush import journaling, reopened
+
+BLOCK = 16 << 10
+SIZE = 100 * BLOCK
+
+
+@pytest.mark.parametrize("seconds", [0.5, 8.0])
+@pytest.mark.parametrize("step", ["pages", "sync"])
+@virtual
+async def test_a_commit_waits_for_peers_at_every_step(step: str, seconds: float) -> None:
+    """No peer can be reached at one of them, as when all connections broke at once.
+
+    Found by the simulator: that cost a client an error at once where pages are put, and within two
+    seconds where blocks are made durable, though those who take a block had 20 s.
+    """
+    async with Cluster(nodes=3, replication=2) as cluster:
+        device = await cluster.volume(SIZE)
+        client, committer = device.client, device.client.session("v").committer
+        next_inode, make_durable = committer._next_inode, committer.make_durable
+
+        def cut_off() -> None:
+            for node in cluster.nodes:
+                cluster.network.cut(client.node_id, node)
+            asyncio.get_running_loop().call_later(seconds, cluster.network.heal)
+
+        def planned() -> int:
+            cut_off()
+            return next_inode()
+
+        async def begun(pending: Any) -> None:
+            cut_off()
+            await make_durable(pending)
+
+        if step == "pages":
+            committer._next_inode = planned
+        else:
+            committer.make_durable = begun
+        await device.write(0, b"x" * BLOCK)
+        await device.flush()
+        again = await reopened(device)
+        assert await again.read(0, BLOCK) == b"x" * BLOCK
+
+
+@virtual
+async def test_a_journal_and_a_put_outlive_a_broken_connection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A connection breaks whenever something is on its way over it, and there is another.
+
+    It does not end the journal, and no block is placed elsewhere than it belongs, or anew.
+    """
+    async with Cluster(nodes=4, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        client, session = device.client, device.client.session("v")
+        members, revision = session.journal.members, session.journal._revision
+        breaks = 0
+        caplog.set_level(logging.INFO, "torus_actors.volume.commit")
+
+        def breaking(source: str, target: str, actor: str, method: str) -> None:
+            nonlocal breaks
+            if method in {"append", "put_block", "flush"}:
+                if breaks % 2 == 0:
+                    loop = asyncio.get_running_loop()
+                    loop.call_soon(cluster.network.reset, source, target)
+                breaks += 1
+
+        cluster.network.trace = breaking
+        for n in range(10):
+            await device.write(n * BLOCK, b"y" * BLOCK)
+            await device.write(90 * BLOCK + n, b"z")
+            await device.flush()
+        cluster.network.trace = lambda *_: None
+        assert breaks > 40
+        assert "placed anew" not in caplog.text
+        assert session.journal.active
+        assert (session.journal.members, session.journal._revision) == (members, revision)
+        ring = client.view.ring
+        for node in map(cluster.node, range(4)):
+            assert all(node.node_id in ring.owners(ref) for ref in node.refs())
+        again = await reopened(device)
+        assert await again.read(9 * BLOCK, BLOCK) == b"y" * BLOCK
+        assert await again.read(90 * BLOCK, 10) == b"z" * 10
+
+
+@virtual
+async def test_a_commit_has_time_while_blocks_are_stored() -> None:
+    """All nodes are away for 5 s, and then it takes more than 20 s to store what there is."""
+    async with Cluster(nodes=3, replication=2, journals=True, blocks=4000) as cluster:
+        device = await cluster.volume(2000 * BLOCK, write_bytes=64 << 20)
+        await device.write(0, b"first")
+        await device.flush()
+        for n in range(2000):
+            await device.write(n * BLOCK, b"x" * 4096)
+        for node in range(3):
+            await cluster.node(node).crash()
+        flush = asyncio.ensure_future(device.flush())
+        await asyncio.sleep(5.0)
+        for node in range(3):
+            await cluster.node(node).start()
+        cluster.network.latency_s = 0.1
+        began = asyncio.get_running_loop().time()
+        await flush
+        assert asyncio.get_running_loop().time() - began > 20
+
+
+@virtual
+async def test_a_commit_has_time_for_blocks_that_are_overwritten_meanwhile() -> None:
+    """The first that it waits for comes last: it was written again when it was on its way."""
+    async with Cluster(nodes=3, replication=2, journals=True, blocks=2000) as cluster:
+        device = await cluster.volume(512 * BLOCK, write_bytes=520 * BLOCK)
+        await device.write(0, b"first")
+        await device.flush()
+        cluster.network.latency_s = 0.4
+        for content in (b"x", b"y"):
+            for n in range(512):
+                await device.write(n * BLOCK, content * BLOCK)
+        began = asyncio.get_running_loop().time()
+        await device.flush()
+        assert asyncio.get_running_loop().time() - began > 20
+
+
+@pytest.mark.parametrize("away", [False, True])
+@virtual
+async def test_a_full_cluster_is_one_also_after_another_failure(away: bool) -> None:
+    """A node is full of garbage, and was away a moment before: writers wait for the collector."""
+    async with Cluster(nodes=1, replication=1, blocks=24, collect_s=5.0) as cluster:
+        device = await cluster.volume(64 * BLOCK, write_bytes=8 * BLOCK)
+        file = device.client.session("v").file
+        for n in range(3):  # 24 blocks, 16 of them garbage then, of 31 that it has room for
+            for index in range(8):
+                await device.write(index * BLOCK, bytes([n]) * BLOCK)
+            await device.flush()
+        for index in range(8, 15):
+            await device.write(index * BLOCK, b"c" * BLOCK)
+        await device.flush()
+        if away:
+            cluster.network.cut(device.client.node_id, cluster.ids[0])
+        await device.write(0, b"b" * BLOCK)
+        if away:
+            await until(lambda: file.put_error is not None)
+            cluster.network.heal()
+        for index in range(1, 8):
+            await device.write(index * BLOCK, b"b" * BLOCK)
+            await asyncio.sleep(0.2)
+        await device.flush()
+        assert await device.read(0, 1) == b"b"
+
+
+@pytest.mark.parametrize("lost", ["connection", "request"])
+@virtual
+async def test_a_flush_completes_what_has_too_few_copies(lost: str) -> None:
+    """A peer did not take a block, and no other could have it; it is up again at the flush."""
+    async with Cluster(nodes=2, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        away, other = cluster.node(0), cluster.node(1)
+        if lost == "connection":
+            cluster.network.cut(device.client.node_id, away.node_id)
+        else:
+            cluster.network.lost_requests[away.node_id] = 1
+        await device.write(5 * BLOCK, b"f" * BLOCK)
+        await asyncio.sleep(0.05)
+        cluster.network.heal()
+        await asyncio.sleep(1)
+        await device.flush()
+        assert (await device.client.actor("replicator").status.remote())["degraded_puts"]
+        await device.client.crash()
+        await other.crash()
+        client = await cluster.client()
+        await asyncio.sleep(10)
+        again = await client.open("v")
+        assert await again.read(5 * BLOCK, 4) == b"ffff"
