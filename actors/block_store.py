@@ -31,6 +31,7 @@ from torus_actors.errors import (
     BlockNotExist,
     BlockUnavailable,
     Closed,
+    Corruption,
     DeadlineExceeded,
     Exists,
     Invalid,
@@ -626,6 +627,13 @@ def _whole(items: bytes) -> bytes:
     return items
 
 
+def _status_of(error: TorusError | None) -> Status:
+    if isinstance(error, BlockNotExist):
+        return Status.MISSING
+    # What the disk cannot read is as bad as what it reads wrong: whoever asked has it replaced.
+    return Status.CORRUPT if isinstance(error, Corruption) else Status.FAILED
+
+
 def _answer_ranges(reply: Any, answers: Sequence[_Answer | None]) -> None:
     statuses: list[bytes] = []
     buffers: list[Buffer] = []
@@ -636,7 +644,6 @@ def _answer_ranges(reply: Any, answers: Sequence[_Answer | None]) -> None:
             buffers.append(sums)
             buffers.append(data)
         else:
-            missing = isinstance(answer, BlockNotExist)
-            statuses.append(RANGE_STATUS.pack(Status.MISSING if missing else Status.FAILED, 0, 0))
+            statuses.append(RANGE_STATUS.pack(_status_of(answer), 0, 0))
     # Whoever asked verifies each range by its list.
     reply.set(Reply(b"".join(statuses), buffers or (b"",), checked=True))

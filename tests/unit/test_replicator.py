@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torus_actors.actors.replicator import ReadLevel, WriteLevel
 from torus_actors.errors import BlockUnavailable, Corruption, NoPeer, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef
+from torus_actors.storage.mfile_open import DATA_PATH
 
 BLOCK = 16 << 10
 
@@ -460,3 +462,20 @@ async def test_nothing_is_left_behind() -> None:
         replicator: Any = client.system.cells["replicator"].actor
         assert not replicator._batches and not replicator._queue and replicator._timer is None
         assert not replicator._repairing
+
+
+@virtual
+async def test_a_copy_that_the_disk_cannot_read_is_replaced() -> None:
+    """A bad sector under one copy: a reader gets the data from another, and mends it like rot."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await cluster.client()
+        block = Block(3)
+        await block.put(client)
+        node = cluster.nodes[asked_first(client, block)]
+        slot = node.stores[0].locate(block.ref).slot
+        node.disks[0].inject("read", errno.EIO, path=DATA_PATH, times=3)
+        assert await block.read(client) == block.data
+        await asyncio.sleep(0.5)
+        node.disks[0].heal()
+        assert (await status(client))["repaired"] == 1
+        assert node.stores[0].locate(block.ref).slot != slot

@@ -10,6 +10,13 @@ import pytest
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
 from tests.unit.test_volume_commits import begin_commit, hold_heads
 from tests.unit.test_volume_flush import journaling, reopened
+from torus_actors.errors import (
+    Corruption,
+    OutOfSpace,
+    ProtocolError,
+    TorusError,
+    Unauthenticated,
+)
 from torus_actors.metadata.records import Head
 from torus_actors.nbd.protocol import Errno
 from torus_actors.storage.journal import JournalStore
@@ -344,3 +351,35 @@ async def test_records_that_are_still_to_come_keep_their_numbers() -> None:
         assert session.journal.active and session.heads.owed is not None
         again = await reopened(device)
         assert await again.read(5 * BLOCK, 2) == b"zz"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfSpace("etcd: mvcc: database space exceeded"),
+        Unauthenticated("refused by the other side"),
+        ProtocolError("not a frame"),
+        Corruption("database disk image is malformed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@virtual
+async def test_metadata_that_takes_nothing_is_as_good_as_away(error: TorusError) -> None:
+    """It answers, but is full, damaged, or somebody else: flushes go on, and are found later."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        txn = device.client.store.txn
+
+        async def refuses(compare: Any, then: Any) -> Any:
+            raise error
+
+        device.client.store.txn = refuses  # type: ignore[method-assign]
+        content = await write_on(device, 200)
+        await device.trim(0, 80 * BLOCK)  # which no record tells
+        content[: 80 * BLOCK] = bytes(80 * BLOCK)
+        await device.flush()
+        session = device.client.session("v")
+        assert session.heads.owed is not None and session.journal.size < 2 * SMALL
+        device.client.store.txn = txn  # type: ignore[method-assign]
+        again = await reopened(device)
+        assert await again.read(0, SIZE) == content

@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import logging
 
-from torus_actors.errors import Again, CompareFailed, Fenced, OutcomeUnknown, TorusError
+from torus_actors.errors import (
+    Again,
+    Closed,
+    CompareFailed,
+    Fenced,
+    Invalid,
+    OutcomeUnknown,
+    TorusError,
+)
 from torus_actors.metadata.records import Head
 from torus_actors.metadata.service import MetadataService
 from torus_actors.volume.change_log import ChangeLog, empty_record
@@ -55,6 +63,7 @@ class Heads:
         self._volume_id = volume_id
         self._epoch = epoch
         self._revision = revision
+        self._told = ""
         self.owed: Head | None = None
         self.recorded = 0
 
@@ -73,7 +82,8 @@ class Heads:
         """Try to store a head in the metadata.
 
         Raises:
-            Again: it cannot be reached; the head may have been stored all the same.
+            Again: it cannot be reached, or it is full, damaged or somebody else, all of which an
+                operator can mend; the head may have been stored all the same.
             Fenced, CompareFailed: another session has begun.
         """
         while True:
@@ -83,12 +93,22 @@ class Heads:
                 )
                 self.recorded += 1
                 self.owed = None
+                self._told = ""
                 return
-            except OutcomeUnknown as error:
-                raise Again(str(error)) from error
             except CompareFailed:
                 if not await self._adopt():
                     raise
+            except TorusError as error:
+                raise self._away(error) from error
+
+    def _away(self, error: TorusError) -> TorusError:
+        """What an error of the metadata means for a session."""
+        if isinstance(error, (Again, Closed, Fenced, Invalid)):
+            return error
+        if not isinstance(error, OutcomeUnknown) and str(error) != self._told:
+            self._told = str(error)
+            log.warning("volume %s: the metadata takes no head: %s", self._name, error)
+        return Again(str(error))
 
     async def _adopt(self) -> bool:
         """Learn of a head whose storing was not heard of: the volume actor died, or the answer.
@@ -97,8 +117,8 @@ class Heads:
         """
         try:
             head, revision = await self._meta.head(self._volume_id)
-        except OutcomeUnknown as error:
-            raise Again(str(error)) from error
+        except TorusError as error:
+            raise self._away(error) from error
         if head is None or head.epoch != self._epoch or revision == self._revision:
             return False
         self._revision = revision

@@ -1,0 +1,67 @@
+"""The scrubber: finds what is damaged on its node, and does not stop at what it cannot read."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from tests.fakes import Cluster, StorageNode, virtual
+from tests.unit.test_block_store_actor import BLOCK, put, ref_of
+from torus_actors.actors.replicator import Replicator
+from torus_actors.actors.scrubber import CHECK_S, FIRST_PASS_AFTER_S, Scrubber
+from torus_actors.runtime import ChildSpec
+
+
+async def scrubbed(node: StorageNode) -> dict[str, Any]:
+    """Let a scrubber of this node make one pass; returns its counts."""
+    replicator = ChildSpec(
+        "replicator", lambda: Replicator(node.view, has_store=True), max_concurrency=9
+    )
+    for spec in (replicator, ChildSpec("scrubber", lambda: Scrubber(BLOCK))):
+        await node.system.spawn(spec)
+    await asyncio.sleep(FIRST_PASS_AFTER_S + 20 * CHECK_S)
+    status: dict[str, Any] = await node.actor("scrubber").status.remote()
+    assert status["passes"] == 1
+    return status
+
+
+async def with_blocks(cluster: Cluster, count: int) -> StorageNode:
+    """Two nodes that have so many blocks; returns the first."""
+    for node in (cluster.node(0), cluster.node(1)):
+        for n in range(1, count + 1):
+            await put(node, ref_of(n), bytes([n]) * BLOCK)
+    return cluster.node(0)
+
+
+@virtual
+async def test_a_damaged_block_is_replaced() -> None:
+    """By the copy of the other node."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        node = await with_blocks(cluster, 20)
+        node.rot(ref_of(7), 100)
+        status = await scrubbed(node)
+        # It is met again in its new place.
+        assert (status["checked"], status["damaged"], status["repaired"]) == (21, 1, 1)
+
+
+@virtual
+async def test_what_is_too_slow_to_be_read_hides_nothing_behind_it() -> None:
+    """A drive tries a bad sector again and again for longer than a check may take.
+
+    Only the block that it is in is left out: not its neighbours, nor what comes later.
+    """
+    async with Cluster(nodes=2, replication=2) as cluster:
+        node = await with_blocks(cluster, 40)
+        for n in (4, 40):
+            node.rot(ref_of(n), 100)
+        verify = node.opened.verify
+        slow = node.stores[0].locate(ref_of(3)).slot
+
+        async def verify_slowly(kind: int, location: Any) -> bool:
+            if kind == 0 and location.slot == slow:
+                await asyncio.sleep(CHECK_S + 10)
+            return await verify(kind, location)
+
+        node.opened.verify = verify_slowly  # type: ignore[method-assign]
+        status = await scrubbed(node)
+        assert (status["checked"], status["repaired"], status["failed"]) == (39 + 2, 2, 1)
