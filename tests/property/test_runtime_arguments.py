@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NewType, Protocol, TypedDict
 
@@ -143,6 +144,9 @@ def test_what_fits_passes(method: str, args: list[Any], payload: bool) -> None:
         ("scalars", [1, b"x", 2.0, True], False),
         ("scalars", [1, "x", "2", True], False),
         ("scalars", [1, "x", False, True], False),
+        ("scalars", [1, "x", math.nan, True], False),
+        ("scalars", [1, "x", math.inf, True], False),
+        ("scalars", [1, "x", -math.inf, True], False),
         ("scalars", [1, "x", 2.0, 1], False),
         ("scalars", [1, "x", 2.0, True, "x"], False),
         ("scalars", [1, "x", 2.0, True, None, "x"], False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -99,7 +100,7 @@ class Handler:
         idempotent: whether doing it twice is the same as once, so that it may be redelivered.
         deferred: whether it takes the reply as its first argument and answers it itself, later.
         check: raises Invalid unless arguments fit the annotations, down to the elements of lists;
-            ints may not be negative.
+            ints may not be negative, and floats are finite.
     """
 
     function: Callable[..., Any]
@@ -192,9 +193,8 @@ def _argument_check(
                 raise Invalid(f"{where}: {parameter.name} may not be negative")
             if not fit(value):
                 wanted = inspect.formatannotation(parameter.annotation).strip("'")
-                raise Invalid(
-                    f"{where}: {parameter.name} should be {wanted}, not {type(value).__name__}"
-                )
+                found = value if isinstance(value, float) else type(value).__name__
+                raise Invalid(f"{where}: {parameter.name} should be {wanted}, not {found}")
 
     return check
 
@@ -209,7 +209,10 @@ def _natural(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (float, int)) and not isinstance(value, bool)
+    # NaN passes every bound that is kept by comparing, and no timer takes it, nor infinity.
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _fits(hint: Any) -> Callable[[Any], bool]:
