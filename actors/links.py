@@ -297,16 +297,18 @@ class OutLink(Link):
 
     def _on_frames(self, frames: list[Frame]) -> None:
         for kind, request_id, meta, payload in frames:
+            # Decoded before its call is forgotten: what cannot be read ends the link, and that
+            # fails all calls that are known.
             if kind is Kind.REPLY:
-                call = self._in_flight.pop(request_id, None)
-                if call is None:
-                    continue  # its caller gave up on it
                 result = decode_reply(meta)
-                call[0]._resolve(result if payload is None else Reply(result, (payload,)))
+                call = self._in_flight.pop(request_id, None)
+                if call is not None:  # otherwise its caller gave up on it
+                    call[0]._resolve(result if payload is None else Reply(result, (payload,)))
             elif kind is Kind.ERROR:
+                error = decode_error(meta)
                 call = self._in_flight.pop(request_id, None)
                 if call is not None:
-                    call[0]._reject(decode_error(meta))
+                    call[0]._reject(error)
             elif kind is Kind.HELLO:
                 self._hello.receive(Frame(kind, request_id, meta, payload))  # a late refusal
             elif kind is not Kind.PONG:

@@ -284,6 +284,27 @@ async def test_a_lost_peer_fails_what_is_in_flight_at_once() -> None:
         assert not server.bridge._in_links or caller.bridge.is_up(server.node)
 
 
+@pytest.mark.parametrize(("method", "encoder"), [("after", "reply"), ("refuse", "error")])
+@on_uvloop
+async def test_an_answer_that_cannot_be_read_fails_its_call_at_once(
+    method: str, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the connection, and with it the very call that it answers, not only the others."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        other = caller.at(server).gated.remote(payload=b"x", timeout_s=60.0)
+        await until(lambda: server.echo.waiting == 1)
+        monkeypatch.setattr(links, f"encode_{encoder}", lambda _: b"\xc1")
+        args = (0, 1) if method == "after" else ("no, thanks",)
+        call = getattr(caller.at(server), method).remote(*args, timeout_s=60.0)
+        started = time.monotonic()
+        for lost in (call, other):
+            with pytest.raises(PeerLost, match="connection lost: metadata"):
+                await lost
+        assert time.monotonic() - started < 0.5
+        server.echo.gate.set()
+
+
 @pytest.mark.parametrize("size", [1, 1 << 20])
 @on_uvloop
 async def test_what_may_be_done_twice_outlives_a_broken_connection(size: int) -> None:
