@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torus_actors.errors import ProtocolError
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
@@ -53,3 +54,17 @@ def split_records(layout: struct.Struct, packed: bytes) -> Sequence[tuple[int, .
     if len(packed) % layout.size:
         raise ProtocolError(f"{len(packed)} bytes are not a list of records of {layout.size}")
     return list(layout.iter_unpack(packed))
+
+
+def split_answer(layout: struct.Struct, answer: Any, count: int) -> Sequence[tuple[int, ...]]:
+    """The records of an answer that came from another node, which may be anything.
+
+    Raises:
+        ProtocolError: it is not a packed list of so many records.
+    """
+    if not isinstance(answer, (bytes, memoryview)):
+        raise ProtocolError(f"{type(answer).__name__} where a list of records was due")
+    records = split_records(layout, bytes(answer))
+    if len(records) != count:
+        raise ProtocolError(f"{len(records)} answers to {count} questions")
+    return records

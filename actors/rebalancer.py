@@ -20,6 +20,7 @@ from torus_actors.actors.block_messages import (
     RANGE,
     RANGE_STATUS,
     Status,
+    split_answer,
     split_records,
     split_refs,
 )
@@ -257,9 +258,7 @@ class Rebalancer(LoopActor):
         answer = await self.system.actor("block_store", node=peer).check_blocks.remote(
             b"".join(refs), deep, durable, timeout_s=CALL_TIMEOUT_S
         )
-        statuses = split_records(CHECK_STATUS, answer)
-        if len(statuses) != len(refs):
-            raise BlockUnavailable(f"peer {peer[:8]} answered {len(statuses)} of {len(refs)}")
+        statuses = split_answer(CHECK_STATUS, answer, len(refs))
         return {
             ref: root
             for ref, (status, root) in zip(refs, statuses, strict=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torus_actors.actors.block_messages import RANGE, RANGE_STATUS, Status, split_records
+from torus_actors.actors.block_messages import RANGE, RANGE_STATUS, Status, split_answer
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
     TRANSIENT,
@@ -653,11 +653,7 @@ def _parse_ranges(answer: Any, count: int) -> list[_Answer]:
     """
     packed = answer.result if type(answer) is Reply else answer
     payload = memoryview(answer.joined() if type(answer) is Reply else b"")
-    if not isinstance(packed, (bytes, memoryview)):
-        raise ProtocolError("not an answer to a read")
-    statuses = split_records(RANGE_STATUS, bytes(packed))
-    if len(statuses) != count:
-        raise ProtocolError(f"{len(statuses)} answers to {count} ranges")
+    statuses = split_answer(RANGE_STATUS, packed, count)
     if sum(sums + size for _, sums, size in statuses) != len(payload):
         raise ProtocolError(f"{len(payload)} bytes are not those that the answer announces")
     answers: list[_Answer] = []

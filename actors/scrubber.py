@@ -15,7 +15,7 @@ from typing import Any
 from torus_actors.actors.block_messages import (
     CHECK_STATUS,
     Status,
-    split_records,
+    split_answer,
     split_refs,
 )
 from torus_actors.errors import DeadlineExceeded, TorusError
@@ -139,7 +139,7 @@ class Scrubber(LoopActor):
         store = self.system.actor("block_store")
         try:
             answer = await store.check_blocks.remote(b"".join(refs), True, timeout_s=CHECK_S)
-            return list(split_records(CHECK_STATUS, answer))
+            return list(split_answer(CHECK_STATUS, answer, len(refs)))
         except DeadlineExceeded as error:
             log.warning("scrubbing %d blocks: %s", len(refs), error)
             if len(refs) == 1:

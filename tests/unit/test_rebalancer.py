@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,13 @@ def holders(cluster: Cluster, ref: BlockRef) -> set[str]:
 def settled(cluster: Cluster, blocks: list[Block]) -> bool:
     """Whether each block is at its owners and nowhere else."""
     return all(holders(cluster, b.ref) == set(cluster.ring.owners(b.ref)) for b in blocks)
+
+
+def failed(node: StorageNode) -> int:
+    """Blocks that a rebalancer could not move the last time."""
+    rebalancer: Any = node.system.cells["rebalancer"].actor
+    count: int = rebalancer._progress.failed
+    return count
 
 
 async def status(node: StorageNode) -> dict[str, Any]:
@@ -101,6 +109,31 @@ async def test_degraded_blocks_are_healed() -> None:
         await cluster.node(1).start(rebalancer=True)
         await until(lambda: settled(cluster, blocks))
         assert report["waiting"] >= 0
+
+
+@pytest.mark.parametrize(
+    "answer", [None, "fives", 7, [], b"", b"xx", bytes(5 * 1000)], ids=lambda each: repr(each)[:8]
+)
+@virtual
+async def test_a_peer_that_answers_nonsense_ends_no_rebalancer(answer: Any) -> None:
+    """Its blocks wait until it answers as agreed, and the rebalancer lives."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        odd = await cluster.add_node(rebalancer=True)
+        store: Any = odd.system.cells["block_store"].actor
+        right = store.handlers
+        wrong = replace(right["check_blocks"], function=lambda *_: answer, is_async=False)
+        store.handlers = {**right, "check_blocks": wrong}
+        blocks = [Block(n) for n in range(20)]
+        for block in blocks:
+            await block.put(client)
+        cluster.set_ring(cluster.ring.with_peer(Peer(odd.node_id, 1 << 30)))
+        others = [node for node in cluster.nodes.values() if node is not odd]
+        await until(lambda: any(failed(node) for node in others))
+        assert not settled(cluster, blocks)
+        assert [node.system.cells["rebalancer"].restarts for node in others] == [0, 0, 0]
+        store.handlers = right
+        await until(lambda: settled(cluster, blocks))
 
 
 @virtual

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from torus_actors.actors.block_messages import CHECK_STATUS, Status, split_records
+from torus_actors.actors.block_messages import CHECK_STATUS, Status, split_answer
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import TRANSIENT, BlockUnavailable, NoPeer, TorusError
 from torus_actors.metadata.records import Head
@@ -207,10 +207,7 @@ class Auditor:
                 answer = await store.check_blocks.remote(
                     packed, self._deep, False, timeout_s=CHECK_TIMEOUT_S
                 )
-                records = list(split_records(CHECK_STATUS, answer))
-                if len(records) != len(packed) // BLOCK_REF_SIZE:
-                    raise BlockUnavailable(f"peer {member[:8]} answered for {len(records)} blocks")
-                return records
+                return list(split_answer(CHECK_STATUS, answer, len(packed) // BLOCK_REF_SIZE))
             except TorusError as error:
                 if not isinstance(error, (*TRANSIENT, NoPeer)):
                     raise
