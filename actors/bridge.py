@@ -52,6 +52,11 @@ be memory beside the read cache, whose blocks it cannot tell from idle ones."""
 WAITING_CALLS_MAX = 512
 """Calls that may wait for a connection being made."""
 
+STRANGERS_MAX = 128
+"""Accepted connections that may be in their handshake; further ones are closed at once. An honest
+one is through in milliseconds, and who is turned away dials again; what strangers can make a node
+hold, a receive buffer and a hello each, stays below 32 MiB."""
+
 
 @dataclass(frozen=True, slots=True)
 class BridgeConfig:
@@ -82,6 +87,8 @@ class Bridge(LoopActor):
         self._pool = BufferPool(POOL_BYTES)
         self._peers: dict[str, _Peer] = {}
         self._in_links: dict[InLink, None] = {}
+        self._strangers: dict[Link, None] = {}
+        """Those among them that have not introduced themselves yet."""
         self._servers: list[asyncio.Server] = []
         self._listening: tuple[str, int] | None = None
         self._closed = False
@@ -226,7 +233,9 @@ class Bridge(LoopActor):
 
     # -- connections -------------------------------------------------------------------------------
 
-    def _accept(self) -> InLink:
+    def _accept(self) -> asyncio.BaseProtocol:
+        if len(self._strangers) >= STRANGERS_MAX:
+            return _ShutDoor()
         link = InLink(
             self.system,
             "accept",
@@ -237,14 +246,17 @@ class Bridge(LoopActor):
             self._in_ready,
             self._in_lost,
         )
-        self._in_links[link] = None
+        self._in_links[link] = self._strangers[link] = None
+        if len(self._strangers) == STRANGERS_MAX:
+            log.warning("%d strangers at the door: no more are let in for now", STRANGERS_MAX)
         return link
 
     def _in_ready(self, link: Link) -> None:
-        """Nothing to do: it is known since it was accepted."""
+        self._strangers.pop(link, None)
 
     def _in_lost(self, link: Link, reason: TorusError) -> None:
         self._in_links.pop(cast(InLink, link), None)
+        self._strangers.pop(link, None)
 
     def shortcut_to(self, peer: _Peer) -> socket.socket | None:
         """A connection with a peer that is on this machine, if it is.
@@ -267,6 +279,14 @@ class Bridge(LoopActor):
             peer.link_ready,
             peer.link_lost,
         )
+
+
+class _ShutDoor(asyncio.Protocol):
+    """A connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Close it."""
+        cast(asyncio.Transport, transport).abort()
 
 
 class _Peer:

@@ -56,7 +56,7 @@ DIALER_SILENCE_MAX_S = 20.0
 and what it left half-open is closed. Longer than above: nobody waits for it."""
 
 HELLO_TIMEOUT_S = 3.0
-"""A connection that has not introduced itself by then is closed."""
+"""A connection that has not introduced itself by then is closed, however much it has said."""
 
 IN_FLIGHT_CALLS_MAX = 4096
 """Calls of one link without answer; more is a caller that does not wait."""
@@ -121,6 +121,7 @@ class Link(asyncio.BufferedProtocol):
         self._on_lost = on_lost
         self._reason: TorusError | None = None
         self._heard_at = self._ticked_at = self.loop.time()
+        self._hello_by = self._heard_at + HELLO_TIMEOUT_S
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self.get_buffer = self._decoder.get_buffer  # type: ignore[method-assign]
@@ -149,6 +150,7 @@ class Link(asyncio.BufferedProtocol):
         if sock is not None and sock.family == socket.AF_UNIX:
             same_machine.tune(sock)
         self._heard_at = self._ticked_at = self.loop.time()
+        self._hello_by = self._heard_at + HELLO_TIMEOUT_S
         self._timer = self.loop.call_later(PING_INTERVAL_S, self._tick)
         hello = self._hello.start()
         if hello:
@@ -225,14 +227,13 @@ class Link(asyncio.BufferedProtocol):
         if now - self._ticked_at > 3 * PING_INTERVAL_S:
             # It was this side that slept; what the other said meanwhile is not read yet.
             self._heard_at = max(self._heard_at, now - PING_INTERVAL_S)
+            self._hello_by = max(self._hello_by, now + PING_INTERVAL_S)
         self._ticked_at = now
-        silence = now - self._heard_at
-        if not self.ready:
-            if silence > HELLO_TIMEOUT_S:
-                self.abort(PeerLost(f"no handshake within {HELLO_TIMEOUT_S:g} s"))
-                return
-        else:
-            self._look_after(silence)
+        if self.ready:
+            self._look_after(now - self._heard_at)
+        elif now > self._hello_by:
+            self.abort(PeerLost(f"no handshake within {HELLO_TIMEOUT_S:g} s"))
+            return
         if not self.lost:
             self._timer = self.loop.call_later(PING_INTERVAL_S, self._tick)
 

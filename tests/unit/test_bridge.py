@@ -613,6 +613,52 @@ async def test_who_says_nothing_is_shown_the_door(monkeypatch: pytest.MonkeyPatc
         writer.close()
 
 
+@on_uvloop
+async def test_who_says_little_at_a_time_is_shown_the_door_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An honest beginning of a hello, byte by byte, keeps no connection longer than silence."""
+    monkeypatch.setattr(links, "HELLO_TIMEOUT_S", 0.5)
+    async with pair() as (_, server):
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        await until(lambda: server.bridge._strangers)
+        started = time.monotonic()
+        for byte in b"".join(bytes(part) for part in encode(links.Kind.HELLO, 0, bytes(1000))):
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.1)
+            if not server.bridge._strangers:
+                break
+        assert time.monotonic() - started < 0.5 + 2 * links.PING_INTERVAL_S + 0.3
+        writer.close()
+
+
+@on_uvloop
+async def test_strangers_that_crowd_the_door_are_turned_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond a bound they are closed at once.
+
+    Who is in stays in, and when they are gone the next one comes in.
+    """
+    monkeypatch.setattr(bridge, "STRANGERS_MAX", 5)
+    async with pair() as (caller, server):
+        await up(caller, server)
+        first = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(5)]
+        await until(lambda: len(server.bridge._strangers) == 5)
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            await gone(reader)
+            writer.close()
+        assert len(server.bridge._strangers) == 5
+        assert await caller.at(server).after.remote(0, 1) == 1
+        for _, writer in first:
+            writer.close()
+        await until(lambda: not server.bridge._strangers)
+        _, writer = await shaken(server)
+        assert not server.bridge._strangers and len(server.bridge._in_links) == 2
+        writer.close()
+
+
 # -- bounds ----------------------------------------------------------------------------------------
 
 
