@@ -63,8 +63,8 @@ IN_FLIGHT_CALLS_MAX = 4096
 
 SERVED_CALLS_MAX = 1024
 SERVED_BYTES_MAX = 64 << 20
-"""What one connection may have in work here; beyond it, it is not read from, so that TCP makes the
-other side wait. 64 MiB are 128 blocks of the default size."""
+"""What one connection may have in work here, with and without an answer; beyond it, it is not read
+from, so that TCP makes the other side wait. 64 MiB are 128 blocks of the default size."""
 
 OutCall = tuple[ObjectRef[Any], str, str, Sequence[Any], Any, bool, bool]
 """What gets the answer, actor, method, arguments, payload, ``checked``, ``resend``: see
@@ -72,6 +72,17 @@ OutCall = tuple[ObjectRef[Any], str, str, Sequence[Any], Any, bool, bool]
 
 WRITE_HIGH_WATER = 32 << 20
 """Bytes waiting to be sent from which on a link takes no more calls, or no more to answer."""
+
+HELD_ANSWERS_MAX = 2 * WRITE_HIGH_WATER
+"""Bytes of answers, one not counted, that a node holds for who does not read them. Beyond half of
+it, large ones are kept only if they must not be made twice; beyond this the connection is ended."""
+
+SMALL_ANSWER_MAX = 4 << 10
+"""An answer of so many bytes is kept rather than made again, which would cost more."""
+
+AGAIN_CALLS = 8
+"""Calls to answer again that are taken up when the socket keeps up again, and one more for each
+that is answered: enough to keep it busy, and less than would fill it at once."""
 
 HELD_CALLS_MAX = 512
 """Calls that wait for the socket to keep up, before more are refused. A refused call would send a
@@ -343,7 +354,12 @@ class OutLink(Link):
 
 
 class InLink(Link):
-    """The accepting side: hands calls to actors here and sends back what they answer."""
+    """The accepting side: hands calls to actors here and sends back what they answer.
+
+    Calls that are in work when the other side stops reading are answered all the same, and what
+    they answer is more than a node can hold. So those answers that are large, and may be made
+    twice, are thrown away, and their calls kept, to be done again when there is room.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -351,6 +367,8 @@ class InLink(Link):
         self._bytes = 0
         self._paused = False
         self._congested_at: float | None = None
+        self._again: deque[tuple[int, bytes | memoryview]] = deque()
+        """Calls to be done again: request id and metadata. Nothing is read while there are any."""
 
     def pause_writing(self) -> None:
         """The other side does not read its answers: take no more calls from it."""
@@ -360,7 +378,13 @@ class InLink(Link):
     def resume_writing(self) -> None:
         """It does again."""
         self._congested_at = None
+        self._serve_again(AGAIN_CALLS)
         self._resume()
+
+    def _serve_again(self, count: int) -> None:
+        while count and self._again and self._congested_at is None and not self.lost:
+            self._serve(True, *self._again.popleft(), None)
+            count -= 1
 
     def _pause(self) -> None:
         transport = self._transport
@@ -372,6 +396,7 @@ class InLink(Link):
         transport = self._transport
         if (
             self._paused
+            and not self._again
             and self._congested_at is None
             and self._calls <= SERVED_CALLS_MAX // 2
             and self._bytes <= SERVED_BYTES_MAX // 2
@@ -412,8 +437,13 @@ class InLink(Link):
         self, answered: bool, request_id: int, meta: bytes | memoryview, payload: memoryview | None
     ) -> None:
         actor, method, args, timeout_ms = decode_call(meta)
-        size = len(payload) if payload is not None else 0
-        reply = WireReply(self, request_id, size, timeout_ms) if answered else None
+        reply: WireReply
+        if not answered:
+            reply = CastReply(self, 0, None, len(meta) + len(payload or b""), 0)
+        elif payload is None:
+            reply = WireReply(self, request_id, meta, len(meta), timeout_ms)
+        else:
+            reply = WireReply(self, request_id, None, len(meta) + len(payload), timeout_ms)
         try:
             cell = self.system.cells.get(actor)
             if cell is None or cell.ended:
@@ -427,39 +457,85 @@ class InLink(Link):
             if cell.waiting() >= cell.spec.inbox_max:
                 raise Overloaded(f"{actor} has {cell.spec.inbox_max} messages waiting")
         except TorusError as error:
-            if reply is not None:
+            if answered:
                 reply.fail(error)
+            else:
+                reply.set()
             return
         kwargs = {} if payload is None else {"payload": payload}
         cell.inbox.put(Call(method, tuple(args), kwargs, reply))
 
     def taken(self, size: int) -> None:
-        """A call with a payload of ``size`` bytes came into work."""
+        """A message of ``size`` bytes came into work."""
         self._calls += 1
         self._bytes += size
 
-    def answered(self, size: int, out: list[Buffer]) -> None:
-        """It is answered."""
+    def answered(self, reply: WireReply, out: list[Buffer]) -> None:
+        """It is handled, and this is the answer, if there is one."""
         self._calls -= 1
-        self._bytes -= size
+        self._bytes -= reply.size
         if self.lost:
             return
-        assert self._transport is not None
-        if out:
+        if out and (self._congested_at is None or self._has_room(reply, out)):
+            assert self._transport is not None
             self._transport.writelines(out)
             self._spinner.expect()  # who got one answer may ask the next thing
-        self._resume()
+        if self._paused:
+            if self._again:
+                # Later: what cannot be served is answered at once, and there may be many.
+                self.loop.call_soon(self._serve_again, 1)
+            else:
+                self._resume()
+
+    def _has_room(self, reply: WireReply, out: list[Buffer]) -> bool:
+        """Whether an answer is kept, though those before it have not been read."""
+        size = sum(memoryview(part).nbytes for part in out)
+        meta = reply.meta
+        if size > SMALL_ANSWER_MAX and meta is not None and self._may_be_repeated(meta):
+            self._again.append((reply.request_id, meta))
+            return False
+        assert self._transport is not None
+        held = self._transport.get_write_buffer_size()
+        if held > HELD_ANSWERS_MAX:
+            self.abort(PeerLost(f"{held >> 20} MiB of answers are not read"))
+            return False
+        return True
+
+    def _may_be_repeated(self, meta: bytes | memoryview) -> bool:
+        actor, method, _, _ = decode_call(meta)
+        cell = self.system.cells.get(actor)
+        handler = cell.handlers.get(method) if cell is not None else None
+        return handler is not None and handler.idempotent
+
+    def _finish(self, reason: TorusError) -> None:
+        self._again.clear()
 
 
 class WireReply:
-    """Where an actor's answer to a call from another node goes; an ObjectRef's other half."""
+    """Where an actor's answer to a call from another node goes; an ObjectRef's other half.
 
-    __slots__ = ("_deadline", "_done", "_link", "_request_id", "_size")
+    Args:
+        link: the call came by it.
+        request_id: of the call.
+        meta: of the call, by which it can be done again; None if it had a payload.
+        size: bytes of the call.
+        timeout_ms: time left to its deadline.
+    """
 
-    def __init__(self, link: InLink, request_id: int, size: int, timeout_ms: int) -> None:
+    __slots__ = ("_deadline", "_done", "_link", "meta", "request_id", "size")
+
+    def __init__(
+        self,
+        link: InLink,
+        request_id: int,
+        meta: bytes | memoryview | None,
+        size: int,
+        timeout_ms: int,
+    ) -> None:
         self._link = link
-        self._request_id = request_id
-        self._size = size
+        self.request_id = request_id
+        self.meta = meta
+        self.size = size
         self._done = False
         self._deadline = link.loop.time() + timeout_ms / 1000
         link.taken(size)
@@ -468,7 +544,7 @@ class WireReply:
         """Whether nobody waits any more: answered, given up, or the connection is gone."""
         if not self._done and (self._link.lost or self._link.loop.time() > self._deadline):
             self._done = True
-            self._link.answered(self._size, [])
+            self._link.answered(self, [])
         return self._done
 
     def set(self, value: Any = None) -> None:
@@ -489,21 +565,41 @@ class WireReply:
         try:
             if type(value) is Reply:
                 meta = encode_reply(value.result)
-                out = encode(Kind.REPLY, self._request_id, meta, value.payload, value.checked)
+                out = encode(Kind.REPLY, self.request_id, meta, value.payload, value.checked)
             else:
-                out = encode(Kind.REPLY, self._request_id, encode_reply(value))
+                out = encode(Kind.REPLY, self.request_id, encode_reply(value))
         except Invalid as error:
             self._fail(error)
             return
         self._done = True
-        self._link.answered(self._size, out)
+        self._link.answered(self, out)
 
     def _fail(self, error: BaseException) -> None:
         if self._done:
             return
         self._done = True
         known = error if isinstance(error, TorusError) else TorusError(repr(error))
-        self._link.answered(self._size, encode(Kind.ERROR, self._request_id, encode_error(known)))
+        self._link.answered(self, encode(Kind.ERROR, self.request_id, encode_error(known)))
+
+
+class CastReply(WireReply):
+    """Where the answer to a message goes that wants none: it tells when the message is handled."""
+
+    __slots__ = ()
+
+    def done(self) -> bool:
+        """Never before it is handled: nobody waits, and the handler is to do its work."""
+        return False
+
+    def _set(self, value: Any) -> None:
+        if not self._done:
+            self._done = True
+            self._link.answered(self, [])
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._done:
+            log.warning("a message from %s: %s", self._link.where, error)
+        self._set(None)
 
 
 def _parts(payload: Any) -> Sequence[Buffer]:

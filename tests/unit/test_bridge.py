@@ -24,10 +24,19 @@ from torus_actors.errors import (
     PeerLost,
     TorusError,
 )
-from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, Reply, SupervisorSpec, expose
+from torus_actors.runtime import (
+    ActorSystem,
+    ChildSpec,
+    LoopActor,
+    ObjectRef,
+    Reply,
+    SupervisorSpec,
+    expose,
+)
 from torus_actors.wire.frames import FrameDecoder, encode
 from torus_actors.wire.hello import Hello, Identity, Role
 from torus_actors.wire.limits import PAYLOAD_MAX
+from torus_actors.wire.messages import encode_call
 
 SECRET = b"a secret of the cluster"
 
@@ -53,10 +62,23 @@ class Echo(LoopActor):
         await self.gate.wait()
         return len(payload)
 
-    @expose(remote=True)
+    @expose(remote=True, idempotent=True)
     def large(self, size: int) -> Reply:
         """Answer so many bytes."""
         return Reply(size, (bytes(size),))
+
+    @expose(remote=True)
+    def large_once(self, size: int) -> Reply:
+        """The same, and it may not be done twice."""
+        return Reply(size, (bytes(size),))
+
+    @expose(remote=True)
+    async def told(self, text: str, *, payload: memoryview | None = None) -> None:
+        """Done when the gate opens."""
+        self.waiting += 1
+        await self.gate.wait()
+        if text:
+            raise Invalid(text)
 
     @expose(remote=True)
     def double(self, *, payload: memoryview) -> Reply:
@@ -685,15 +707,89 @@ async def test_answers_that_are_not_read_stop_the_reading(monkeypatch: pytest.Mo
     async with pair() as (_, server):
         reader, writer = await shaken(server)
         reader._transport.pause_reading()  # type: ignore[attr-defined]
-        from torus_actors.wire.messages import encode_call
-
-        for n in range(100):
-            meta = encode_call("echo", "large", [4 << 20], 60_000)
-            writer.write(b"".join(bytes(p) for p in encode(links.Kind.CALL, n + 1, meta)))
+        writer.write(calls_of("large", 100, 4 << 20))
         await until(lambda: any(link._congested_at for link in server.bridge._in_links))
         before = len(server.bridge._in_links)
         await until(lambda: len(server.bridge._in_links) < before)
         writer.transport.abort()
+
+
+def calls_of(method: str, count: int, size: int) -> bytes:
+    """Calls that ask for so much, as they arrive: together, and themselves next to nothing."""
+    meta = encode_call("echo", method, [size], 60_000)
+    frames = [encode(links.Kind.CALL, n, meta) for n in range(1, count + 1)]
+    return b"".join(bytes(part) for frame in frames for part in frame)
+
+
+@on_uvloop
+async def test_answers_that_are_not_read_are_thrown_away_and_made_again() -> None:
+    """Whoever stands still makes nobody hold more than a bounded part of what it asked for.
+
+    When it reads again it gets all answers, and what it asks next.
+    """
+    async with pair() as (caller, server):
+        await up(caller, server)
+        out = caller.link_to(server)
+        out._timer.cancel()  # whoever stands still does not look after anything either
+        out._transport.pause_reading()
+        count, size = 100, 4 << 20
+        refs = [ObjectRef[Any](caller.system) for _ in range(count)]
+        out._in_flight = {n: (ref, *[None] * 6) for n, ref in enumerate(refs, 1)}
+        out._next_id = count + 1
+        out._transport.write(calls_of("large", count, size))
+        (link,) = server.bridge._in_links
+        await until(lambda: link._congested_at is not None and not link._calls)
+        held = link._transport.get_write_buffer_size()
+        assert held <= links.WRITE_HIGH_WATER + size
+        assert len(link._again) > count // 2
+        out._transport.resume_reading()
+        for ref in refs:
+            assert (await ref).result == size
+        assert await caller.at(server).after.remote(0, 5) == 5
+        assert link._calls == link._bytes == 0 and not link._paused
+
+
+@on_uvloop
+async def test_answers_that_are_not_read_and_not_made_twice_end_the_connection() -> None:
+    """They are kept up to a bound, since whoever asked must not believe that nothing was done."""
+    async with pair() as (_, server):
+        reader, writer = await shaken(server)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        link = list(server.bridge._in_links)[-1]
+        kept = 0
+
+        def end(error: TorusError) -> None:
+            nonlocal kept
+            kept = link._transport.get_write_buffer_size()
+            abort(error)
+
+        abort, link.abort = link.abort, end
+        writer.write(calls_of("large_once", 100, 4 << 20))
+        await until(lambda: link.lost)
+        assert kept <= links.HELD_ANSWERS_MAX + (4 << 20)
+        writer.close()
+
+
+@on_uvloop
+async def test_messages_without_an_answer_count_as_in_work(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Who sends and does not ask is made to wait as well, until what he sent is handled."""
+    async with pair() as (caller, server):
+        await up(caller, server)
+        (link,) = server.bridge._in_links
+        for _ in range(7):
+            caller.at(server).told.tell("", payload=bytes(10 << 20))
+            await asyncio.sleep(0.01)
+        caller.at(server).told.tell("no, thanks")
+        caller.at(server).nothing.tell()
+        await until(lambda: link._paused)
+        assert link._bytes > links.SERVED_BYTES_MAX
+        server.echo.gate.set()
+        await until(lambda: not link._calls)
+        assert link._bytes == 0 and not link._paused
+        await until(lambda: "no, thanks" in caplog.text)
+        assert "nothing" not in caplog.text
 
 
 @on_uvloop
