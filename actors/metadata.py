@@ -1,14 +1,15 @@
 """The metadata actor: the one way of a node to the cluster's metadata.
 
-Opens the backend that its URL names (etcd, or an SQLite file of this node) and does the key-value
-operations that others ask for, also other nodes: that is how ``torus://HOST:PORT`` works. Messages
-in: ``kv_*``. Its death costs the watches a reconnect; what was asked fails as unknown or is asked
-again.
+Does the key-value operations that others ask for, also other nodes: that is how
+``torus://HOST:PORT`` works. Messages in: ``kv_*``. The open store (etcd, or an SQLite file of this
+node) is its owner's, and outlives it: an SQLite file that is opened anew after each death would
+stay locked by the last one as long as a disk that stalls keeps that from closing it. So the actor's
+death costs the watches a reconnect; what was asked fails as unknown or is asked again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torus_actors.errors import (
@@ -27,35 +28,17 @@ from torus_actors.runtime import ActorHandle, LoopActor, ObjectRef, expose
 CALL_TIMEOUT_S = 5.0
 """A metadata operation that takes longer counts as not answered."""
 
-Open = Callable[[], Awaitable[kv.KeyValueStore]]
-
 
 class MetadataActor(LoopActor):
     """See the module.
 
     Args:
-        open_store: opens the backend.
+        store: the open backend; whoever opened it closes it when the actor is gone for good.
     """
 
-    def __init__(self, open_store: Open) -> None:
+    def __init__(self, store: kv.KeyValueStore) -> None:
         super().__init__()
-        self._open = open_store
-        self._store: kv.KeyValueStore | None = None
-
-    async def setup(self) -> None:
-        """Open the backend."""
-        self._store = await self._open()
-
-    async def cleanup(self) -> None:
-        """Close it."""
-        if self._store is not None:
-            await self._store.close()
-
-    @property
-    def store(self) -> kv.KeyValueStore:
-        """The open backend."""
-        assert self._store is not None
-        return self._store
+        self.store = store
 
     @expose(remote=True, idempotent=True)
     async def kv_get(self, key: str) -> Any:
@@ -171,4 +154,4 @@ class ActorStore(kv.KeyValueStore):
         return [kv.Event.from_wire(each) for each in events], revision
 
     async def close(self) -> None:
-        """Nothing to close: the actor is its supervisor's."""
+        """Nothing to close: the actor is its supervisor's, and its store their owner's."""

@@ -95,6 +95,10 @@ LEASE_RETURN_S = 1.0
 METADATA_STOP_S = 0.5
 """Transactions are done long before; what takes longer is watchers waiting for news."""
 
+METADATA_CLOSE_S = 10.0
+"""A disk may stall under the last transaction. What is then not closed is let go of by the end of
+the process, and loses nothing."""
+
 NODE_FILE = "node.json"
 """In the data directory: the node's id, and the cluster whose blocks are there."""
 
@@ -221,6 +225,8 @@ class Process:
         self.incarnation = rng.getrandbits(63)
         self.view: ClusterView | None = None
         self.meta = MetadataService(self._store(), rng=rng, wall_clock=machine.wall_clock)
+        self._opened: KeyValueStore | None = None
+        """The metadata that is kept, or reached, here: what the metadata actors serve in turn."""
 
     def _store(self) -> KeyValueStore:
         """The metadata actor of this process, or of the node that the URL names."""
@@ -244,10 +250,11 @@ class Process:
         bridge = BridgeConfig(identity, listen, self.secret, machine.spin_s, machine.shortcut)
         children = [ChildSpec("bridge", lambda: Bridge(bridge))]
         if open_store is not None:
+            self._opened = opened = await open_store()
             children.append(
                 ChildSpec(
                     "metadata",
-                    lambda: MetadataActor(open_store),
+                    lambda: MetadataActor(opened),
                     max_concurrency=1024,
                     shutdown_s=METADATA_STOP_S,
                 )
@@ -352,6 +359,13 @@ class Process:
                 async with asyncio.timeout(LEASE_RETURN_S):
                     await self.meta.revoke_lease(lease)
         await self.system.stop()
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            try:
+                async with asyncio.timeout(METADATA_CLOSE_S):
+                    await opened.close()
+            except (TorusError, TimeoutError) as error:
+                log.warning("closing the metadata: %s", str(error) or "its disk does not answer")
 
 
 class StorageNode(Process):
@@ -533,13 +547,11 @@ def store_opener(url: str) -> Callable[[], Awaitable[KeyValueStore]] | None:
     if scheme == "torus":
         return None
     if scheme == "memory":
-        # One store for the life of the process: the actor that serves it may be restarted.
-        store = MemoryStore()
 
-        async def same() -> KeyValueStore:
-            return store
+        async def memory() -> KeyValueStore:
+            return MemoryStore()
 
-        return same
+        return memory
     if scheme == "etcd":
         endpoints = opening.endpoints_of(rest.removesuffix("/"))
 

@@ -1,16 +1,26 @@
-"""Conformance of the key-value stores: memory, SQLite and a real etcd behave alike."""
+"""Conformance of the key-value stores: memory, SQLite and a real etcd behave alike.
+
+And the actor that serves one of them to others.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
+import threading
+import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.integration.etcd_server import EtcdServer, require_etcd
 from tests.integration.metadata_backends import BACKENDS, HISTORY_EVENTS_MAX, Backend, until
-from torus_actors.errors import Closed, Compacted, Invalid, LeaseNotFound
+from tests.unit.runtime_harness import on_uvloop, row
+from tests.unit.runtime_harness import until as soon
+from torus_actors.actors.metadata import ActorStore
+from torus_actors.errors import Closed, Compacted, Invalid, LeaseNotFound, OutcomeUnknown
 from torus_actors.metadata import kv
 from torus_actors.metadata.kv import (
     Compare,
@@ -23,6 +33,9 @@ from torus_actors.metadata.kv import (
     Put,
     TxnResult,
 )
+from torus_actors.metadata.sqlite import Database, SqliteStore
+from torus_actors.node import Process, store_opener
+from torus_actors.wire.hello import Role
 
 Test = Callable[[KeyValueStore], Awaitable[None]]
 
@@ -459,3 +472,70 @@ def test_operations_survive_the_wire(operation: kv.Operation) -> None:
     for broken in ([], ["drop", "k"], ["put", "k", "text", 0], ["delete", b"k"], None, 7):
         with pytest.raises(Invalid):
             kv.operation_from_wire(broken)  # type: ignore[arg-type]
+
+
+# -- the actor that serves a store -----------------------------------------------------------------
+
+
+def process() -> Process:
+    """What keeps metadata, and has nothing else yet."""
+    return Process(str(uuid.UUID(int=1)), Role.NODE, "memory://", None, random.Random(1))
+
+
+@on_uvloop
+async def test_what_is_kept_in_memory_outlives_the_actor_that_serves_it() -> None:
+    """It is there after the actor was killed, and each process has its own."""
+    first, second = process(), process()
+    for each in (first, second):
+        await each.start_base(None, store_opener("memory://"))
+    store = ActorStore(first.system.actor("metadata"))
+    await store.txn([], [Put("a", b"1")])
+    waiting = asyncio.ensure_future(store.events("b", 2, 5.0))
+    await asyncio.sleep(0)
+    first.system.cells["metadata"].kill()
+    found = await store.get("a")
+    assert found is not None and found.value == b"1"
+    await store.txn([], [Put("b", b"2")])
+    assert len((await waiting)[0]) == 1
+    assert await ActorStore(second.system.actor("metadata")).get("a") is None
+    for each in (first, second):
+        await each.stop()
+
+
+@on_uvloop
+async def test_a_disk_that_stalls_while_the_actor_is_killed_ends_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The successor serves the same open file, as soon as the disk answers again.
+
+    Found by review: it could not open the file, which the first one had no time to close.
+    """
+    path = tmp_path / "metadata.sqlite"
+    stalled, goes_on = threading.Event(), threading.Event()
+    txn = Database.txn
+
+    def slow(*args: Any) -> Any:
+        stalled.set()
+        goes_on.wait(5.0)
+        return txn(*args)
+
+    keeper = process()
+    await keeper.start_base(None, lambda: SqliteStore.open(path))
+    store = ActorStore(keeper.system.actor("metadata"))
+    await store.txn([], [Put("a", b"1")])
+    monkeypatch.setattr(Database, "txn", slow)
+    change = asyncio.ensure_future(store.txn([], [Put("b", b"2")]))
+    await soon(stalled.is_set)
+    keeper.system.cells["metadata"].kill()
+    with pytest.raises(OutcomeUnknown):
+        await change
+    asking = asyncio.ensure_future(store.get("b"))
+    await asyncio.sleep(1.2)  # longer than a killed actor may clean up
+    goes_on.set()
+    found = await asking
+    assert found is not None and found.value == b"2"
+    assert row(keeper.system, "metadata")["restarts"] == 1
+    await keeper.stop()
+    again = await SqliteStore.open(path)
+    assert await again.get("b") == found
+    await again.close()

@@ -19,6 +19,7 @@ from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.metadata import ActorStore, MetadataActor
 from torus_actors.cli.common import Settings
 from torus_actors.errors import Again, DeadlineExceeded, NotSupported, PeerLost, TorusError
+from torus_actors.metadata.kv import KeyValueStore
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
@@ -55,6 +56,7 @@ class Connection:
             None, node_id, Role.CLIENT, self._rng.getrandbits(63), f"torus-actors/{__version__}"
         )
         self._secret = secret
+        self._opened: KeyValueStore | None = None
         target = f"@{url.removeprefix('torus://')}" if url.startswith("torus://") else None
         store = ActorStore(self.system.actor("metadata", node=target))
         self.meta = MetadataService(store, rng=self._rng, wall_clock=time.time)
@@ -71,12 +73,15 @@ class Connection:
 
             opener = store_opener(self.url)
             assert opener is not None
-            children.append(ChildSpec("metadata", lambda: MetadataActor(opener)))
+            self._opened = opened = await opener()
+            children.append(ChildSpec("metadata", lambda: MetadataActor(opened)))
         await self.system.start(SupervisorSpec("tool", tuple(children)))
 
     async def stop(self) -> None:
         """Close the connections."""
         await self.system.stop()
+        if self._opened is not None:
+            await self._opened.close()
 
     async def patiently(
         self, ask: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
