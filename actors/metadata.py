@@ -21,6 +21,8 @@ from torus_actors.errors import (
     OutcomeUnknown,
     Overloaded,
     PeerLost,
+    ProtocolError,
+    Unauthenticated,
 )
 from torus_actors.metadata import kv
 from torus_actors.runtime import ActorHandle, LoopActor, ObjectRef, expose
@@ -96,7 +98,9 @@ class ActorStore(kv.KeyValueStore):
     async def _ask(self, ref: ObjectRef[Any], changes: bool) -> Any:
         try:
             return await ref
-        except (NoPeer, ActorNotFound, Overloaded) as error:
+        except (NoPeer, ActorNotFound, Overloaded, Unauthenticated, ProtocolError) as error:
+            # The last two come of a handshake, before any call is sent (what is on a connection
+            # when it ends is PeerLost, whatever ends it), or from a backend that has not done it.
             raise Again(f"the metadata cannot be reached: {error}") from error
         except (PeerLost, ActorCrashed, DeadlineExceeded) as error:
             # A link that never came to be has sent nothing, but a lost one may have.

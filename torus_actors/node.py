@@ -69,7 +69,7 @@ from torus_actors.machine import REAL_MACHINE, Machine
 from torus_actors.metadata import opening
 from torus_actors.metadata.kv import KeyValueStore
 from torus_actors.metadata.memory import MemoryStore
-from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.patience import Backoff, refusal
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.ring_changes import join_ring
 from torus_actors.metadata.service import MetadataService
@@ -273,6 +273,7 @@ class Process:
         Raises:
             Again: not reachable in time.
             NoGlobalMetadata: not initialised in time.
+            Unauthenticated, ProtocolError: it is not for this process, or something else.
         """
         loop = self.system.loop
         began = loop.time()
@@ -285,6 +286,9 @@ class Process:
                 data, _ = await self.meta.ring()
                 break
             except (Again, NoGlobalMetadata) as error:
+                refused = refusal(error, self.metadata_url)
+                if refused is not None:
+                    raise refused from error
                 if end is not None and not await backoff.wait(end):
                     raise
                 if end is None:

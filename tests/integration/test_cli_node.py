@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
+from threading import Thread
 
 import pytest
 
@@ -236,6 +239,58 @@ def test_metadata_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
         assert process.returncode == 1, told
         assert one_line(told), told
         assert f"cannot reach the metadata at {url}: connection refused" in told
+
+
+class Greeter(BaseRequestHandler):
+    """Another program."""
+
+    def handle(self) -> None:
+        """Say what a node does not understand, and wait to be left."""
+        self.request.sendall(b"220 mail.example.org ESMTP: what can I do for you?\r\n")
+        while self.request.recv(4096):
+            pass
+
+
+@pytest.mark.parametrize("what", ["another secret", "another program"])
+def test_metadata_that_is_something_else_is_told_in_one_line(tmp_path: Path, what: str) -> None:
+    """Whoever starts does not wait for it to become what it is not."""
+    secret, port = tmp_path / "other", free_ports(1)
+    secret.write_text("another secret of some length")
+    url = f"torus://127.0.0.1:{port}"
+    with contextlib.ExitStack() as stack:
+        if what == "another secret":
+            cluster = stack.enter_context(Cluster(tmp_path, secret="correct horse battery staple"))
+            cluster.start_node(0)
+            url, word = f"torus://{cluster.address(0)}", "secret"
+        else:
+            server = stack.enter_context(ThreadingTCPServer(("127.0.0.1", port), Greeter))
+            stack.callback(server.shutdown)
+            Thread(target=server.serve_forever, daemon=True).start()
+            word = "not a frame"
+        own = ["--data-dir", str(tmp_path / "d"), "--size", "64MiB"]
+        own += ["--listen", f"127.0.0.1:{free_ports(1)}"]
+        for program, *arguments in (
+            ("torusctl", "status"),
+            ("torusctl", "init"),
+            ("torusctl", "volume", "check", "demo"),
+            ("torusblk", "serve", "--unix", str(tmp_path / "s")),
+            ("torus-node", "start", *own),
+        ):
+            done = subprocess.run(
+                command(program, "-C", url, "--secret-file", str(secret), *arguments),
+                capture_output=True,
+                env=environment(tmp_path),
+                check=False,
+                text=True,
+                timeout=30,
+            )
+            assert done.returncode == 1, done
+            *logged, told = done.stderr.splitlines()
+            assert (
+                told.startswith(f"{program}: cannot use the metadata at {url}: ") and word in told
+            )
+            # What serves also logs why the connection ended.
+            assert not logged or (len(logged) == 1 and program != "torusctl"), done.stderr
 
 
 def test_wipe_may_be_repeated_and_init_follows(tmp_path: Path) -> None:

@@ -17,13 +17,20 @@ import pytest
 from tests.unit.runtime_harness import on_uvloop, until
 from torus_actors.actors import bridge, links
 from torus_actors.actors.bridge import Bridge, BridgeConfig
+from torus_actors.actors.metadata import ActorStore
 from torus_actors.errors import (
+    Again,
     DeadlineExceeded,
     Invalid,
     NoPeer,
     PeerLost,
+    ProtocolError,
     TorusError,
+    Unauthenticated,
 )
+from torus_actors.metadata.kv import Put
+from torus_actors.metadata.patience import refusal
+from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import (
     ActorSystem,
     ChildSpec,
@@ -602,6 +609,45 @@ async def test_a_secret_mismatch_is_refused_with_a_plain_reason(
         assert "secret" in await reason(caller)
         assert not caller.bridge.is_up(server.node)
         await until(lambda: not any(link.ready for link in server.bridge._in_links))
+
+
+async def speak_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """What another program does that has taken a node's port."""
+    await reader.read(16)
+    writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+    writer.close()
+
+
+@pytest.mark.parametrize("what", ["another secret", "another program"])
+@on_uvloop
+async def test_metadata_that_is_something_else_may_be_asked_again(what: str) -> None:
+    """A running process waits for it to be set right, and loses no change that it may have made.
+
+    One that starts is told at once why it cannot.
+    """
+    server, caller = End(free_port(), SECRET), End(None, b"another secret here")
+    await caller.start()
+    if what == "another secret":
+        await server.start()
+    else:
+        http = await asyncio.start_server(speak_http, "127.0.0.1", server.port)
+    store = ActorStore(caller.system.actor("metadata", node=f"@127.0.0.1:{server.port}"))
+    for asked in (store.get("x"), store.txn([], [Put("x", b"")]), store.lease_grant(5)):
+        with pytest.raises(Again, match=r"cannot be reached: .*(secret|HTTP)") as told:
+            await asked
+        refused = refusal(told.value, "torus://x")
+        assert isinstance(refused, (Unauthenticated, ProtocolError))
+        assert str(refused).startswith("cannot use the metadata at torus://x: ")
+    watch = MetadataService(store, rng=random.Random(1)).ring_watch()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await anext(watch)
+    await caller.system.stop()
+    if what == "another secret":
+        await server.system.stop()
+    else:
+        http.close()
+    assert refusal(Again("no answer"), "torus://x") is None
 
 
 @on_uvloop

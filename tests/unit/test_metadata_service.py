@@ -22,6 +22,7 @@ from tests.integration.metadata_backends import (
 )
 from torus_actors.errors import (
     Again,
+    Closed,
     CompareFailed,
     Corruption,
     Exists,
@@ -34,6 +35,9 @@ from torus_actors.errors import (
     NotExist,
     OutcomeUnknown,
     OutOfSpace,
+    ProtocolError,
+    TorusError,
+    Unauthenticated,
 )
 from torus_actors.metadata import keys
 from torus_actors.metadata.faulty import FaultyStore
@@ -316,6 +320,59 @@ def test_a_watch_waits_out_an_outage(backend: Backend) -> None:
         assert not coming.done()
         f.store.down = False
         assert await coming == (b"ring 2", 2)
+
+    run(backend, test)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        Corruption("database disk image is malformed"),
+        OutOfSpace("the disk is full"),
+        Unauthenticated("the secret is another"),
+        ProtocolError("not a frame: it begins with b'HTTP'"),
+        Invalid("not a KeyValue: wrong length"),
+        TorusError("of a newer version"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_watch_goes_on_whatever_its_store_says(
+    backend: Backend, failure: TorusError, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or what follows would end, with all that does I/O beside it, until the store is mended.
+
+    It says so once.
+    """
+
+    async def test(f: Fixture) -> None:
+        rings = f.service.ring_watch()
+        assert await anext(rings) == (b"ring 1", 1)
+        f.store.failure = failure
+        coming = asyncio.ensure_future(anext(rings))
+        direct = MetadataService(f.store.inner, rng=random.Random(2))
+        await direct.set_ring(b"ring 2", 2)
+        seen = f.store.failed
+        await until(lambda: asyncio.sleep(0, f.store.failed > seen + 2))
+        assert not coming.done()
+        f.store.failure = None
+        assert await coming == (b"ring 2", 2)
+
+    run(backend, test)
+    told = [record.getMessage() for record in caplog.records if str(failure) in record.getMessage()]
+    assert told == [f"watching torus-actors/ring, which goes on: {failure}"]
+
+
+def test_a_watch_ends_with_its_store(backend: Backend) -> None:
+    """There is nobody left to ask."""
+
+    async def test(f: Fixture) -> None:
+        rings = f.service.ring_watch()
+        await anext(rings)
+        coming = asyncio.ensure_future(anext(rings))
+        await asyncio.sleep(0)
+        await f.store.close()
+        with pytest.raises(Closed):
+            await coming
 
     run(backend, test)
 

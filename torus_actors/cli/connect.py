@@ -20,7 +20,7 @@ from torus_actors.actors.metadata import ActorStore, MetadataActor
 from torus_actors.cli.common import Settings
 from torus_actors.errors import Again, DeadlineExceeded, NotSupported, PeerLost, TorusError
 from torus_actors.metadata.kv import KeyValueStore
-from torus_actors.metadata.patience import Backoff
+from torus_actors.metadata.patience import Backoff, refusal
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
@@ -90,6 +90,7 @@ class Connection:
 
         Raises:
             Again: it was not reached; one line that says what to do.
+            Unauthenticated, ProtocolError: it is not for this process, or something else.
         """
         until = self.system.loop.time() + PATIENCE_S
         backoff = Backoff(self._rng, first_s=0.1, max_s=0.5)
@@ -97,6 +98,9 @@ class Connection:
             try:
                 return await ask(*args, **kwargs)
             except Again as error:
+                refused = refusal(error, self.url)
+                if refused is not None:
+                    raise refused from error
                 if not await backoff.wait(until):
                     raise unreachable(self.url, error) from error
 

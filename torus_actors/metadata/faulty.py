@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torus_actors.errors import Again, OutcomeUnknown
+from torus_actors.errors import Again, OutcomeUnknown, TorusError
 from torus_actors.metadata import kv
 
 
@@ -13,6 +13,8 @@ class FaultyStore(kv.KeyValueStore):
 
     Attributes:
         down: every call fails with `Again`.
+        failure: every call fails with this.
+        failed: calls that have failed by either so far.
         lose_answers: so many more transactions are applied, but answered with `OutcomeUnknown`.
         lose_requests: so many more are not applied, and answered with `OutcomeUnknown`.
         delay_requests: so many more are answered with `OutcomeUnknown`, and applied by `arrive`.
@@ -25,6 +27,8 @@ class FaultyStore(kv.KeyValueStore):
     def __init__(self, inner: kv.KeyValueStore) -> None:
         self.inner = inner
         self.down = False
+        self.failure: TorusError | None = None
+        self.failed = 0
         self.lose_answers = 0
         self.lose_requests = 0
         self.delay_requests = 0
@@ -94,5 +98,7 @@ class FaultyStore(kv.KeyValueStore):
         await self.inner.close()
 
     def _check(self) -> None:
-        if self.down:
-            raise Again("the store is down on purpose")
+        failure = Again("the store is down on purpose") if self.down else self.failure
+        if failure is not None:
+            self.failed += 1
+            raise failure

@@ -7,13 +7,29 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from torus_actors.errors import Again, Overloaded
+from torus_actors.errors import Again, Overloaded, ProtocolError, TorusError, Unauthenticated
 
 T = TypeVar("T")
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
 """A node shall be back at work within seconds after its metadata is."""
+
+
+def refusal(error: TorusError, url: str) -> TorusError | None:
+    """What to tell the person who has given a wrong URL or secret just now; None if it is neither.
+
+    Another program has the port then, or the secret is another. That is `Again` to a process that
+    runs, for it may be set right; one that starts need not wait for it.
+
+    Args:
+        error: what the metadata failed with.
+        url: of the metadata.
+    """
+    cause = error.__cause__
+    if isinstance(error, Again) and isinstance(cause, (Unauthenticated, ProtocolError)):
+        return type(cause)(f"cannot use the metadata at {url}: {cause}")
+    return None
 
 
 class Backoff:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from torus_actors.errors import TRANSIENT, Compacted, Corruption
+from torus_actors.errors import Closed, Compacted, Corruption, TorusError
 from torus_actors.metadata.kv import Event, EventKind, KeyValue, KeyValueStore
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import Record
@@ -39,9 +39,11 @@ class Update:
 class Watch(AsyncIterator[Update]):
     """The present state under a prefix, then every change, for ever.
 
-    An outage of the store only delays: the watch goes on where it was, or with a full state if the
-    history in between is gone. It ends with `Closed` when the store is closed. It is a class and
-    not a generator so that leaving the loop needs no clean-up; nothing runs between two steps.
+    No failure of the store does more than delay: the watch goes on where it was, or with a full
+    state if the history in between is gone. That holds for failures that only a person can mend as
+    well: what was seen last stays in use meanwhile, which is better than none. It ends with
+    `Closed` when the store is closed. It is a class and not a generator so that leaving the loop
+    needs no clean-up; nothing runs between two steps.
 
     Args:
         store: what to watch.
@@ -58,22 +60,28 @@ class Watch(AsyncIterator[Update]):
         self._poll_s = poll_s
         self._backoff = Backoff(rng)
         self._revision: int | None = None
+        self._told = ""
 
     async def __anext__(self) -> Update:
         while True:
             try:
                 update = await self._step()
+            except Closed:
+                raise
             except Compacted:
                 self._revision = None
-                await self._backoff.wait()
+            except TorusError as error:
+                known, self._told = self._told, str(error)
+                if self._told != known:
+                    log.warning("watching %s, which goes on: %s", self._prefix, error)
+            else:
+                self._told = ""
+                self._backoff.reset()
+                self._revision = update.revision
+                if update.full or update.events:
+                    return update
                 continue
-            except TRANSIENT:
-                await self._backoff.wait()
-                continue
-            self._backoff.reset()
-            self._revision = update.revision
-            if update.full or update.events:
-                return update
+            await self._backoff.wait()
 
     async def _step(self) -> Update:
         if self._revision is None:
