@@ -15,10 +15,11 @@ from unittest import mock
 import pytest
 
 from torus_actors.errors import Closed, Corruption, OutOfSpace
+from torus_actors.model.checksums import PAGE_SIZE
 from torus_actors.model.refs import BlockRef
 from torus_actors.storage import mfile_open
 from torus_actors.storage import slots as states
-from torus_actors.storage.index import ENTRY_SIZE, Layout
+from torus_actors.storage.index import ENTRY_SIZE, HEADER_COPIES, Layout
 from torus_actors.storage.mfile import MFileBatch, MFileStore
 from torus_actors.storage.simdisk import Operation, PowerCut, SimDisk
 from torus_actors.storage.store import FlushBatch, Location
@@ -69,17 +70,20 @@ class Run:
         self.expected = {ref: Expected() for ref in REFS}
         self.pinned: list[tuple[BlockRef, Location]] = []
         self.nested = False
+        self.two_headers = False
 
     # Starting and stopping.
 
     def start(self) -> None:
         """Open the store, and hold it to what is expected."""
         self.pinned = []
+        self.two_headers = False
         store = self.store_class.open(
             self.disk, block_size=BLOCK_SIZE, size_bytes=SIZE_BYTES, rng=random.Random(1)
         )
         self.disk.on_operation = self.interleave
         self.store = store
+        self.two_headers = True
         listed, end = store.refs_from(0, 1000)
         promise(end is None and len(set(listed)) == len(listed), "listing repeats a block")
         promise(set(listed) <= set(REFS), "a block that was never put")
@@ -104,6 +108,18 @@ class Run:
     def lose_process(self) -> None:
         """Kill -9: the page cache stays."""
         self.disk = self.disk.kill()
+
+    def close(self) -> None:
+        """Close in order."""
+        self.two_headers = False
+        self.open_store().close()
+        self.two_headers = True
+
+    def lose_header(self) -> None:
+        """One header rots; the other is enough, unless an error met it while it was written."""
+        if self.two_headers:
+            page = self.rng.randrange(HEADER_COPIES)
+            self.disk.rot(mfile_open.INDEX_PATH, page * PAGE_SIZE)
 
     # The workload.
 
@@ -250,7 +266,7 @@ def run_with_cut(seed: int, cut: int, store_class: type[MFileStore] = MFileStore
 
 
 def run_with_faults(seed: int, store_class: type[MFileStore] = MFileStore) -> None:
-    """Several lives of a store: disk errors, kills and power cuts in any order."""
+    """Several lives of a store: disk errors, kills, power cuts and lost headers in any order."""
     run = Run(seed, store_class, faults=True)
     for _ in range(5):
         try:
@@ -258,7 +274,7 @@ def run_with_faults(seed: int, store_class: type[MFileStore] = MFileStore) -> No
             run.disk.cut_before(run.rng.choice([8, 30, 150]) - run.rng.randrange(8))
             run.work(40)
             if run.rng.random() < 0.3:
-                run.open_store().close()
+                run.close()
         except PowerCut:
             pass
         except OSError:
@@ -271,6 +287,8 @@ def run_with_faults(seed: int, store_class: type[MFileStore] = MFileStore) -> No
         else:
             run.lose_power()
         run.disk.heal()
+        if run.rng.random() < 0.4:
+            run.lose_header()
     run.start()
 
 

@@ -19,6 +19,7 @@ from torus_actors.storage.index import (
     DATA_OFFSET,
     ENTRIES_OFFSET,
     ENTRY_SIZE,
+    HEADER_COPIES,
     VERSION,
     Layout,
 )
@@ -280,6 +281,37 @@ def test_growing() -> None:
     assert store.get(ref(200)) == block(200, 10)
 
 
+@pytest.mark.parametrize("copy", range(HEADER_COPIES))
+@pytest.mark.parametrize("closed", [False, True])
+def test_either_header_tells_of_growth(copy: int, closed: bool) -> None:
+    """A store that grew keeps the blocks beyond its old end, whichever header rots afterwards."""
+    disk = new_disk()
+    start(disk, 4).close()
+    store = filled(disk, slots=20, blocks=10)
+    if closed:
+        store.close()
+    disk = disk.crash()
+    disk.rot(INDEX_PATH, copy * 4096 + 20)
+    again = start(disk)
+    assert (again.stats().total, again.damaged_entries) == (20, 0)
+    for index in range(1, 11):
+        assert again.get(ref(index)) == block(index)
+
+
+@pytest.mark.parametrize("copy", range(HEADER_COPIES))
+def test_no_incarnation_comes_twice(copy: int) -> None:
+    """Whichever header rots: what one opening took and lost, no flush of the next confirms."""
+    disk = new_disk()
+    filled(disk).close()
+    store = start(disk)
+    store.put(ref(11), block(11))
+    disk = disk.crash()
+    disk.rot(INDEX_PATH, copy * 4096 + 20)
+    again = start(disk)
+    assert not again.has(ref(11))
+    assert again.incarnation > store.incarnation
+
+
 @pytest.mark.parametrize("skip", [None, 0, 1])
 def test_growing_without_room(skip: int | None) -> None:
     """Growth that does not fit is refused; the store opens at its old size as before."""
@@ -406,10 +438,11 @@ def test_close_after_a_failed_flush_is_unclean() -> None:
         syncs.append(operation.kind) if operation.path == INDEX_PATH else None
     )
     start(disk).close()
-    assert syncs == ["write", "sync", "write", "sync", "write", "sync"]
+    both_headers = ["write", "sync"] * HEADER_COPIES
+    assert syncs == ["write", "sync", *both_headers, "write", "sync"]
     syncs.clear()
     start(disk)
-    assert syncs == ["write", "sync"]
+    assert syncs == both_headers
 
 
 def test_neighbouring_entries_are_written_together() -> None:

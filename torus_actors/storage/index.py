@@ -2,7 +2,8 @@
 
 Index file, all numbers little-endian:
 
-    page 0, 1   the header, twice: written in turn, the valid one with the higher sequence counts
+    page 0, 1   the header, twice: written in turn, the valid one with the higher sequence counts;
+                opening writes both
     page 2...   one entry of 64 bytes for each slot; zeros is a free slot
 
 Data file:

@@ -17,6 +17,7 @@ from torus_actors.storage.index import (
     DATA_OFFSET,
     ENTRIES_OFFSET,
     ENTRY_SIZE,
+    HEADER_COPIES,
     ZERO_ENTRY,
     Header,
     Layout,
@@ -239,10 +240,9 @@ def _begin(disk: Disk, opened: Opened, layout: Layout, slots: int) -> None:
             raise
         opened.data.fdatasync()
         opened.index.fdatasync()
-    opened.header = dataclasses.replace(
-        header.successor(clean=False), slots=slots, incarnation=header.incarnation + 1
+    _write_headers(
+        opened, dataclasses.replace(header, slots=slots, incarnation=header.incarnation + 1)
     )
-    opened.header.write(opened.index)
 
 
 def _shrink(opened: Opened, layout: Layout, slots: int) -> None:
@@ -253,7 +253,23 @@ def _shrink(opened: Opened, layout: Layout, slots: int) -> None:
             f"the block store cannot shrink to {slots} blocks: block {highest + 1} of "
             f"{opened.header.slots} is in use"
         )
-    opened.header = dataclasses.replace(opened.header.successor(clean=False), slots=slots)
-    opened.header.write(opened.index)
+    # Before anything is cut off: a header that tells of more would be one of a damaged store.
+    _write_headers(opened, dataclasses.replace(opened.header, slots=slots))
     opened.index.truncate(layout.index_size(slots))
     opened.data.truncate(layout.data_size(slots))
+
+
+def _write_headers(opened: Opened, header: Header) -> None:
+    """Replace all copies of the header, before anything relies on what it says.
+
+    A copy that still told of fewer slots, an earlier incarnation or an index closed in order would
+    count as soon as the other one rots: blocks would be dropped, a flush confirmed that never was,
+    or entries trusted that no sync has covered.
+
+    Each is durable before the next is written over: wherever the power goes, one is whole, and it
+    tells of the state before or of the one to be. The two differ in nothing that is in use yet.
+    """
+    for _ in range(HEADER_COPIES):
+        header = header.successor(clean=False)
+        header.write(opened.index)
+    opened.header = header
