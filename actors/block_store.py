@@ -167,8 +167,13 @@ class OpenStores:
 
     @property
     def incarnation(self) -> int:
-        """Of the data store; the two are opened and closed together."""
+        """Of the data store; the two are opened and closed together. Grows."""
         return self.stores[DATA].incarnation
+
+    @property
+    def incarnation_id(self) -> int:
+        """Likewise; what a put and the flush that covers it have in common."""
+        return self.stores[DATA].incarnation_id
 
     async def _own(self, coroutine: Any) -> Any:
         """Run to the end, whatever becomes of the one who waits."""
@@ -381,8 +386,8 @@ class BlockStoreActor(LoopActor):
             payload: the block; its buffer is the store's until the answer.
 
         Returns:
-            The store's incarnation: a later ``flush`` that answers the same number covers the
-            block; until then a crash may lose it.
+            The id of the store's incarnation: a later ``flush`` that answers the same one covers
+            the block; until then a crash may lose it.
         """
         if not replace:
             self._opened.requests += 1
@@ -394,7 +399,7 @@ class BlockStoreActor(LoopActor):
             # Blocks are immutable: other content under the same ref is a damaged copy, on one side
             # or the other. It is never overwritten on a guess.
             await self._opened.put(ref, root, sums, True, payload)
-        return self._opened.incarnation
+        return self._opened.incarnation_id
 
     @expose(remote=True, idempotent=True, deferred=True)
     def read_ranges(self, reply: Any, items: bytes) -> None:
@@ -462,9 +467,9 @@ class BlockStoreActor(LoopActor):
 
     @expose(remote=True, idempotent=True)
     async def flush(self) -> int:
-        """Make durable all blocks put so far; returns the store's incarnation."""
+        """Make durable all blocks put so far; returns the id of the store's incarnation."""
         await self._opened.flush()
-        return self._opened.incarnation
+        return self._opened.incarnation_id
 
     @expose(remote=True, idempotent=True)
     def list_blocks(self, kind: int, slot: int, count: int) -> list[Any]:

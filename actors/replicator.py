@@ -202,7 +202,7 @@ class Replicator(LoopActor):
             payload: the block; not to be changed before the answer.
 
         Returns:
-            ``[peer, incarnation]`` of each copy: what ``flush`` must later confirm.
+            ``[peer, incarnation id]`` of each copy: what ``flush`` must later confirm.
 
         Raises:
             NoPeer: the ring is empty.
@@ -302,8 +302,8 @@ class Replicator(LoopActor):
         """Make every block put so far durable on these peers.
 
         Returns:
-            The incarnation of each store that confirmed. A store that has another incarnation than
-            the one which took a block may have lost it.
+            The incarnation id of each store that confirmed. A store that has another one than when
+            it took a block may have lost it, or is not the store which took it.
         """
         refs = {
             peer: self._store(peer).flush.remote(timeout_s=FLUSH_TIMEOUT_S, resend=True)

@@ -26,6 +26,7 @@ from torus_actors.errors import Closed, Exists, Invalid, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
+from torus_actors.storage.simdisk import SimDisk
 
 BLOCK = 16 << 10
 
@@ -85,6 +86,19 @@ async def test_put_read_check_flush_delete() -> None:
         assert await node.actor("block_store").flush.remote() == incarnation
         assert await node.actor("block_store").delete_blocks.remote(block + page) == 2
         assert not node.refs(0) and not node.refs(1)
+
+
+@virtual
+async def test_a_new_disk_confirms_nothing_that_the_old_one_took() -> None:
+    """A node that keeps its id and gets a new disk has a new store, which counts from 1 again."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        taken = await put(node, ref_of(1), b"b" * BLOCK)
+        await node.crash()
+        node.disks = [SimDisk(random.Random(index)) for index in range(len(node.disks))]
+        await node.start()
+        assert not node.refs(0)
+        assert await node.actor("block_store").flush.remote() != taken
 
 
 @virtual

@@ -86,6 +86,22 @@ def test_reopened(tmp_path: Path) -> None:
     again.close()
 
 
+def test_incarnation_id_tells_from_all_other_openings() -> None:
+    """Of the same store, and of any other, which counts its incarnations from 1 as well."""
+    found = []
+    for seed in range(3):
+        disk = new_disk()
+        for incarnation in (1, 2, 3):
+            store = MFileStore.open(
+                disk, block_size=BLOCK_SIZE, size_bytes=size_for(4), rng=random.Random(seed)
+            )
+            assert store.incarnation == incarnation
+            found.append(store.incarnation_id)
+            disk = disk.crash()
+    assert len(set(found)) == len(found)
+    assert all(0 <= each < 1 << 63 for each in found)
+
+
 def test_left_without_closing(tmp_path: Path) -> None:
     """On a real disk, not closed: flushed blocks are there, unflushed ones are not."""
     store = filled(RealDisk(tmp_path))

@@ -97,6 +97,11 @@ class Header:
         index.fdatasync()
 
     @property
+    def incarnation_id(self) -> int:
+        """See `BlockStore`: a random start for each store, and one more for each opening."""
+        return (int.from_bytes(self.store_id[:8], "little") + self.incarnation) % (1 << 63)
+
+    @property
     def data_mark(self) -> bytes:
         """The first page of the data file."""
         body = _DATA_MARK.pack(DATA_MAGIC, VERSION, 0, self.block_size, self.store_id)

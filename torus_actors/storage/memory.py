@@ -64,7 +64,7 @@ class MemoryStore(BlockStore):
     Args:
         block_size: bytes.
         slots: room for so many blocks.
-        incarnation: see `BlockStore`.
+        incarnation: see `BlockStore`; a random one, since nothing is left of the one before.
         allocate: gives the buffers that reads fill.
     """
 
@@ -72,7 +72,7 @@ class MemoryStore(BlockStore):
         self, block_size: int, slots: int, incarnation: int, allocate: Allocator = new_buffer
     ) -> None:
         self.block_size = block_size
-        self.incarnation = incarnation
+        self.incarnation = self.incarnation_id = incarnation
         self._slots = slots
         self._allocate = allocate
         self._by_ref: dict[BlockRef, int] = {}

@@ -167,6 +167,7 @@ class MFileStore(BlockStore):
         """Index entries found torn or rotten at opening: at most so many blocks are missing."""
         self.block_size = opened.header.block_size
         self.incarnation = opened.header.incarnation
+        self.incarnation_id = opened.header.incarnation_id
         self._layout = Layout(self.block_size)
         self._direct = self._data.direct_fd >= 0
         self._seed = entry_seed(opened.header.store_id)

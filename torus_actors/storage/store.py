@@ -136,8 +136,11 @@ class BlockStore(abc.ABC):
     block_size: int
     """Largest block, bytes."""
     incarnation: int
-    """Another number each time the store is opened; an mfile's grows. A put under one incarnation
-    and a flush under another prove nothing: what was not flushed may be gone."""
+    """Another number each time the store is opened; an mfile's grows."""
+    incarnation_id: int
+    """Tells this incarnation from all others, of this store and of any other one: a disk may have
+    been replaced, and every store counts from 1. Below 2**63. A put under one and a flush under
+    another prove nothing: what was not flushed may be gone."""
 
     @classmethod
     @abc.abstractmethod

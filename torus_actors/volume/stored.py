@@ -12,7 +12,7 @@ class Stored:
 
     Attributes:
         root: its checksum.
-        placed: ``[peer, incarnation]`` of each copy.
+        placed: ``[peer, incarnation id]`` of each copy.
         index: where it is in the file; -1 for a page of the map.
         data: its content, if it is a page of the map.
         kept: its content, if it is a block of data that the client keeps until it is durable:
