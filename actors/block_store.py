@@ -38,7 +38,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.model.buffers import BufferPool
-from torus_actors.model.checksums import Buffer
+from torus_actors.model.checksums import Buffer, sums_size
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorHandle, ActorSystem, LoopActor, Reply, expose
 from torus_actors.storage.aio import READ, AioQueue, Transfer
@@ -371,6 +371,7 @@ class BlockStoreActor(LoopActor):
         super().__init__()
         self._opened = opened
         self._stores = opened.stores
+        self._list_bytes_max = max(sums_size(store.block_size) for store in opened.stores)
 
     @expose(remote=True, idempotent=True)
     async def put_block(
@@ -410,7 +411,8 @@ class BlockStoreActor(LoopActor):
                 checksum list and the data.
             items: packed RANGE records.
         """
-        if sum(length for _, _, length in RANGE.iter_unpack(_whole(items))) > PAYLOAD_MAX:
+        asked = sum(length for _, _, length in RANGE.iter_unpack(_whole(items)))
+        if asked + len(items) // RANGE.size * self._list_bytes_max > PAYLOAD_MAX:
             raise Invalid(f"more than {PAYLOAD_MAX >> 20} MiB asked for at once")
         self._opened.requests += 1
         answers: list[_Answer | None] = []

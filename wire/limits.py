@@ -10,9 +10,9 @@ METADATA_MAX = 1 << 20
 """Bytes of msgpack metadata in a frame: about 38,000 block refs, the largest batch that is useful.
 It is decoded in one go on the event loop, so it bounds how long one peer can hold up the others."""
 
-PAYLOAD_MAX = 16 << 20
-"""Bytes of raw payload in a frame: 32 blocks of the default size. Bounds what one announced length
-can make a node allocate."""
+PAYLOAD_MAX = (16 << 20) + (16 << 10)
+"""Bytes of raw payload in a frame: the largest block, and its checksum list of 4 bytes a page,
+which is read together with it. Bounds what one announced length can make a node allocate."""
 
 HELLO_MAX = 64 << 10
 """Bytes of metadata in a frame before the handshake is done, when the other side is a stranger;

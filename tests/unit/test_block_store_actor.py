@@ -27,6 +27,9 @@ from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
 from torus_actors.storage.simdisk import SimDisk
+from torus_actors.storage.store import BLOCK_SIZE_MAX
+from torus_actors.wire.frames import Kind, encode
+from torus_actors.wire.messages import encode_call, encode_reply
 
 BLOCK = 16 << 10
 
@@ -303,6 +306,22 @@ async def test_cold_reads_unpin_what_they_pinned() -> None:
 
 
 @virtual
+async def test_the_largest_block_fits_the_wire_with_its_checksum_list() -> None:
+    """Both ways: a block that could be put and not be read whole could never be repaired."""
+    async with Cluster(nodes=1, block_size=BLOCK_SIZE_MAX, blocks=1) as cluster:
+        node = cluster.node(0)
+        data = random.Random(1).randbytes(BLOCK_SIZE_MAX)
+        sums = sums_of(data)
+        encode(Kind.CALL, 1, encode_call("block_store", "put_block", (sums,), 1), [data])
+        await put(node, ref_of(1), data)
+        answer = await node.actor("block_store").read_ranges.remote(
+            RANGE.pack(ref_of(1), 0, BLOCK_SIZE_MAX)
+        )
+        frame = encode(Kind.REPLY, 1, encode_reply(answer.result), answer.payload)
+        assert b"".join(frame).endswith(sums + data)
+
+
+@virtual
 async def test_a_request_for_too_much_is_refused_before_anything_is_read() -> None:
     """Neither a vectored read nor a check can make a node allocate without bound."""
     async with Cluster(nodes=1) as cluster:
@@ -311,6 +330,10 @@ async def test_a_request_for_too_much_is_refused_before_anything_is_read() -> No
         huge = RANGE.pack(ref_of(1), 0, 1 << 20) * 100
         with pytest.raises(Invalid):
             await node.actor("block_store").read_ranges.remote(huge)
+        # Each range brings the checksum list of its block along.
+        many = RANGE.pack(ref_of(1), 0, 4096) * (BLOCK_SIZE_MAX // 4096)
+        with pytest.raises(Invalid):
+            await node.actor("block_store").read_ranges.remote(many)
         with pytest.raises(Invalid):
             await node.actor("block_store").check_blocks.remote(ref_of(1) * 5000)
         with pytest.raises(TorusError):

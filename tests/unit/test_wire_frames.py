@@ -197,7 +197,7 @@ def corrupt(offset: int, fmt: str, value: object, payload: bytes = b"payload") -
         (corrupt(10, "<H", 4), "flags 0x4"),
         (corrupt(10, "<H", 0), "says it has none"),
         (corrupt(12, "<I", METADATA_MAX + 1), "metadata in a frame: the limit is 1048576"),
-        (corrupt(16, "<I", PAYLOAD_MAX + 1), "payload in a frame: the limit is 16777216"),
+        (corrupt(16, "<I", PAYLOAD_MAX + 1), f"payload in a frame: the limit is {PAYLOAD_MAX}"),
         (corrupt(20, "<I", 1), "payload does not match"),
         (corrupt(20, "<I", 1, bytes(100_000)), "payload does not match"),
         (corrupt(20, "<I", 1, bytes(300_000)), "payload does not match"),

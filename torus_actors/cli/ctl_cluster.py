@@ -27,7 +27,13 @@ WATCH_S = 1.0
 
 
 @click.command(cls=Command)
-@click.option("--block-size", type=SIZE, default="512KiB", show_default=True)
+@click.option(
+    "--block-size",
+    type=SIZE,
+    default="512KiB",
+    show_default=True,
+    help="A multiple of 4KiB, up to 16MiB.",
+)
 @click.option("--block-spec", default="crc,base", show_default=True, help="Layers of new volumes.")
 @click.option(
     "--replication",

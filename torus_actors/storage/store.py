@@ -33,7 +33,8 @@ from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
 from torus_actors.storage.disk import Disk
 
 BLOCK_SIZE_MAX = 16 << 20
-"""Largest block: a node keeps several in memory for each client."""
+"""Largest block: a node keeps several in memory for each client, and each goes in one frame, with
+its checksum list (PAYLOAD_MAX in wire/limits.py)."""
 
 WARNING_PERCENT = 85
 """A store fuller than this says so, while there is still time to add a disk."""
