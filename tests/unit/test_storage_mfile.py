@@ -13,7 +13,7 @@ import pytest
 from torus_actors.errors import Closed, Corruption, Invalid, OutOfSpace
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef
-from torus_actors.storage import mfile_open
+from torus_actors.storage import mfile, mfile_open
 from torus_actors.storage.disk import Disk, RealDisk
 from torus_actors.storage.index import (
     DATA_OFFSET,
@@ -388,6 +388,43 @@ def test_bit_rot_is_found() -> None:
     store.verify(ref(1))
     store.flush()
     assert start(disk.crash()).get(ref(1)) == block(1)
+
+
+def test_a_checksum_list_read_wrong_is_not_kept() -> None:
+    """A cable or a controller spoils one read: the next one is right again, without a repair.
+
+    Whether the list came with a read of the owner, or of a worker.
+    """
+    disk = new_disk()
+    store = filled(disk)
+    location = store.locate(ref(1))
+    for by_worker in (False, True):
+        disk.rot(DATA_PATH, LAYOUT.slot_offset(location.slot), 4)
+        found = store.read_nowait(location, 4096, 4096, True)
+        assert found is not None and found[0] != sums_of(block(1))
+        if by_worker:
+            store.keep_sums(location, found[0])
+        disk.rot(DATA_PATH, LAYOUT.slot_offset(location.slot), 4)
+        found = store.read_nowait(location, 4096, 4096, True)
+        assert found is not None and found[0] == sums_of(block(1))
+        store = start(disk)
+
+
+def test_a_kept_checksum_list_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is taken in: reads that find it there cost no checksum."""
+    disk = new_disk()
+    store = filled(disk)
+    location = store.locate(ref(1))
+    verified: list[bytes] = []
+
+    def root_of_noted(sums: bytes) -> int:
+        verified.append(sums)
+        return root_of(sums)
+
+    monkeypatch.setattr(mfile, "root_of", root_of_noted)
+    for offset in (0, 4096, 0, 4096):
+        assert store.read_nowait(location, offset, 4096, True) is not None
+    assert verified == [sums_of(block(1))]
 
 
 def test_read_error_is_corruption() -> None:

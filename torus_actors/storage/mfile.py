@@ -35,7 +35,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.model.buffers import BufferPool, aligned
-from torus_actors.model.checksums import PAGE_SIZE, Buffer, sums_size
+from torus_actors.model.checksums import PAGE_SIZE, Buffer, root_of, sums_size
 from torus_actors.model.refs import BlockRef
 from torus_actors.storage import slots as states
 from torus_actors.storage.disk import DIRECT_READ_MIN, Disk, File, WriteBuffer
@@ -392,6 +392,10 @@ class MFileStore(BlockStore):
         return known[1] if known is not None and known[0] == location.generation else None
 
     def keep_sums(self, location: Location, sums: bytes) -> None:
+        # A list that was read wrong once must not stand in for the right one from then on. What is
+        # kept already was verified when it came.
+        if self._known_sums(location) is not None or root_of(sums) != location.root:
+            return
         if len(self._sums) >= SUMS_KEPT_MAX and location.slot not in self._sums:
             del self._sums[next(iter(self._sums))]
         self._sums[location.slot] = (location.generation, sums)

@@ -339,7 +339,10 @@ class BlockStore(abc.ABC):
 
     @abc.abstractmethod
     def keep_sums(self, location: Location, sums: bytes) -> None:
-        """Remember a block's checksum list, which a worker has read, for `plan_direct`."""
+        """Remember a block's checksum list, which a worker has read, for `plan_direct`.
+
+        A list that is not the block's is passed over.
+        """
 
     @abc.abstractmethod
     def plan_direct(self, location: Location, offset: int, length: int) -> DirectRead | None:
