@@ -27,7 +27,8 @@ from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_index import Ticket
 from torus_actors.storage.journal_space import JournalLimits
-from torus_actors.storage.journal_steps import Commit, ReadRecords, Step
+from torus_actors.storage.journal_steps import Commit, ReadRecords
+from torus_actors.storage.step import Step
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ _STORE = (
         "index_before_data",
         "An index entry is written only after the sync that covers its data",
         Edit(
-            "storage.mfile:MFileBatch.write",
+            "storage.mfile:MFileBatch._work",
             "    if self.puts:\n        self.sync_data()\n    self.write_index()\n",
             "    self.write_index()\n    self.sync_index()\n    if self.puts:\n"
             "        self.sync_data()\n",

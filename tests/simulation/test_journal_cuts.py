@@ -28,8 +28,9 @@ from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import START, Position, SegmentHeader
 from torus_actors.storage.journal_index import Log, Segment, Ticket
 from torus_actors.storage.journal_space import JournalLimits
-from torus_actors.storage.journal_steps import Commit, Reuse, Step
+from torus_actors.storage.journal_steps import Commit, Reuse
 from torus_actors.storage.simdisk import Operation, PowerCut, SimDisk
+from torus_actors.storage.step import Step
 
 LIMITS = JournalLimits(segment_bytes=64 << 10, journal_bytes_max=5 * (64 << 10))
 VOLUMES = (3, 5, 7, 11)

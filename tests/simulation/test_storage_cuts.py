@@ -379,8 +379,7 @@ def test_runs_are_deterministic() -> None:
 class IndexBeforeDataBatch(MFileBatch):
     """Names blocks before they are durable."""
 
-    def write(self) -> None:
-        """In the wrong order."""
+    def _work(self) -> None:
         self.write_index()
         self.sync_index()
         self.sync_data()

@@ -219,6 +219,17 @@ def test_bad_puts_are_refused(store: BlockStore) -> None:
         store.put(ZERO_BLOCK, data)
 
 
+@pytest.mark.parametrize("ending", ["commit", "abandon"])
+def test_a_put_that_has_ended_is_not_written(store: BlockStore, ending: str) -> None:
+    """A writer that was killed before its turn has no slot any more when the turn comes."""
+    data = block(1)
+    ticket = reserve(store, 1, data)
+    store.write(ticket, sums_of(data), data)
+    getattr(store, ending)(ticket)
+    with pytest.raises(Invalid, match="has ended"):
+        store.write(ticket, sums_of(data), data)
+
+
 def test_delete(store: BlockStore) -> None:
     """A deleted block is gone at once, may be put again, and its slot comes back with a flush."""
     for index in (1, 2, 3):

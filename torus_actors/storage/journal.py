@@ -49,7 +49,8 @@ from torus_actors.storage.journal_format import (
 from torus_actors.storage.journal_index import Fence, JournalStats, Log, Ticket
 from torus_actors.storage.journal_open import open_journal
 from torus_actors.storage.journal_space import JournalLimits, JournalSpace
-from torus_actors.storage.journal_steps import Commit, MakeSegment, ReadRecords, Reuse, Step
+from torus_actors.storage.journal_steps import Commit, MakeSegment, ReadRecords, Reuse
+from torus_actors.storage.step import Step
 
 WAITING_BYTES_MAX = 64 << 20
 """Records that wait for the disk: more than it writes in a second need not be held in memory."""

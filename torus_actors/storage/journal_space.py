@@ -51,8 +51,8 @@ from torus_actors.storage.journal_steps import (
     Placed,
     ReadRecords,
     Reuse,
-    Step,
 )
+from torus_actors.storage.step import Step
 
 SEGMENT_BYTES = 32 << 20
 

@@ -1,20 +1,14 @@
-"""The disk work of the journal: steps that a worker runs while the owner of the store goes on.
-
-A step may be run twice, even by two workers at once (one that was given up on finishes its call
-unseen): a lock lets them in one by one, and the second finds the outcome of the first. That matters
-most for a failed sync: the kernel would tell the second that all is well.
-"""
+"""The disk work of the journal: steps that a worker runs while the owner of the store goes on."""
 
 from __future__ import annotations
 
-import abc
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from crc32c import crc32c
 
-from torus_actors.errors import Corruption, TorusError
+from torus_actors.errors import Corruption
 from torus_actors.model.checksums import Buffer
 from torus_actors.storage.disk import Disk, File
 from torus_actors.storage.journal_format import (
@@ -24,46 +18,12 @@ from torus_actors.storage.journal_format import (
     segment_name,
 )
 from torus_actors.storage.journal_index import Log, Segment, Stored, Ticket
+from torus_actors.storage.step import Step
 
 FILL_BYTES = 512 << 10
 """Zeros written in one step: commits go between, and wait a millisecond or two at most."""
 
 _ZEROS = bytes(FILL_BYTES)
-
-
-class Step(abc.ABC):
-    """One piece of disk work.
-
-    Args:
-        lock: of the store; one step works at a time.
-    """
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-        self._done = False
-        self._error: Exception | None = None
-
-    def run(self) -> None:
-        """Do it, unless it was done; in a worker.
-
-        Raises:
-            OSError, TorusError: it failed, now or earlier.
-        """
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            if self._done:
-                return
-            try:
-                self._work()
-            except (OSError, TorusError) as error:
-                self._error = error
-                raise
-            self._done = True
-
-    @abc.abstractmethod
-    def _work(self) -> None:
-        """The disk calls."""
 
 
 class Placed(NamedTuple):

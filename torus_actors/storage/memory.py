@@ -28,6 +28,7 @@ from torus_actors.storage.store import (
     check_range,
     check_ref,
     new_buffer,
+    slot_of,
 )
 
 
@@ -129,6 +130,7 @@ class MemoryStore(BlockStore):
 
     def write(self, ticket: Ticket, sums: Buffer, data: Buffer) -> None:
         assert isinstance(ticket, _MemoryTicket)
+        slot_of(ticket)
         check_put(self.block_size, ticket.root, sums, data)
         ticket.sums, ticket.data, ticket.length = bytes(sums), bytes(data), len(data)
 
@@ -261,9 +263,8 @@ class MemoryStore(BlockStore):
         return self._failure
 
     def _use_up(self, ticket: Ticket) -> int:
-        slot, ticket.slot = ticket.slot, -1
-        if slot < 0:
-            raise Invalid(f"the put of block {ticket.ref} has ended already")
+        slot = slot_of(ticket)
+        ticket.slot = -1
         self._reserved.remove(slot)
         return slot
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Self
@@ -49,6 +50,7 @@ from torus_actors.storage.index import (
 )
 from torus_actors.storage.mfile_open import Opened, open_files
 from torus_actors.storage.slots import SlotTable
+from torus_actors.storage.step import Step
 from torus_actors.storage.store import (
     Allocator,
     BlockStore,
@@ -61,6 +63,7 @@ from torus_actors.storage.store import (
     check_range,
     check_ref,
     new_buffer,
+    slot_of,
 )
 
 SUMS_KEPT_MAX = 8192
@@ -81,10 +84,11 @@ KEPT_MAX = 65536
 """Blocks remembered that went there whole: 6 MiB, for 32 GiB of the default size."""
 
 
-class MFileBatch(FlushBatch):
-    """One flush of an `MFileStore`.
+class MFileBatch(Step, FlushBatch):
+    """One flush of an `MFileStore`, done once: its slots may be other blocks' when it has ended.
 
     Args:
+        lock: of the store.
         data: the data file.
         index: the index file.
         puts: slot to index entry, of blocks whose data is written.
@@ -95,12 +99,14 @@ class MFileBatch(FlushBatch):
 
     def __init__(
         self,
+        lock: threading.Lock,
         data: File,
         index: File,
         puts: dict[int, bytes],
         zeros: frozenset[int],
         lost: list[str],
     ) -> None:
+        super().__init__(lock)
         self._data = data
         self._index = index
         self.puts = puts
@@ -112,6 +118,9 @@ class MFileBatch(FlushBatch):
         return not self.puts and not self.zeros
 
     def write(self) -> None:
+        self.run()
+
+    def _work(self) -> None:
         if self.empty:
             return
         if self.puts:
@@ -180,6 +189,8 @@ class MFileStore(BlockStore):
         self._touched: set[int] = set()
         """Slots of `_puts` whose entry a failed flush may have written already."""
         self._in_flight: MFileBatch | None = None
+        self._flushing = threading.Lock()
+        """Held by the worker that writes a batch."""
         self._unsynced = False
         """A failed flush may have written entries that no sync has covered since."""
         self._pins: dict[int, int] = {}
@@ -235,6 +246,7 @@ class MFileStore(BlockStore):
         return Ticket(ref, root, slot)
 
     def write(self, ticket: Ticket, sums: Buffer, data: Buffer) -> None:
+        slot = slot_of(ticket)
         check_put(self.block_size, ticket.root, sums, data)
         # Whole pages, so that the kernel need not read what is around them, nor copy anything.
         view = memoryview(data)
@@ -246,7 +258,7 @@ class MFileStore(BlockStore):
         if whole < len(view):
             buffers.append(edges[room:])
         try:
-            self._data.pwritev(buffers, self._layout.slot_offset(ticket.slot))
+            self._data.pwritev(buffers, self._layout.slot_offset(slot))
         except OSError:
             ticket.failed = True
             raise
@@ -288,7 +300,9 @@ class MFileStore(BlockStore):
             # Two at once could write the entries of one slot in the wrong order.
             raise Overloaded("a flush of the block store is under way")
         zeros = frozenset(self._zeros)
-        batch = self.batch_class(self._data, self._index, self._puts, zeros, self._lost)
+        batch = self.batch_class(
+            self._flushing, self._data, self._index, self._puts, zeros, self._lost
+        )
         self._in_flight = batch
         self._puts = {}
         self._zeros = set()
@@ -506,9 +520,8 @@ class MFileStore(BlockStore):
         self._table.set_state(slot, states.DRAINING if slot in self._pins else states.FREE)
 
     def _use_up(self, ticket: Ticket) -> int:
-        slot, ticket.slot = ticket.slot, -1
-        if slot < 0:
-            raise Invalid(f"the put of block {ticket.ref} has ended already")
+        slot = slot_of(ticket)
+        ticket.slot = -1
         return slot
 
     def _landed(self, batch: FlushBatch) -> MFileBatch:
@@ -516,6 +529,7 @@ class MFileStore(BlockStore):
             raise Invalid("this flush has ended already")
         landed, self._in_flight = self._in_flight, None
         assert landed is not None
+        landed.give_up()
         return landed
 
     def _is_current(self, location: Location) -> bool:

@@ -87,6 +87,7 @@ class Ticket:
     ref: BlockRef
     root: int
     slot: int
+    """-1 when the put has ended."""
     length: int = 0
     """Set by `BlockStore.write`; 0 until the data is written."""
     sums: bytes = b""
@@ -126,8 +127,12 @@ class FlushBatch(abc.ABC):
     def write(self) -> None:
         """Make the batch durable. In a worker.
 
+        A second worker may be told to do what a first one, given up on, is still doing or has
+        done: it finds out how that ended. Once the store has ended the flush, nothing is begun.
+
         Raises:
-            OSError: the disk failed; then `BlockStore.fail_flush` is due.
+            OSError, OutOfSpace: the disk failed; then `BlockStore.fail_flush` is due.
+            Invalid: the store has ended the flush without it.
         """
 
 
@@ -200,7 +205,7 @@ class BlockStore(abc.ABC):
 
         Raises:
             Corruption: data, sums and root do not belong together; nothing was written.
-            Invalid: wrong lengths; nothing was written.
+            Invalid: wrong lengths, or the put has ended; nothing was written.
             OSError, OutOfSpace: the disk failed; `abandon` is due.
         """
 
@@ -439,6 +444,19 @@ def check_ref(ref: BlockRef) -> None:
     """
     if len(ref) != BLOCK_REF_SIZE or not any(ref):
         raise Invalid("the zero ref names no block")
+
+
+def slot_of(ticket: Ticket) -> int:
+    """The slot of a put under way.
+
+    Raises:
+        Invalid: it has ended, and the slot may be another block's: this is a worker that was given
+            up on before its turn.
+    """
+    slot = ticket.slot
+    if slot < 0:
+        raise Invalid(f"the put of block {ticket.ref} has ended already")
+    return slot
 
 
 def check_block_size(block_size: int) -> None:
