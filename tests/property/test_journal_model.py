@@ -239,12 +239,12 @@ def test_junk_is_no_group(junk: bytes, seed: int, generation: int) -> None:
         assert list(groups_of(data, seed, generation)) == []
 
 
-@given(u32, st.binary(min_size=16, max_size=16), u64, u64, st.data())
+@given(u32, st.binary(min_size=16, max_size=16), u64, u64, u32, st.data())
 def test_header_round_trip(
-    segment: int, store_id: bytes, generation: int, size: int, data: Any
+    segment: int, store_id: bytes, generation: int, size: int, segments: int, data: Any
 ) -> None:
     """A segment's header reads as written with either half of its page gone, but not with both."""
-    header = SegmentHeader(segment, store_id, generation, size)
+    header = SegmentHeader(segment, store_id, generation, size, segments)
     page = bytearray(pack_segment_header(header))
     assert parse_segment_header(page, "x") == header
     half = data.draw(st.sampled_from([0, 2048]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +22,16 @@ from torus_actors.errors import (
 from torus_actors.storage import journal
 from torus_actors.storage.disk import RealDisk
 from torus_actors.storage.journal import JournalStore
-from torus_actors.storage.journal_format import HEADER_COPIES, HEADER_SIZE, segment_name
+from torus_actors.storage.journal_format import (
+    HEADER_COPIES,
+    HEADER_SIZE,
+    pack_segment_header,
+    parse_segment_header,
+    segment_name,
+)
 from torus_actors.storage.journal_index import Fence, Ticket
 from torus_actors.storage.journal_space import JOURNAL_BYTES_MAX, JournalLimits
-from torus_actors.storage.simdisk import Operation, SimDisk
+from torus_actors.storage.simdisk import Operation, PowerCut, SimDisk
 
 SEGMENT = 64 << 10
 LIMITS = JournalLimits(segment_bytes=SEGMENT, journal_bytes_max=6 * SEGMENT)
@@ -491,6 +497,83 @@ def test_missing_segment_is_refused(store: JournalStore, disk: SimDisk) -> None:
     disk.unlink(segment_name(0))
     with pytest.raises(Corruption, match="missing"):
         open_store(disk.kill())
+
+
+def without_last_segment(disk: SimDisk) -> SimDisk:
+    """The disk after a power cut that cost the file with the highest number."""
+    disk = disk.crash()
+    disk.unlink(max(disk.listdir()))
+    return disk
+
+
+def fill_until(store: JournalStore, ready: Callable[[], bool]) -> None:
+    """Append records, of which the last six are needed, until something is so."""
+    for seq in range(1, 1000):
+        put(store, 1, 1, seq, bytes(12_000))
+        store.cut(1, 1, max(0, seq - 6))
+        if ready():
+            return
+    raise AssertionError("never so")
+
+
+def last_segment(store: JournalStore) -> str:
+    """What the segment with the highest number is, if there are several."""
+    last = store._segments[-1]
+    if len(store._segments) == 1:
+        return "the only one"
+    return "free" if last in store._free else "active" if last is store._active else "sealed"
+
+
+@pytest.mark.parametrize("state", ["free", "active", "sealed"])
+def test_loss_of_the_last_segment_is_refused(
+    store: JournalStore, disk: SimDisk, state: str
+) -> None:
+    """No name shows that it was there: the first segment tells, before and after its reuse."""
+    fill_until(store, lambda: last_segment(store) == state)
+    assert (store._segments[0].generation > 1) == (state != "free")
+    with pytest.raises(Corruption, match="missing"):
+        open_store(without_last_segment(disk))
+
+
+@pytest.mark.parametrize("state", ["active", "sealed"])
+def test_loss_of_the_last_segment_of_an_older_journal(
+    store: JournalStore, disk: SimDisk, state: str
+) -> None:
+    """Its first segment does not tell: tables name what is sealed, and opening it mends that."""
+    fill_until(store, lambda: last_segment(store) == state)
+    first = disk.open(segment_name(0))
+    header = parse_segment_header(first.pread(HEADER_SIZE, 0), "")
+    assert header.segments == len(store._segments)
+    first.pwrite(pack_segment_header(header._replace(segments=0)), 0)
+    first.fdatasync()
+    disk = disk.crash()
+    if state == "active":
+        open_store(disk)
+    with pytest.raises(Corruption, match="missing"):
+        open_store(without_last_segment(disk))
+
+
+def test_the_first_segment_tells_wherever_the_power_goes() -> None:
+    """A segment that is in use is told of, however often its making was cut off."""
+    cut = 0
+    was_cut = True
+    while was_cut:
+        disk = SimDisk(random.Random(cut))
+        store = open_store(disk)
+        disk.cut_before(cut)
+        try:
+            fill_until(store, lambda store=store: len(store._segments) == 3)  # type: ignore[misc]
+            was_cut = False
+        except PowerCut:
+            pass
+        disk = disk.crash()
+        again = open_store(disk)
+        put(again, 2, 1, 1, b"x")
+        if len(again._segments) > 1:
+            with pytest.raises(Corruption, match="missing"):
+                open_store(without_last_segment(disk))
+        cut += 1
+    assert cut > 10
 
 
 def test_segments_of_two_journals_are_refused(disk: SimDisk) -> None:

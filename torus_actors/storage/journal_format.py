@@ -66,12 +66,15 @@ class SegmentHeader(NamedTuple):
         store_id: 16 random bytes, the same in all segments of a journal.
         generation: how often it was put to use.
         size: of the file, bytes.
+        segments: how many there were when it was written; 0 in an older journal. That of the first
+            segment is kept up to date, to tell when the file with the highest number is lost.
     """
 
     segment: int
     store_id: bytes
     generation: int
     size: int
+    segments: int = 0
 
 
 class Position(NamedTuple):
@@ -165,7 +168,7 @@ def pack_segment_header(header: SegmentHeader) -> bytes:
         header.store_id,
         header.generation,
         header.size,
-        0,
+        header.segments,
     )
     copy = body + _CRC.pack(crc32c(body))
     return copy.ljust(HEADER_COPIES[1], b"\0") * 2
@@ -186,15 +189,15 @@ def parse_segment_header(page: Buffer, name: str) -> SegmentHeader:
             crc32c(body)
         ):
             continue
-        magic, version, index, store_id, generation, size, _ = _SEGMENT.unpack(body)
+        magic, version, index, store_id, generation, size, segments = _SEGMENT.unpack(body)
         if magic != SEGMENT_MAGIC:
             continue
         if version != FORMAT_VERSION:
             raise Invalid(f"{name} has format {version}, and this program knows {FORMAT_VERSION}")
-        found.append(SegmentHeader(index, store_id, generation, size))
+        found.append(SegmentHeader(index, store_id, generation, size, segments))
     if not found:
         raise Corruption(f"{name}: the header is damaged")
-    return max(found, key=lambda header: header.generation)
+    return max(found, key=lambda header: (header.generation, header.segments))
 
 
 def seed_of(store_id: bytes, index: int) -> int:

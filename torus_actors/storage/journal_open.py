@@ -35,6 +35,7 @@ from torus_actors.storage.journal_format import (
     segment_name,
 )
 from torus_actors.storage.journal_index import Log, Run, Segment, Stored
+from torus_actors.storage.journal_steps import tell_count
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,11 +84,12 @@ def open_journal(disk: Disk, rng: random.Random) -> Opened:
     found: list[_Found] = []
     with contextlib.ExitStack() as opened:
         store_id = b""
+        told = 0
         buffer = bytearray()
         for index in range(count):
             name = segment_name(index)
             if name not in names:
-                raise Corruption(f"{name} of the journal is missing")
+                raise _missing(index)
             file = disk.open(name)
             opened.callback(file.close)
             size = file.size()
@@ -96,14 +98,20 @@ def open_journal(disk: Disk, rng: random.Random) -> Opened:
             file.preadv([buffer], 0)
             header = parse_segment_header(buffer, name)
             store_id = store_id or header.store_id
+            told = header.segments if index == 0 else told
             if (header.segment, header.store_id, header.size) != (index, store_id, size):
                 raise Corruption(f"{name} does not belong to this journal")
             segment = Segment(index, file, size, header.generation, HEADER_SIZE)
             groups = list(groups_of(buffer, seed_of(store_id, index), header.generation))
             found.append(_Found(segment, groups))
+        if told > count:
+            raise _missing(count)
         if found:
             # A name may have been in memory only; and so may the newest group, see below.
             disk.fsync_dir()
+            if told < count:
+                # An older journal, or the making of the last one was cut off here.
+                tell_count(found[0].segment, store_id, count)
         opened.pop_all()
     try:
         return _read(found, store_id or rng.randbytes(16))
@@ -111,6 +119,10 @@ def open_journal(disk: Disk, rng: random.Random) -> Opened:
         for each in found:
             each.segment.file.close()
         raise
+
+
+def _missing(index: int) -> Corruption:
+    return Corruption(f"{segment_name(index)} of the journal is missing")
 
 
 def _read(found: list[_Found], store_id: bytes) -> Opened:
@@ -157,6 +169,9 @@ def _apply_table(found: list[_Found]) -> None:
     if newest is None:
         return
     for index, generation, end in parse_table(newest[1]):
+        if index >= len(found):
+            # A journal whose first segment does not tell yet how many there are.
+            raise _missing(index)
         each = found[index]
         if each.segment.generation != generation:
             continue  # reused since: nothing in it was needed

@@ -373,8 +373,10 @@ class JournalSpace:
     def _grow(self) -> Step | None:
         if not self._may_grow():
             return None
-        header = SegmentHeader(len(self._segments), self._store_id, 1, self.limits.segment_bytes)
-        self._making = MakeSegment(self._lock, self._disk, header)
+        count = len(self._segments)
+        header = SegmentHeader(count, self._store_id, 1, self.limits.segment_bytes, count + 1)
+        first = self._segments[0] if self._segments else None
+        self._making = MakeSegment(self._lock, self._disk, header, first)
         return self._making
 
     def _choose(self) -> Segment | None:
@@ -406,7 +408,13 @@ class JournalSpace:
             self._urgent.extend(Ticket(STATE, log) for log in self._states_in(victim))
         if not self.may_reuse(victim):
             return None
-        header = SegmentHeader(victim.index, self._store_id, victim.generation + 1, victim.size)
+        header = SegmentHeader(
+            victim.index,
+            self._store_id,
+            victim.generation + 1,
+            victim.size,
+            len(self._segments),
+        )
         return Reuse(self._lock, victim, header)
 
     def _next_moves(self) -> list[tuple[Log, Position, Stored, Segment]]:
@@ -480,7 +488,7 @@ class JournalSpace:
             return
         assert step.file is not None
         self._making = None
-        index, _, generation, size = step.header
+        index, _, generation, size, _ = step.header
         segment = Segment(index, step.file, size, generation, HEADER_SIZE)
         self._segments.append(segment)
         self._free.append(segment)

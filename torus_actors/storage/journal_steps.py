@@ -85,6 +85,7 @@ class MakeSegment(Step):
     Args:
         disk: the journal's directory.
         header: of the segment to be.
+        first: the first of the journal; None if this one will be.
         file: from the step before; None at first.
         filled: bytes filled so far.
     """
@@ -94,12 +95,14 @@ class MakeSegment(Step):
         lock: threading.Lock,
         disk: Disk,
         header: SegmentHeader,
+        first: Segment | None,
         file: File | None = None,
         filled: int = 0,
     ) -> None:
         super().__init__(lock)
         self.disk = disk
         self.header = header
+        self.first = first
         self.file = file
         self.filled = filled
 
@@ -115,7 +118,7 @@ class MakeSegment(Step):
 
     def following(self) -> MakeSegment:
         """The next step."""
-        return MakeSegment(self._lock, self.disk, self.header, self.file, self.filled)
+        return MakeSegment(self._lock, self.disk, self.header, self.first, self.file, self.filled)
 
     def _work(self) -> None:
         if self.file is None:
@@ -129,6 +132,23 @@ class MakeSegment(Step):
         if self.complete:
             self.disk.rename(self.path, segment_name(self.header.segment))
             self.disk.fsync_dir()
+            if self.first is not None:
+                tell_count(self.first, self.header.store_id, self.header.segments)
+
+
+def tell_count(first: Segment, store_id: bytes, count: int) -> None:
+    """Have the first segment tell how many there are, durably: before the newest one is used.
+
+    Its loss would show in no name, and what was acknowledged in it would be missing unnoticed.
+    """
+    header = SegmentHeader(first.index, store_id, first.generation, first.size, count)
+    _write_header(first, header)
+
+
+def _write_header(segment: Segment, header: SegmentHeader) -> None:
+    # Each copy lies in one sector: wherever the power goes, both are whole, the old or the new one.
+    segment.file.pwrite(pack_segment_header(header), 0)
+    segment.file.fdatasync()
 
 
 class Reuse(Step):
@@ -145,8 +165,7 @@ class Reuse(Step):
         self.header = header
 
     def _work(self) -> None:
-        self.segment.file.pwrite(pack_segment_header(self.header), 0)
-        self.segment.file.fdatasync()
+        _write_header(self.segment, self.header)
 
 
 class ReadRecords(Step):
