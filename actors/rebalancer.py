@@ -1,7 +1,8 @@
 """The rebalancer: moves this node's blocks to where the ring wants them.
 
-Walks the blocks stored here. What one of a block's owners misses is sent to it; a copy that this
-node holds without being an owner is dropped once every owner has confirmed, by reading it, a
+Walks the blocks stored here. What one of a block's owners misses is sent to it, by the first of
+those that have it: the others look again soon, and send it if nothing comes of that. A copy that
+this node holds without being an owner is dropped once every owner has confirmed, by reading it, a
 durable copy with the same checksum, and has promised to keep it. Messages in: ``start_pass``,
 ``status``; out: to the block stores of the owners. Its death costs the pass under way, which begins
 anew.
@@ -70,8 +71,8 @@ CALL_TIMEOUT_S = 30.0
 class Progress:
     """Of the pass under way or the last one; in blocks, but for ``sent_bytes``.
 
-    ``waiting`` are those that an owner does not have because it is down; ``failed`` those that
-    could not be moved this time.
+    ``waiting`` are those that an owner does not have because it is down; ``yielded`` those that
+    another node is to send; ``failed`` those that could not be moved this time.
     """
 
     running: bool = False
@@ -82,6 +83,7 @@ class Progress:
     sent_bytes: int = 0
     dropped: int = 0
     waiting: int = 0
+    yielded: int = 0
     failed: int = 0
     started_at: float = 0.0
     ended_at: float = 0.0
@@ -105,6 +107,8 @@ class Rebalancer(LoopActor):
         """When it was last looked how busy clients are: loop time, and requests so far but ours."""
         self._asked = asyncio.Event()
         self._progress = Progress()
+        self._insists = False
+        """Whether this pass leaves nothing to others: those get no further."""
         self._room = asyncio.Semaphore(SENDS_MAX)
         self._next_send = 0.0
 
@@ -135,6 +139,7 @@ class Rebalancer(LoopActor):
             "sent_bytes": p.sent_bytes,
             "dropped": p.dropped,
             "waiting": p.waiting,
+            "yielded": p.yielded,
             "failed": p.failed,
             "eta_s": round(left / speed, 1) if p.running and speed else 0.0,
             "ring_version": self._view.ring.version,
@@ -161,7 +166,8 @@ class Rebalancer(LoopActor):
             except TimeoutError:
                 pass
             situation = self._situation()
-            pause_s = retry_s if self._progress.failed else PASS_EVERY_S
+            p = self._progress
+            pause_s = retry_s if p.failed or p.yielded else PASS_EVERY_S
             due = loop.time() - last_pass > pause_s
             if situation == handled and not self._asked.is_set() and not due:
                 continue
@@ -170,9 +176,15 @@ class Rebalancer(LoopActor):
                 if self._situation() != situation:
                     continue
             self._asked.clear()
-            retry_s = min(retry_s * 2, PASS_EVERY_S) if situation == handled else RETRY_FIRST_S
+            yielded = p.yielded if situation == handled and not self._insists else 0
+            again = situation == handled and not yielded
+            retry_s = min(retry_s * 2, PASS_EVERY_S) if again else RETRY_FIRST_S
             handled = situation
+            self._insists = False
             await self._pass()
+            if yielded and self._progress.yielded >= yielded:
+                self._insists = True
+                await self._pass()
             last_pass = loop.time()
 
     # -- one pass ----------------------------------------------------------------------------------
@@ -244,11 +256,31 @@ class Rebalancer(LoopActor):
                 else:
                     wanted.setdefault(peer, []).append(ref)
         roots = await self._roots(me, refs)
-        for peer, candidates in wanted.items():
-            await self._fill(peer, candidates, roots)
+        there = await self._ask_all(wanted)
+        yielded: set[BlockRef] = set()
+        for peer, found in there.items():
+            missing = [r for r in wanted[peer] if r in roots and found.get(r) != roots[r]]
+            others = [ref for ref in missing if self._is_for_another(ref, roots[ref], there)]
+            p.yielded += len(others)
+            yielded.update(others)
+            await self._send_all(peer, [ref for ref in missing if ref not in yielded], roots)
+        foreign = [ref for ref in foreign if ref not in yielded]
         if foreign:
             await self._drop(foreign, roots)
         p.seen += len(refs)
+
+    def _is_for_another(
+        self, ref: BlockRef, root: int, there: dict[str, dict[BlockRef, int]]
+    ) -> bool:
+        """Whether an owner before this node in the ring's order has a block, and is to send it."""
+        if self._insists:
+            return False
+        for peer in self._owners(ref):
+            if peer == self.system.node_id:
+                return False
+            if there.get(peer, {}).get(ref) == root:
+                return True
+        return False
 
     async def _roots(
         self, peer: str, refs: Iterable[BlockRef], deep: bool = False, durable: bool = False
@@ -265,18 +297,22 @@ class Rebalancer(LoopActor):
             if status == Status.OK
         }
 
-    async def _fill(self, peer: str, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
-        """Send a peer what it misses of these."""
-        p = self._progress
-        try:
-            there = await self._roots(peer, refs)
-        except TorusError as error:
-            p.failed += len(refs)
-            log.debug("asking peer %s: %s", peer[:8], error)
-            return
-        await self._send_all(
-            peer, [ref for ref in refs if ref in roots and there.get(ref) != roots[ref]], roots
+    async def _ask_all(self, wanted: dict[str, list[BlockRef]]) -> dict[str, dict[BlockRef, int]]:
+        """Root checksums of what each of these peers has, of those that answer."""
+        peers = list(wanted)
+        answers = await asyncio.gather(
+            *[self._roots(peer, wanted[peer]) for peer in peers], return_exceptions=True
         )
+        there: dict[str, dict[BlockRef, int]] = {}
+        for peer, answer in zip(peers, answers, strict=True):
+            if isinstance(answer, TorusError):
+                self._progress.failed += len(wanted[peer])
+                log.debug("asking peer %s: %s", peer[:8], answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                there[peer] = answer
+        return there
 
     async def _send_all(self, peer: str, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
         p = self._progress

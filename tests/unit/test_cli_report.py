@@ -106,6 +106,8 @@ def test_full_stores_failures_and_waiting_blocks_are_told() -> None:
     assert any("could not move 1 block" in each for each in found)
     moving = answer(IDS[0], rebalancer={**IDLE, "running": True, "left": 7, "eta_s": 65.0})
     assert rebalance_of(row(0, at, moving)) == "7 left, 1m05s"
+    yielding = answer(IDS[0], rebalancer={**IDLE, "yielded": 4})
+    assert rebalance_of(row(0, at, yielding)) == "4 left to others"
 
 
 def test_an_address_that_another_node_took_over_does_not_count_as_up() -> None:

@@ -137,6 +137,60 @@ async def test_a_peer_that_answers_nonsense_ends_no_rebalancer(answer: Any) -> N
 
 
 @virtual
+async def test_who_gives_up_a_copy_leaves_the_sending_to_an_owner() -> None:
+    """To an owner that stays one, and has it."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(40)]
+        for block in blocks:
+            await block.put(client)
+        node = await cluster.add_node(rebalancer=True)
+        puts = cluster.network.calls["put_block"]
+        ring = cluster.ring.with_peer(Peer(node.node_id, 1 << 30))
+        missing = 0
+        for block in blocks:
+            had, owners = holders(cluster, block.ref), set(ring.owners(block.ref))
+            # Where all owners are new, whoever has it sends it: they do not know of each other.
+            missing += len(owners - had) * (1 if owners & had else len(had))
+        cluster.set_ring(ring)
+        await until(lambda: settled(cluster, blocks))
+        assert 20 < cluster.network.calls["put_block"] - puts <= missing
+
+
+@pytest.mark.parametrize("damaged", [0, 3])
+@virtual
+async def test_only_one_node_sends_what_an_owner_misses(damaged: int) -> None:
+    """Two others have each block that a lost node had: the first of them in the ring's order sends.
+
+    One whose own copy is damaged sends nothing; then the other does.
+    """
+    async with Cluster(nodes=4, replication=3) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(40)]
+        for block in blocks:
+            await block.put(client)
+        await client.actor("replicator").flush.remote(cluster.ids)
+        lost = cluster.ids[3]
+        ring = cluster.ring.without_peer(lost)
+        moved = [block for block in blocks if lost in cluster.ring.owners(block.ref)]
+        for block in moved[:damaged]:
+            first = next(
+                each for each in ring.owners(block.ref) if each in holders(cluster, block.ref)
+            )
+            cluster.nodes[first].rot(block.ref, 5000)
+        await cluster.nodes[lost].crash()
+        puts = cluster.network.calls["put_block"]
+        cluster.set_ring(ring)
+        await until(lambda: settled(cluster, blocks))
+        assert cluster.network.calls["put_block"] - puts == len(moved) > 20
+        await asyncio.sleep(30)
+        for node in map(cluster.node, range(3)):
+            assert not (await status(node))["yielded"]
+        for block in blocks:
+            assert await block.read(client) == block.data
+
+
+@virtual
 async def test_nothing_is_dropped_while_an_owner_is_down() -> None:
     """One of the two owners is down: the copy on the stand-in stays, pass after pass."""
     async with Cluster(nodes=3, replication=2) as cluster:

@@ -124,7 +124,7 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
                     raise Failed("no node is up: start one with torus-node start")
                 with progress_bar("rebalancing", None, "blocks") as advance:
                     result = await one_round(connection, addresses, advance)
-                total = {key: sum(each[key] for each in result) for key in _COUNTS}
+                total = {key: sum(each.get(key, 0) for each in result) for key in _COUNTS}
                 for key in moved:
                     moved[key] += total[key]
                 if not any(total.values()):
@@ -186,7 +186,7 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
         raise Failed(f"not scrubbed within {timeout_s:g} s") from error
 
 
-_COUNTS = ("sent", "dropped", "failed", "waiting")
+_COUNTS = ("sent", "dropped", "failed", "waiting", "yielded")
 
 
 def _all_of(names: list[str], answers: list[Any]) -> list[Any]:

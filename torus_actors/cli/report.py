@@ -196,6 +196,8 @@ def rebalance_of(row: Row) -> str:
         return f"{progress['failed']} failed"
     if progress["waiting"]:
         return f"{progress['waiting']} wait"
+    if progress.get("yielded"):
+        return f"{progress['yielded']} left to others"
     return "done"
 
 
