@@ -69,6 +69,7 @@ def test_seeds_of_everything(group: int) -> None:
     assert len(struck) > len(FAULTS) / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "seed"),
     [
@@ -78,6 +79,8 @@ def test_seeds_of_everything(group: int) -> None:
         ("everything", 1588),
         ("journal_members", 190),
         ("journal_replay", 77),
+        ("disk_errors", 1750),
+        ("bad_network", 1868),
     ],
 )
 def test_a_seed_that_once_failed(name: str, seed: int) -> None:
@@ -87,7 +90,9 @@ def test_a_seed_that_once_failed(name: str, seed: int) -> None:
     read failed while the client's bridge was being started again. Nodes were starting when a head
     was recorded, so that nobody could tell what it led to. A snapshot was asked for before the
     client had read what it found. Both members of a journal lost it, one after the other, before a
-    client had come that could choose others. Two records had a part of a sector each.
+    client had come that could choose others. Two records had a part of a sector each. A node one of
+    whose stores had failed took blocks for the other. All connections broke when a commit put its
+    pages.
     """
     result = run(SCENARIOS[name], seed)
     assert not result.failures, failures(result)
