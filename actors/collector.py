@@ -1,11 +1,12 @@
 """The garbage collector of a node: deletes blocks that nothing can reach any more.
 
-A pass reads all metadata, walks the trees of all heads and snapshots, and looks at each block
-stored here. A block is a candidate when
+A pass reads all metadata, walks the trees of all heads, snapshots and readers, and looks at each
+block stored here. A block is a candidate when
 
 - its volume has a tombstone, or it is older than its volume's head (a smaller INode number: what an
   open session has not committed yet is never older), and
-- no tree of any volume names it, since clones share blocks.
+- no tree of any volume names it, since clones share blocks, and
+- nobody reads it: those who have no lock leave a record of what they read.
 
 It is deleted when two complete passes, ``grace_s`` apart, both find it. The collector fails closed:
 any error in a pass, in reading metadata or a page, ends the pass with nothing deleted, and a volume
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,13 +66,15 @@ class _Roots(NamedTuple):
     Attributes:
         oldest_open: for each volume the INode number from which on blocks may be uncommitted.
         tombs: volumes that were deleted.
-        heads: of all volumes and snapshots.
+        heads: of all volumes, snapshots and readers.
+        read: for each volume first and last INode number of what somebody reads who has no lock.
         journals: for each volume the session that recorded its last ensemble.
     """
 
     oldest_open: dict[int, int]
     tombs: set[int]
     heads: list[Head]
+    read: dict[int, list[tuple[int, int]]]
     journals: dict[int, int]
 
 
@@ -152,7 +156,7 @@ class Collector(LoopActor):
 
     async def _pass(self) -> None:
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
-        oldest_open, tombs, heads, journals = await self._read_metadata()
+        oldest_open, tombs, heads, read, journals = await self._read_metadata()
         # Not before: what died while the metadata was read has its whole grace too.
         began = self.system.loop.time()
         live = await self._reachable(heads)
@@ -172,7 +176,11 @@ class Collector(LoopActor):
                     volume = ref.volume
                     # A volume that is not known, or has no head yet, protects all its blocks.
                     open_ended = ref.inode >= oldest_open.get(volume, 0)
-                    if (volume in tombs or not open_ended) and ref not in live:
+                    if (
+                        (volume in tombs or not open_ended)
+                        and ref not in live
+                        and not _is_within(ref.inode, read.get(volume, ()))
+                    ):
                         dead.append(ref)
                 new = [ref for ref in dead if ref not in self._suspects]
                 dead_twice[kind] += [ref for ref in dead if ref in self._suspects]
@@ -230,8 +238,15 @@ class Collector(LoopActor):
         }
         heads = list(state.heads.values())
         heads += [Head.decode(each.head) for each in state.snapshots if each.head]
+        read: dict[int, list[tuple[int, int]]] = {}
+        for reader in state.readers:
+            seen = Head.decode(reader.head) if reader.head else None
+            first = 0 if seen is None else seen.inode
+            read.setdefault(reader.volume_id, []).append((first, reader.upto))
+            heads += [] if seen is None else [seen]
         journals = {volume: journal.epoch for volume, journal in state.journals.items()}
-        return _Roots(oldest_open, set(state.deleted) - set(state.volumes), heads, journals)
+        tombs = set(state.deleted) - set(state.volumes)
+        return _Roots(oldest_open, tombs, heads, read, journals)
 
     async def _reachable(self, heads: list[Head]) -> RefSet:
         """Every block that a head leads to."""
@@ -273,3 +288,7 @@ class Collector(LoopActor):
             known = _Page((), bytes(page.entries))
         self._pages[ref] = known
         return known
+
+
+def _is_within(inode: int, ranges: Iterable[tuple[int, int]]) -> bool:
+    return any(first <= inode <= last for first, last in ranges)

@@ -1,9 +1,10 @@
 """The heartbeat: keeps this process's lease, and what hangs on it.
 
 A storage node is registered under the lease; the volumes that the process has open are locked under
-it. When the lease ran out (the metadata was away, or the process slept) a new one is made and both
-are put back, so an expired lease is never the end. Messages in: ``lease``, ``status``. Its own
-death costs at most one renewal; nothing waits for it on the data path.
+it, or kept for it as they were, if it only reads. When the lease ran out (the metadata was away, or
+the process slept) a new one is made and all that is put back, so an expired lease is never the end.
+Messages in: ``lease``, ``status``. Its own death costs at most one renewal; nothing waits for it on
+the data path.
 """
 
 from __future__ import annotations
@@ -102,13 +103,18 @@ class Heartbeat(LoopActor):
         await self._register(lease)
         for session in list(self.system.heirlooms.get("sessions", {}).values()):
             try:
-                await self._meta.renew_lock(session.volume_id, session.epoch, session.holder, lease)
+                if session.epoch:
+                    await self._meta.renew_lock(
+                        session.volume_id, session.epoch, session.holder, lease
+                    )
+                elif session.reader is not None:
+                    await self._meta.keep_reading(session.reader, lease)
             except Fenced as error:
                 session.fence(error)
             except (Again, OutcomeUnknown, LeaseNotFound):
                 raise
             except TorusError as error:
-                log.warning("lock of volume %s: %s", session.name, error)
+                log.warning("volume %s under a new lease: %s", session.name, error)
         self._lease = self.system.heirlooms["lease"] = lease
 
     async def _register(self, lease: int) -> None:

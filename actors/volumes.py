@@ -155,8 +155,7 @@ class Volumes(LoopActor):
                 session = await self._attach(name)
                 volume = OpenVolume(session)
                 self._open[name] = volume
-                if session.epoch:
-                    self._sessions[name] = session
+                self._sessions[name] = session
                 await self._start_actor(name, session)
                 if session.replayed and session.epoch:
                     if session.replay_certain:

@@ -592,12 +592,14 @@ class Client(Member):
         read_level: ReadLevel,
         write_level: WriteLevel,
         lease_ttl_s: int,
+        read_only: bool,
     ) -> None:
         super().__init__(cluster, node_id)
         self.caches = caches
         self.read_level = read_level
         self.write_level = write_level
         self.lease_ttl_s = lease_ttl_s
+        self.read_only = read_only
         self.store = FaultyStore(cluster.store)
         self.meta = MetadataService(
             self.store, rng=random.Random(cluster.rng.getrandbits(32)), resolve_s=2.0
@@ -625,7 +627,7 @@ class Client(Member):
                 ),
                 ChildSpec(
                     "volumes",
-                    lambda: Volumes(self.meta, self.view, self.caches),
+                    lambda: Volumes(self.meta, self.view, self.caches, read_only=self.read_only),
                     max_concurrency=64,
                     shutdown_s=90.0,
                 ),
@@ -841,6 +843,7 @@ class Cluster:
         read_level: ReadLevel = ReadLevel.BLOCK,
         write_level: WriteLevel = WriteLevel.ALL,
         lease_ttl_s: int = 6,
+        read_only: bool = False,
     ) -> Client:
         """A running client."""
         client = Client(
@@ -850,6 +853,7 @@ class Cluster:
             read_level,
             write_level,
             lease_ttl_s,
+            read_only,
         )
         self.clients.append(client)
         await client.start()

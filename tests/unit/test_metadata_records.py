@@ -99,6 +99,7 @@ def test_every_key_is_in_the_table() -> None:
         keys.NAME: made.name("demo-1.x_y"),
         keys.SNAPSHOT: made.snapshot(7, "monday"),
         keys.SNAPSHOT_REQUEST: made.snapshot_request(7, "monday"),
+        keys.READER: made.reader(7, PEER),
     }
     for row in (
         keys.VOLUME, keys.MINT, keys.HEAD, keys.EPOCH, keys.LOCK, keys.JOURNAL, keys.DELETED

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import Cluster, virtual
+from tests.fakes import Client, Cluster, Device, virtual
 from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.errors import BlockUnavailable
-from torus_actors.metadata.records import Head
+from torus_actors.metadata.records import Reader
 from torus_actors.nbd.requests import Hole
 from torus_actors.volume.opening import open_session
 from torus_actors.volume.read_cache import ReadCache
@@ -25,17 +25,17 @@ async def reader(cluster: Cluster, between: Callable[[], Awaitable[None]], times
     """Open ``v``; ``between`` happens after each of the first times that its head is read."""
     client = await cluster.client()
     assert client.system is not None
-    meta, head = client.meta, client.meta.head
+    meta, begin_reading = client.meta, client.meta.begin_reading
 
-    async def slowly(volume_id: int) -> tuple[Head | None, int]:
+    async def slowly(*args: Any) -> tuple[Reader, int]:
         nonlocal times
-        found = await head(volume_id)
+        found = await begin_reading(*args)
         if times:
             times -= 1
             await between()
         return found
 
-    meta.head = slowly  # type: ignore[method-assign]
+    meta.begin_reading = slowly  # type: ignore[method-assign]
     return await open_session(
         client.system,
         meta,
@@ -102,3 +102,95 @@ async def test_it_can_be_opened_beside_commits(times: int) -> None:
         session = await reader(cluster, between, times)
         assert await read(session, 5 * BLOCK, 7) == b"flushed"
         assert await read(session, 6 * BLOCK, 4) == b"next"
+
+
+async def only_reading(cluster: Cluster, name: str = "v") -> tuple[Client, Device]:
+    """A client that has a volume open to read it, and keeps no block in memory."""
+    client = await cluster.client(read_only=True, read_bytes=0)
+    return client, await client.open(name)
+
+
+async def collected(cluster: Cluster) -> None:
+    """Let collectors make some passes."""
+    for _ in range(4):
+        await asyncio.sleep(30)
+
+
+def stored(cluster: Cluster) -> int:
+    """Blocks of data on all nodes."""
+    return sum(len(node.refs()) for node in cluster.nodes.values())
+
+
+async def replaced(device: Device) -> None:
+    """Overwrite all of a volume, three times, with commits."""
+    for content in (b"2", b"3", b"4"):
+        for n in range(8):
+            await device.write(n * BLOCK, content * BLOCK)
+        await device.flush()
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+
+
+@virtual
+async def test_what_is_read_is_not_collected() -> None:
+    """Neither what the head had, nor what only the journal named, however often both are replaced.
+
+    When nobody reads it any more, it is.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
+        device = await journaling(cluster, SIZE)
+        for n in range(4):
+            await device.write(n * BLOCK, b"1" * BLOCK)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        await device.flush()
+        for n in range(4, 8):
+            await device.write(n * BLOCK, b"1" * BLOCK)
+        await device.flush()  # by a record that names blocks
+        _, reading = await only_reading(cluster)
+        await replaced(device)
+        await collected(cluster)
+        for n in range(8):
+            assert await reading.read(n * BLOCK, BLOCK) == b"1" * BLOCK
+        # What was put and replaced since is collected, from the next INode number on.
+        assert stored(cluster) == 2 * (8 + 8 + 8)
+        await reading.release()
+        await collected(cluster)
+        assert stored(cluster) == 2 * 8
+        state = await cluster.meta.state()
+        assert not state.readers
+
+
+@virtual
+async def test_a_deleted_snapshot_stays_for_those_who_read_it() -> None:
+    """And goes with them, also when they end without a word."""
+    async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
+        device = await journaling(cluster, SIZE)
+        for n in range(8):
+            await device.write(n * BLOCK, b"1" * BLOCK)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        await cluster.meta.create_snapshot(1, "s")
+        client, reading = await only_reading(cluster, "v@s")
+        await cluster.meta.delete_snapshot(1, "s")
+        await replaced(device)
+        await collected(cluster)
+        assert await reading.read(7 * BLOCK, BLOCK) == b"1" * BLOCK
+        await client.crash()
+        await collected(cluster)
+        assert stored(cluster) == 2 * 8
+
+
+@virtual
+async def test_what_is_read_is_kept_under_a_new_lease_too() -> None:
+    """The lease ran out, as when the metadata was away for long."""
+    async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
+        device = await journaling(cluster, SIZE)
+        for n in range(8):
+            await device.write(n * BLOCK, b"1" * BLOCK)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        client, reading = await only_reading(cluster)
+        lease = (await client.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(lease)
+        await asyncio.sleep(5)
+        assert [each.holder for each in (await cluster.meta.state()).readers] == [""]
+        await replaced(device)
+        await collected(cluster)
+        assert await reading.read(0, BLOCK) == b"1" * BLOCK

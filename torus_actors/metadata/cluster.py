@@ -24,6 +24,7 @@ from torus_actors.metadata.records import (
     Journal,
     Lock,
     PeerInfo,
+    Reader,
     Record,
     RingRecord,
     Snapshot,
@@ -45,6 +46,7 @@ class ClusterState:
     locks: dict[int, Lock]
     journals: dict[int, Journal]
     snapshots: list[Snapshot]
+    readers: list[Reader]
     deleted: dict[int, VolumeRecord]
 
 
@@ -198,7 +200,7 @@ class ClusterOperations(MetadataBase):
             Corruption: any record cannot be read; nothing is left out.
         """
         items, revision = await self.store.range(self.keys.prefix)
-        state = ClusterState(revision, {}, {}, {}, {}, {}, [], {})
+        state = ClusterState(revision, {}, {}, {}, {}, {}, [], [], {})
         for item in items:
             row = self.keys.row_of(item.key)
             if row is None:
@@ -216,6 +218,8 @@ class ClusterOperations(MetadataBase):
                     state.journals[int(volume_id, 16)] = record
                 case Snapshot():
                     state.snapshots.append(record)
+                case Reader():
+                    state.readers.append(record)
                 case VolumeRecord() if row is table.VOLUME:
                     state.volumes[record.id] = record
                 case VolumeRecord():

@@ -86,6 +86,13 @@ SNAPSHOT_REQUEST = Key(
     True,
     "A snapshot that is wanted of a volume in use",
 )
+READER = Key(
+    "readers/ID/NONCE",
+    records.Reader,
+    "who opens a volume only to read",
+    True,
+    "A version that somebody reads, and that is not to be collected meanwhile",
+)
 DELETED = Key(
     "deleted/ID",
     records.VolumeRecord,
@@ -108,6 +115,7 @@ TABLE = (
     JOURNAL,
     SNAPSHOT,
     SNAPSHOT_REQUEST,
+    READER,
     DELETED,
 )
 
@@ -152,6 +160,10 @@ class Keys:
     def snapshot_request(self, volume_id: int, name: str) -> str:
         """Key of a request for a snapshot."""
         return f"{self.of(SNAPSHOT_REQUEST, volume_id)}/{name}"
+
+    def reader(self, volume_id: int, nonce: str) -> str:
+        """Key of somebody who reads a volume."""
+        return f"{self.of(READER, volume_id)}/{nonce}"
 
     def row_of(self, key: str) -> Key | None:
         """The table's row for a key; None if it is not ours."""

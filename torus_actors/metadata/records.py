@@ -251,6 +251,22 @@ class SnapshotRequest(Record):
         check_name(self.name)
 
 
+@dataclass(frozen=True, slots=True)
+class Reader(Record):
+    """What somebody reads without having the volume's lock; kept as long as its lease lives.
+
+    ``head`` is an encoded `Head`, or nothing if there was none. Kept is what it leads to, and what
+    the journal named beyond it: blocks with INode numbers from the head's on, up to ``upto``.
+    """
+
+    volume_id: int
+    head: bytes
+    upto: int
+    holder: str = ""
+    since: float = 0.0
+    nonce: str = ""
+
+
 def check_name(name: str) -> None:
     """Refuse what cannot name a volume or a snapshot.
 

@@ -2,19 +2,22 @@
 
 It is written once, over `kv.KeyValueStore`; the backends differ only below that. Where to read:
 ``cluster`` (global metadata, ring, peers), ``volumes``, ``mint`` (INode numbers), ``sessions``
-(lock, epoch, head, journal), ``snapshots``, ``keys`` (the table of all keys), ``base`` (how a
-change survives a lost answer).
+(lock, epoch, head, journal), ``snapshots``, ``readers``, ``keys`` (the table of all keys), ``base``
+(how a change survives a lost answer).
 """
 
 from __future__ import annotations
 
 from torus_actors.metadata.cluster import ClusterOperations
 from torus_actors.metadata.mint import MintOperations
+from torus_actors.metadata.readers import ReaderOperations
 from torus_actors.metadata.snapshots import SnapshotOperations
 from torus_actors.metadata.volumes import VolumeOperations
 
 
-class MetadataService(ClusterOperations, VolumeOperations, MintOperations, SnapshotOperations):
+class MetadataService(
+    ClusterOperations, VolumeOperations, MintOperations, SnapshotOperations, ReaderOperations
+):
     """All metadata operations on one store; see `base.MetadataBase` for the arguments.
 
     Any method may raise `Again` (the store cannot be asked; nothing happened: see

@@ -358,6 +358,12 @@ class Replay:
         }
         self._extents = {index: found for index, found in newer.items() if found}
 
+    @property
+    def newest_inode(self) -> int:
+        """The highest INode number of what the records name; 0 if they name nothing."""
+        named = [ref.inode for ref, _, _ in self.blocks.values() if ref is not None]
+        return max([*named, 0 if self.head is None else self.head.inode])
+
     def extents(self) -> Iterator[LoggedExtent]:
         """Writes to do over the blocks, in order."""
         for index, found in self._extents.items():

@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
@@ -26,7 +26,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
-from torus_actors.metadata.records import Head, Snapshot
+from torus_actors.metadata.records import Head, Reader
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.refs import BlockRef
@@ -37,6 +37,8 @@ from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import MINTED, Session
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ATTACH_PATIENCE_S = 10.0
 """How long opening a volume waits for a lease that holds."""
@@ -74,26 +76,29 @@ async def open_session(
         Fenced: another client opened it in the meantime.
     """
     record = await meta.volume(name)
-    epoch = lease = 0
+    epoch = lease = revision = journal_revision = 0
     inodes: list[int] = []
-    kept: Snapshot | None = None
-    if snapshot is not None:
-        if not read_only:
-            raise Invalid(f"snapshot {snapshot} of volume {name} can only be read")
-        kept = await meta.snapshot(record.id, snapshot)
-        record = dataclasses.replace(record, size=kept.size or record.size)
+    reader: Reader | None = None
+    replay = Replay()
+    if snapshot is not None and not read_only:
+        raise Invalid(f"snapshot {snapshot} of volume {name} can only be read")
     if not read_only:
         epoch, lease = await attach(system, meta, record.id, holder)
     try:
         if not read_only:
             first = await meta.mint_inode(record.id, MINTED)
             inodes = list(range(first, first + MINTED))
-        replay, journal_revision = Replay(), 0
-        if kept is None:
-            head, revision, replay, journal_revision = await _newest(system, meta, record.id, epoch)
-            head = replay.head or head
+            head, revision = await meta.head(record.id)
+            replay, journal_revision = await recover(system, meta, record.id, epoch, head)
+        elif snapshot is None:
+            reader, lease, head, replay = await _read_newest(system, meta, record.id, holder)
         else:
-            head, revision = Head.decode(kept.head) if kept.head else None, 0
+            kept = await meta.snapshot(record.id, snapshot)
+            record = dataclasses.replace(record, size=kept.size or record.size)
+            reading = partial(meta.begin_reading_snapshot, kept, holder)
+            reader, lease = await _under_lease(system, reading)
+            head = Head.decode(kept.head) if kept.head else None
+        head = replay.head or head
         nblocks = -(-record.size // block_size)
         if head is None:
             blockset = blocksets.create_blockset(block_spec, nblocks)
@@ -130,52 +135,68 @@ async def open_session(
         session.replay_certain = replay.certain
         if replay.head is not None:
             session.heads.owed = replay.head  # until this session's first one takes its place
+        # If another lease was made meanwhile, it does not know of what hangs on this one.
+        now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
+        if now != lease and reader is not None:
+            await meta.keep_reading(reader, now)
+        elif now != lease:
+            await meta.renew_lock(record.id, epoch, holder, now)
         if epoch:
-            # If another lease was made meanwhile, it does not know of this lock.
-            now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
-            if now != lease:
-                await meta.renew_lock(record.id, epoch, holder, now)
             # The replay may have taken long, on nodes that are slow to answer. Whoever has begun a
             # session meanwhile has written what this one does not know of.
             _, newest = await meta.lock_status(record.id)
             if newest != epoch:
                 raise Fenced(f"session {newest} of volume {name} began while it was being opened")
+        session.reader = reader
     except BaseException:
         if epoch:
             detach_later(system, meta, record.id, epoch)
+        if reader is not None:
+            end_reading_later(system, meta, reader)
         raise
     return session
 
 
-async def _newest(
-    system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int
-) -> tuple[Head | None, int, Replay, int]:
-    """The volume's head, and what its journal has beyond it; with the revision of each.
+async def _read_newest(
+    system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
+) -> tuple[Reader, int, Head | None, Replay]:
+    """The volume's head, and what its journal has beyond it, for somebody who only reads.
 
-    A session that writes has fenced the one before, so both stay as they are. A reader leaves the
-    writer alone: should that commit, or another one begin, meanwhile, it reads both again. A head
-    with the records of a later journal would be a mix of new and old.
+    A reader leaves the writer alone: should that commit, or another session begin, meanwhile, both
+    are read again. A head with the records of a later journal would be a mix of new and old.
+
+    Returns:
+        The reader's record, which keeps what it reads; the lease that this hangs on; head, replay.
     """
-    if epoch:
-        head, revision = await meta.head(volume_id)
-        return head, revision, *await recover(system, meta, volume_id, epoch, head)
-    end = system.loop.time() + RECOVER_PATIENCE_S
+    loop = system.loop
+    end = loop.time() + RECOVER_PATIENCE_S
     backoff = Backoff(system.rng, first_s=0.02, max_s=1.0)
-    while True:
-        head, revision = await meta.head(volume_id)
-        failure: TorusError | None = None
-        try:
-            replay, journal_revision = await recover(
-                system, meta, volume_id, epoch, head, patience_s=0.0
-            )
-            _, head_now = await meta.head(volume_id)
-            _, journal_now = await meta.journal(volume_id)
-            if (head_now, journal_now) == (revision, journal_revision):
-                return head, revision, replay, journal_revision
-        except (BlockUnavailable, Fenced) as error:
-            failure = error  # also of records that a newer head has, or a newer session
-        if not await backoff.wait(end):
-            raise failure or BlockUnavailable("the volume's head changes faster than it is read")
+    reader: Reader | None = None
+    try:
+        while True:
+            lease = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
+            failure: TorusError | None = None
+            try:
+                nonce = "" if reader is None else reader.nonce
+                reader, revision = await meta.begin_reading(volume_id, holder, lease, nonce)
+                head = Head.decode(reader.head) if reader.head else None
+                replay, journal_revision = await recover(
+                    system, meta, volume_id, 0, head, patience_s=0.0
+                )
+                _, head_now = await meta.head(volume_id)
+                _, journal_now = await meta.journal(volume_id)
+                if (head_now, journal_now) == (revision, journal_revision):
+                    reader = dataclasses.replace(reader, upto=replay.newest_inode)
+                    await meta.keep_reading(reader, lease)
+                    return reader, lease, head, replay
+            except (BlockUnavailable, Fenced, LeaseNotFound) as error:
+                failure = error  # also of records that a newer head has, or a newer session
+            if not await backoff.wait(end):
+                raise failure or BlockUnavailable("the head changes faster than it is read")
+    except BaseException:
+        if reader is not None:
+            end_reading_later(system, meta, reader)
+        raise
 
 
 async def _apply(session: Session, replay: Replay) -> None:
@@ -209,21 +230,31 @@ async def attach(
     system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
 ) -> tuple[int, int]:
     """Take the lock; returns epoch and lease."""
-    backoff = Backoff(system.rng, max_s=0.5)
-    end = system.loop.time() + ATTACH_PATIENCE_S
-    while True:
-        lease = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
+
+    async def take(lease: int) -> int:
         attaching = asyncio.ensure_future(meta.attach(volume_id, holder, lease))
         try:
-            return await asyncio.shield(attaching), lease
-        except LeaseNotFound:
-            # It ran out, and the heartbeat has not noticed yet.
-            if not await backoff.wait(end):
-                raise
+            return await asyncio.shield(attaching)
         except asyncio.CancelledError:
             # Whoever wanted the volume has died. A lock that is taken now would be nobody's.
             _in_background(system, _undo_attach(meta, volume_id, attaching, system))
             raise
+
+    return await _under_lease(system, take)
+
+
+async def _under_lease(system: ActorSystem, put: Callable[[int], Awaitable[T]]) -> tuple[T, int]:
+    """Put something under this process's lease; returns what that gives, and the lease."""
+    backoff = Backoff(system.rng, max_s=0.5)
+    end = system.loop.time() + ATTACH_PATIENCE_S
+    while True:
+        lease = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
+        try:
+            return await put(lease), lease
+        except LeaseNotFound:
+            # It ran out, and the heartbeat has not noticed yet.
+            if not await backoff.wait(end):
+                raise
 
 
 async def _undo_attach(
@@ -256,6 +287,25 @@ def detach_later(
     return _in_background(system, detach(system, meta, volume_id, epoch))
 
 
+def end_reading_later(
+    system: ActorSystem, meta: MetadataService, reader: Reader
+) -> asyncio.Task[None]:
+    """Let what a reader read be collected, however long the metadata is away."""
+
+    async def end() -> None:
+        backoff = Backoff(system.rng)
+        while True:
+            try:
+                await meta.end_reading(reader)
+                return
+            except Closed:
+                return
+            except (Again, OutcomeUnknown):
+                await backoff.wait()
+
+    return _in_background(system, end())
+
+
 def _in_background(system: ActorSystem, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     task = system.loop.create_task(coroutine)
     system.background.add(task)
@@ -282,6 +332,9 @@ async def close_session(session: Session, meta: MetadataService) -> None:
         # Also when who closes it dies: the lease lives on, and would keep the lock for ever.
         if session.epoch:
             detaching = detach_later(session.system, meta, session.volume_id, session.epoch)
+        elif session.reader is not None:
+            reader, session.reader = session.reader, None
+            detaching = end_reading_later(session.system, meta, reader)
     if detaching is not None:
         await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
     if error is not None:

@@ -26,7 +26,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
-from torus_actors.metadata.records import Head, SnapshotRequest, VolumeRecord
+from torus_actors.metadata.records import Head, Reader, SnapshotRequest, VolumeRecord
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.inode_tree import CommitPlan
@@ -160,6 +160,8 @@ class Session:
         self._committing: list[Callable[[TorusError | None], None]] = []
         self._commit_wake = asyncio.Event()
         self._written_at = 0.0
+        self.reader: Reader | None = None
+        """What keeps from being collected what is read here, if it is opened only for that."""
         self.replayed = 0
         """Records of the last session's journal that are in the layers."""
         self.replaying: Replay | None = None

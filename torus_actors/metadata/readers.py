@@ -1,0 +1,91 @@
+"""Metadata of those who read a volume without its lock.
+
+A reader has a version of the volume that may be replaced meanwhile, and what only that leads to
+would be garbage. So it leaves a record of what it reads, under its lease; a collector takes that
+for what is alive, as it does a snapshot.
+"""
+
+from __future__ import annotations
+
+from torus_actors.errors import NotExist
+from torus_actors.metadata import keys as table
+from torus_actors.metadata.base import MetadataBase
+from torus_actors.metadata.kv import Compare, Delete, Put
+from torus_actors.metadata.records import Head, Reader, Snapshot
+
+EVERYTHING = (1 << 63) - 1
+"""No INode number is above it."""
+
+
+class ReaderOperations(MetadataBase):
+    """What somebody does who reads."""
+
+    async def begin_reading(
+        self, volume_id: int, holder: str, lease: int, nonce: str = ""
+    ) -> tuple[Reader, int]:
+        """Keep the volume's head, and all that is put from now on, for a reader.
+
+        Args:
+            volume_id: the volume.
+            holder: who, for people: host and process.
+            lease: the record lives as long.
+            nonce: of the reader's record, if it has one: that is replaced.
+
+        Returns:
+            The record, and the head's revision; 0 if there is none.
+
+        Raises:
+            LeaseNotFound: the lease has ended.
+        """
+        head_key = self.keys.of(table.HEAD, volume_id)
+        nonce = nonce or self._nonce()
+        attempts = self._attempts("read the volume")
+        while True:
+            await attempts.next()
+            head, revision = await self._read(head_key, Head)
+            encoded = b"" if head is None else head.encode()
+            reader = Reader(volume_id, encoded, EVERYTHING, holder, self._now(), nonce)
+            # Only while it is the head: what it leads to may be gone a moment later.
+            if await self._put(reader, lease, Compare(head_key, mod_revision=revision)):
+                return reader, revision
+
+    async def begin_reading_snapshot(self, snapshot: Snapshot, holder: str, lease: int) -> Reader:
+        """Keep what a snapshot leads to, also when that is deleted.
+
+        Raises:
+            NotExist: it is gone.
+            LeaseNotFound: the lease has ended.
+        """
+        key = self.keys.snapshot(snapshot.volume_id, snapshot.name)
+        reader = Reader(snapshot.volume_id, snapshot.head, 0, holder, self._now(), self._nonce())
+        if not await self._put(reader, lease, Compare(key, value=snapshot.encode())):
+            raise NotExist(f"there is no snapshot {snapshot.name}")
+        return reader
+
+    async def keep_reading(self, reader: Reader, lease: int) -> None:
+        """Put a reader's record, changed or under another lease.
+
+        Raises:
+            LeaseNotFound: the lease has ended.
+        """
+        await self._put(reader, lease)
+
+    async def end_reading(self, reader: Reader) -> None:
+        """Keep nothing for it any more; fine if its record is gone."""
+        key = self.keys.reader(reader.volume_id, reader.nonce)
+
+        async def gone() -> int | None:
+            return None
+
+        await self._settle([], [Delete(key)], gone)
+
+    async def _put(self, reader: Reader, lease: int, *compare: Compare) -> bool:
+        """Whether the record is there now."""
+        key = self.keys.reader(reader.volume_id, reader.nonce)
+
+        async def mine() -> int | None:
+            stored, at = await self._read(key, Reader)
+            return at if stored == reader else None
+
+        # Twice is as good as once: nobody else writes this key.
+        return await self._settle(compare, [Put(key, reader.encode(), lease)], mine) is not None
