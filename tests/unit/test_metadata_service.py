@@ -49,6 +49,8 @@ from torus_actors.metadata.records import (
     Journal,
     Lock,
     PeerInfo,
+    Reader,
+    Snapshot,
     VolumeRecord,
 )
 from torus_actors.metadata.service import MetadataService
@@ -755,10 +757,12 @@ def test_the_state_for_the_collector_is_complete_or_an_error(backend: Backend) -
         await service.set_journal(demo.id, epoch, 0, journal)
         snapshot = await service.create_snapshot(demo.id, "monday")
         await service.request_snapshot(demo.id, "tuesday", lease)
+        reader, _ = await service.begin_reading(demo.id, "vm2 pid 2", lease)
         state = await service.state()
         assert state.volumes == {demo.id: demo} and state.deleted == {gone.id: gone}
         assert state.heads == {demo.id: head_of(1, epoch)} and state.epochs == {demo.id: epoch}
         assert state.journals == {demo.id: journal} and state.snapshots == [snapshot]
+        assert state.readers == [reader] and reader.head == head_of(1, epoch).encode()
         assert isinstance(state.locks[demo.id], Lock)
 
         rows = {service.keys.row_of(key) for key, _ in await service.dump()}
@@ -813,8 +817,22 @@ def test_every_change_survives_a_lost_answer(backend: Backend, fault: str) -> No
         assert await service.head(volume.id) == (head_of(1, 1), revision)
         await faulty(service.set_journal(volume.id, 1, 0, Journal(1, ())))
         await faulty(service.renew_lock(volume.id, 1, "vm1 pid 1", await service.grant_lease(60)))
-        await faulty(service.create_snapshot(volume.id, "monday"))
+        snapshot = await faulty(service.create_snapshot(volume.id, "monday"))
+        assert isinstance(snapshot, Snapshot)
+        begun = await faulty(service.begin_reading(volume.id, "vm2 pid 2", lease))
+        assert isinstance(begun, tuple)
+        reader, at = begun
+        assert at == revision and reader.upto > 1 << 40
+        await faulty(service.keep_reading(dataclasses.replace(reader, upto=7), lease))
+        assert [each.upto for each in (await service.state()).readers] == [7]
+        await faulty(service.end_reading(reader))
+        kept = await faulty(service.begin_reading_snapshot(snapshot, "vm2 pid 2", lease))
+        assert isinstance(kept, Reader) and kept.head == head_of(1, 1).encode()
         await faulty(service.delete_snapshot(volume.id, "monday"))
+        with pytest.raises(NotExist):
+            await service.begin_reading_snapshot(snapshot, "vm2 pid 2", lease)
+        await faulty(service.end_reading(kept))
+        assert not (await service.state()).readers
         await faulty(service.detach(volume.id, 1))
         await faulty(service.delete_volume("demo"))
         await faulty(service.wipe())

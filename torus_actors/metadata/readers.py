@@ -68,7 +68,11 @@ class ReaderOperations(MetadataBase):
         Raises:
             LeaseNotFound: the lease has ended.
         """
-        await self._put(reader, lease)
+        attempts = self._attempts("keep what is read")
+        while True:
+            await attempts.next()
+            if await self._put(reader, lease):
+                return
 
     async def end_reading(self, reader: Reader) -> None:
         """Keep nothing for it any more; fine if its record is gone."""
@@ -82,10 +86,12 @@ class ReaderOperations(MetadataBase):
     async def _put(self, reader: Reader, lease: int, *compare: Compare) -> bool:
         """Whether the record is there now."""
         key = self.keys.reader(reader.volume_id, reader.nonce)
+        _, revision = await self._read(key, Reader)
 
         async def mine() -> int | None:
             stored, at = await self._read(key, Reader)
             return at if stored == reader else None
 
-        # Twice is as good as once: nobody else writes this key.
-        return await self._settle(compare, [Put(key, reader.encode(), lease)], mine) is not None
+        # Its own revision too: else one that was delayed on its way could hang it on an old lease.
+        compares = [*compare, Compare(key, mod_revision=revision)]
+        return await self._settle(compares, [Put(key, reader.encode(), lease)], mine) is not None
