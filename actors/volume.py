@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torus_actors.errors import TorusError
 from torus_actors.nbd.requests import Hole, Request
 from torus_actors.runtime import LoopActor, expose
+from torus_actors.volume.block_status import PIECES_MAX
 from torus_actors.volume.session import Session
 
 
@@ -89,9 +91,14 @@ class VolumeActor(LoopActor):
 
     @expose(idempotent=True)
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Which parts of a range hold data: lengths in bytes, each with whether it is data."""
+        """Which parts of a range hold data: lengths in bytes, each with whether it is data.
+
+        They may end before the range does, as in an answer to BLOCK_STATUS: ask again from there.
+        """
         file = self._session.file
-        found: list[tuple[int, bool]] = await file.with_pages(lambda: file.extents(offset, length))
+        scan = partial(file.extents, offset, length, PIECES_MAX, PIECES_MAX)
+        found: list[tuple[int, bool]]
+        found, _ = await file.with_pages(scan)
         return found
 
     @expose()

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torus_actors.nbd.protocol import Cmd, TransmissionFlag
+from torus_actors.errors import TorusError
+from torus_actors.nbd.protocol import Cmd, TransmissionFlag, errno_of
 
 
 class Op(enum.IntEnum):
@@ -45,7 +46,8 @@ class Request:
         no_hole: WRITE_ZEROES: leave the range allocated.
         fast_zero: WRITE_ZEROES: answer ENOTSUP, and change nothing, unless it is faster than
             writing.
-        req_one: BLOCK_STATUS: one extent is enough. The connection sees to it.
+        req_one: BLOCK_STATUS: one extent is enough. The connection sees to it; a device that
+            looks for no more saves work.
     """
 
     op: Op
@@ -85,7 +87,8 @@ class Reply:
         message: for a person; shown to clients that negotiated structured replies.
         buffers: READ: the data in order; the lengths add up to the request's.
         extents: BLOCK_STATUS: (length in bytes, ``STATE_*`` flags) in order from the request's
-            offset; at least one; what reaches beyond the request is cut off.
+            offset; at least one; what reaches beyond the request is cut off. They may end before
+            it does: the client asks again from there.
     """
 
     request: Request
@@ -93,6 +96,11 @@ class Reply:
     message: str = ""
     buffers: Sequence[Piece] = ()
     extents: Sequence[tuple[int, int]] = ()
+
+    @classmethod
+    def failed(cls, request: Request, error: TorusError) -> Reply:
+        """The answer to a request that failed."""
+        return cls(request, error=errno_of(error), message=str(error))
 
 
 @dataclass(frozen=True, slots=True)

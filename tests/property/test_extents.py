@@ -98,6 +98,9 @@ def test_against_model(steps: list[tuple[str, int, int]], offset: int, length: i
             assert bytes(data_or_none) == model.values[start : start + size]
         position += size
     assert position == offset + length
+    whole = extents.read(offset, length)
+    for pieces_max in range(1, len(whole)):
+        assert extents.read(offset, length, pieces_max) == whole[:pieces_max]
 
 
 @settings(max_examples=200, deadline=None)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.fakes import Cluster, DeviceError, until, virtual
+from tests.fakes import Cluster, Device, DeviceError, until, virtual
 from torus_actors.errors import OutOfSpace
 from torus_actors.model.buffers import BufferPool
+from torus_actors.model.extents import ExtentMap
 from torus_actors.model.inode_tree import BlockMap
 from torus_actors.model.refs import BlockRef
 from torus_actors.nbd.protocol import Errno
 from torus_actors.nbd.requests import Op, Request
+from torus_actors.volume.block_status import PIECES_MAX
+from torus_actors.volume.file import File
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.write_back import WriteBack
 
@@ -358,6 +362,147 @@ async def test_no_put_is_on_its_way_when_a_commit_is_cut(monkeypatch: pytest.Mon
             await device.flush()
         await writing
         assert len(ended) >= 3
+
+
+# -- block status ----------------------------------------------------------------------------------
+
+
+class Looked:
+    """How many pieces block status looks at: in all, and in one turn of the loop."""
+
+    def __init__(self, file: File) -> None:
+        self.pieces = self.most = self._in_turn = 0
+        self._loop = file.loop
+        self._counting = False
+        self._real = file._pieces
+        file._pieces = self._counted  # type: ignore[method-assign]
+
+    def _counted(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        if not self._counting:
+            self._counting, self._in_turn = True, 0
+            self._loop.call_soon(self._turn_ended)
+        for piece in self._real(offset, length):
+            self.pieces += 1
+            self._in_turn += 1
+            self.most = max(self.most, self._in_turn)
+            yield piece
+
+    def _turn_ended(self) -> None:
+        self._counting = False
+
+
+async def all_extents(device: Device, offset: int, end: int) -> list[tuple[int, int]]:
+    """What a client learns that asks again where an answer ends; neighbours are joined."""
+    found: list[tuple[int, int]] = []
+    while offset < end:
+        reply = await device.do(Op.BLOCK_STATUS, offset, end - offset)
+        assert reply.extents
+        for size, state in reply.extents:
+            if found and found[-1][1] == state:
+                found[-1] = (found[-1][0] + size, state)
+            else:
+                found.append((size, state))
+            offset += size
+    return found
+
+
+@virtual
+async def test_block_status_is_asked_a_thousand_times_and_nothing_waits_for_it() -> None:
+    """Of a volume in thousands of pieces: a turn of the loop looks at a bounded number of them.
+
+    A write that came later is answered long before the last of the statuses.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=4 << 20)
+        for sector in range(0, SIZE, 1024):
+            await device.write(sector, b"x" * 512)
+        looked = Looked(device.client.session("v").file)
+        statuses = device.submit(*(Request(Op.BLOCK_STATUS, n, SIZE - n, 0) for n in range(1000)))
+        await device.write(0, b"y")
+        assert sum(status.done() for status in statuses) < 20
+        for reply in await asyncio.gather(*statuses):
+            assert 0 < len(reply.extents) <= PIECES_MAX
+        assert PIECES_MAX <= looked.most <= 2 * PIECES_MAX
+        assert await all_extents(device, 0, SIZE) == [(512, 0), (512, 3)] * (SIZE // 1024)
+
+
+@virtual
+async def test_block_status_looks_at_a_bounded_number_of_pieces_that_are_alike() -> None:
+    """Thousands of writes side by side are one extent: the answer tells of a part of it."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=4 << 20)
+        for offset in range(0, 3000, 2):
+            await device.write(offset, b"x")
+        for offset in range(1, 3000, 2):
+            await device.write(offset, b"y")
+        file = device.client.session("v").file
+        looked = Looked(file)
+        for req_one in (False, True):
+            reply = await device.do(Op.BLOCK_STATUS, 0, SIZE, req_one=req_one)
+            assert reply.extents == [(PIECES_MAX, 0)]
+        assert looked.pieces == 2 * PIECES_MAX
+        assert await all_extents(device, 0, SIZE) == [(3000, 0), (SIZE - 3000, 3)]
+
+
+@virtual
+async def test_a_client_that_wants_one_extent_pays_for_one() -> None:
+    """It begins with what it asked for, and ends where the next one would begin."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, write_bytes=4 << 20)
+        for sector in range(0, SIZE, 1024):
+            await device.write(sector, b"x" * 512)
+        looked = Looked(device.client.session("v").file)
+        reply = await device.do(Op.BLOCK_STATUS, 100, SIZE - 100, req_one=True)
+        assert reply.extents == [(412, 0)]
+        assert looked.pieces == 2
+
+
+@virtual
+async def test_block_status_does_not_look_at_what_was_written_elsewhere() -> None:
+    """Of thousands of blocks with layers those in the range are looked up, and no others."""
+
+    class Watched(dict[int, ExtentMap]):
+        touched = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.touched += 1
+            return super().__contains__(key)
+
+        def __iter__(self) -> Iterator[int]:
+            for key in super().__iter__():
+                self.touched += 1
+                yield key
+
+    async with Cluster() as cluster:
+        device = await cluster.volume(4000 * BLOCK, write_bytes=4 << 20)
+        for index in range(0, 4000, 2):
+            await device.write(index * BLOCK, b"x")
+        layers = device.client.session("v").file.layers
+        layers.dirty = watched = Watched(layers.dirty)
+        reply = await device.do(Op.BLOCK_STATUS, 2000 * BLOCK, 2 * BLOCK)
+        assert reply.extents == [(1, 0), (2 * BLOCK - 1, 3)]
+        assert watched.touched < 10
+
+
+@virtual
+async def test_a_status_tells_what_it_can_without_another_page_of_the_map() -> None:
+    """Where the next page is not in memory the answer ends, if there is something to tell."""
+    async with Cluster(nodes=1, replication=1) as cluster:
+        device = await cluster.volume(3000 * BLOCK)
+        for at in (0, 1023, 1024, 2900):
+            await device.write(at * BLOCK, b"old" * 1000)
+        await device.release()
+        device = await device.client.open("v")
+        reply = await device.do(Op.BLOCK_STATUS, 1000 * BLOCK, 1000 * BLOCK)
+        assert sum(size for size, _ in reply.extents) == 24 * BLOCK
+        assert await all_extents(device, 0, 3000 * BLOCK) == [
+            (BLOCK, 0),
+            (1022 * BLOCK, 3),
+            (2 * BLOCK, 0),
+            (1875 * BLOCK, 3),
+            (BLOCK, 0),
+            (99 * BLOCK, 3),
+        ]
 
 
 # -- the read cache --------------------------------------------------------------------------------

@@ -64,9 +64,8 @@ async def _read_all(volume: ActorHandle, size: int) -> AsyncIterator[tuple[int, 
     waiting: list[tuple[int, ObjectRef[bytes] | None]] = []
     for offset in range(0, size, CHUNK):
         length = min(CHUNK, size - offset)
-        extents = await volume.extents.remote(offset, length)
         reading = None
-        if any(data for _, data in extents):
+        if await _has_data(volume, offset, length):
             reading = volume.read.remote(offset, length, timeout_s=OPERATION_TIMEOUT_S)
         waiting.append((offset, reading))
         if len(waiting) > IN_FLIGHT:
@@ -74,6 +73,17 @@ async def _read_all(volume: ActorHandle, size: int) -> AsyncIterator[tuple[int, 
             yield at, None if ref is None else await ref
     for at, ref in waiting:
         yield at, None if ref is None else await ref
+
+
+async def _has_data(volume: ActorHandle, offset: int, length: int) -> bool:
+    """Whether a range is not all hole."""
+    end = offset + length
+    while offset < end:
+        extents = await volume.extents.remote(offset, end - offset, timeout_s=60.0)
+        if any(data for _, data in extents):
+            return True
+        offset += sum(size for size, _ in extents)
+    return False
 
 
 async def load(settings: Settings, name: str, file: Path, create: bool, size: int | None) -> int:
@@ -162,8 +172,7 @@ class _Loader:
         for write in self._writing:
             await write
         self._writing.clear()
-        extents = await self._volume.extents.remote(start, end - start, timeout_s=60.0)
-        if any(data for _, data in extents):
+        if await _has_data(self._volume, start, end - start):
             await self._volume.zero.remote(start, end - start, timeout_s=OPERATION_TIMEOUT_S)
 
 

@@ -8,6 +8,7 @@ only a little is still wanted.
 from __future__ import annotations
 
 import enum
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Final
@@ -221,16 +222,17 @@ class ExtentMap:
 
     # --- reading --------------------------------------------------------------------------------
 
-    def read(self, offset: int, length: int) -> list[Piece]:
+    def read(self, offset: int, length: int, pieces_max: int = sys.maxsize) -> list[Piece]:
         """What is known of a range, in order and without gaps.
 
         Args:
             offset: start in the block, bytes.
             length: bytes; 0 gives an empty list.
+            pieces_max: end after so many pieces, at least 1.
 
         Returns:
-            Pieces whose lengths add up to ``length``. Data is not copied: a piece is the written
-            buffer or a view of it.
+            Pieces whose lengths add up to ``length``, if there are no more than wanted. Data is
+            not copied: a piece is the written buffer or a view of it.
 
         Raises:
             Invalid: offset or length is negative.
@@ -244,7 +246,7 @@ class ExtentMap:
             raise Invalid(f"offset {offset} or length {length} is negative")
         pieces: list[Piece] = []
         position = offset
-        while position < end:
+        while position < end and len(pieces) < pieces_max:
             if at == len(starts) or starts[at] >= end:
                 pieces.append((position, end - position, MISSING))
                 break
@@ -252,6 +254,7 @@ class ExtentMap:
             if start > position:
                 pieces.append((position, start - position, MISSING))
                 position = start
+                continue
             stop = min(ends[at], end)
             pieces.append((position, stop - position, self._view(at, position, stop)))
             position = stop

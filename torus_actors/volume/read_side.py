@@ -8,8 +8,8 @@ when the read begins, so a block that is put on the ring meanwhile hides no ackn
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,12 @@ READAHEAD_MAX = 8
 
 MAP_PAGES_MAX = 2048
 """Pages of the block map kept in memory: 56 MiB, which map 1 TiB of the default block size."""
+
+LAYER_PIECES = 64
+"""Of a written block, looked at together when extents are told: most blocks have fewer."""
+
+RUN_BLOCKS = 64
+"""The same of stored blocks, or of holes."""
 
 Done = Callable[[TorusError | None, Sequence[Piece]], None]
 
@@ -368,43 +374,60 @@ class ReadSide:
 
     # -- holes -------------------------------------------------------------------------------------
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Which parts of a range hold data.
+    def extents(
+        self, offset: int, length: int, extents_max: int, pieces_max: int
+    ) -> tuple[list[tuple[int, bool]], int]:
+        """Which parts of a range hold data: of all of it, or of as much as the bounds allow.
+
+        Args:
+            offset: bytes.
+            length: bytes, at least 1.
+            extents_max: end after so many extents.
+            pieces_max: end after looking at so many pieces, of which an extent may have many.
 
         Returns:
-            Lengths in bytes, each with whether it is data; in order, neighbours differ.
+            Lengths in bytes, each with whether it is data; in order, neighbours differ. Then how
+            many pieces that took: the cost of it.
 
         Raises:
             PageNeeded: a page of the map must be loaded first.
             Invalid: outside the file.
         """
         self._check_range(offset, length)
-        found: list[list[Any]] = []
+        found: list[tuple[int, bool]] = []
+        pieces = 0
+        try:
+            for size, data in itertools.islice(self._pieces(offset, length), pieces_max):
+                pieces += 1
+                if found and found[-1][1] is data:
+                    found[-1] = (found[-1][0] + size, data)
+                elif len(found) < extents_max:
+                    found.append((size, data))
+                else:
+                    break
+        except PageNeeded:
+            if not found:
+                raise
+        return found, pieces
 
-        def add(size: int, data: bool) -> None:
-            if found and found[-1][1] is data:
-                found[-1][0] += size
-            else:
-                found.append([size, data])
-
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        """The parts of a range one by one, each at a bounded cost; neighbours may be alike."""
+        layers, block_size = self.layers, self.block_size
         position, end = offset, offset + length
-        layered = sorted(self.layers.indexes())
-        blocks = -(-end // self.block_size)
+        blocks = -(-end // block_size)
         while position < end:
-            index, start = divmod(position, self.block_size)
-            size = min(self.block_size - start, end - position)
-            if index in self.layers.dirty or index in self.layers.frozen:
-                for _, part, buffer in self.layers.read(index, start, size):
+            index, start = divmod(position, block_size)
+            if index in layers.dirty or index in layers.frozen:
+                size = min(block_size - start, end - position)
+                for _, part, buffer in layers.read(index, start, size, LAYER_PIECES):
                     below = buffer is MISSING and self.blockset.get(index) is not None
-                    add(part, below or (buffer is not None and buffer is not MISSING))
+                    yield part, below or (buffer is not None and buffer is not MISSING)
+                    position += part
             else:
-                behind = bisect_right(layered, index)
-                stop = min(blocks, layered[behind]) if behind < len(layered) else blocks
-                run, stored = self.map.run_end(index, stop)
-                size = min(run * self.block_size, end) - position
-                add(size, stored)
-            position += size
-        return [(size, data) for size, data in found]
+                run, stored = self.map.run_end(index, min(index + RUN_BLOCKS, blocks))
+                size = min(layers.first_index(index + 1, run) * block_size, end) - position
+                yield size, stored
+                position += size
 
 
 def _slice_whole(

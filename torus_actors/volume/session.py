@@ -30,11 +30,10 @@ from torus_actors.metadata.records import Head, Reader, SnapshotRequest, VolumeR
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.inode_tree import CommitPlan
-from torus_actors.model.inode_tree_walk import PageNeeded
 from torus_actors.model.refs import BlockRef, BlockType
-from torus_actors.nbd.protocol import STATE_HOLE, STATE_ZERO, errno_of
 from torus_actors.nbd.requests import Op, Piece, Reply, Request
 from torus_actors.runtime import ActorSystem
+from torus_actors.volume.block_status import BlockStatus
 from torus_actors.volume.change_log import Replay
 from torus_actors.volume.commit import Committer
 from torus_actors.volume.file import File, Spawn
@@ -154,6 +153,7 @@ class Session:
         self._replies = system.actor("nbd_server").replies
         self._outbox: dict[int, list[Reply]] = {}
         self._emptying = False
+        self._block_status = BlockStatus(self.file, self._answer)
         self.flusher = Flusher(self)
         self.file.yields = self._flushes_go_first
         self._commit_waiting: list[Callable[[TorusError | None], None]] = []
@@ -437,14 +437,14 @@ class Session:
             try:
                 handlers[request.op](conn, request, replies)
             except TorusError as error:
-                replies.append(_failed(request, error))
+                replies.append(Reply.failed(request, error))
             except BaseException:
                 # A bug, of which the actor dies. Each request is answered once all the same: the
                 # message is handed to the successor, so nothing may be left in it.
                 rest = requests[requests.index(request) :]
                 requests.clear()
                 bug = BlockUnavailable("the volume failed on this or on an earlier request")
-                self._send(conn, replies + [_failed(each, bug) for each in rest])
+                self._send(conn, replies + [Reply.failed(each, bug) for each in rest])
                 raise
         if replies:
             self._send(conn, replies)
@@ -493,7 +493,7 @@ class Session:
         self, conn: int, request: Request, error: TorusError | None, pieces: Sequence[Piece]
     ) -> None:
         self._answer(
-            conn, Reply(request, buffers=pieces) if error is None else _failed(request, error)
+            conn, Reply(request, buffers=pieces) if error is None else Reply.failed(request, error)
         )
 
     def _on_write(self, conn: int, request: Request, replies: list[Reply]) -> None:
@@ -527,7 +527,7 @@ class Session:
         self, conn: int, request: Request, error: TorusError | None, _: Sequence[Piece]
     ) -> None:
         if error is not None:
-            self._answer(conn, _failed(request, error))
+            self._answer(conn, Reply.failed(request, error))
         elif request.fua:
             self.flush_soon(partial(self._flush_done, conn, request))
         else:
@@ -540,7 +540,7 @@ class Session:
             self.flush_soon(partial(self._flush_done, conn, request))
 
     def _flush_done(self, conn: int, request: Request, error: TorusError | None) -> None:
-        self._answer(conn, Reply(request) if error is None else _failed(request, error))
+        self._answer(conn, Reply(request) if error is None else Reply.failed(request, error))
 
     def _on_cache(self, conn: int, request: Request, replies: list[Reply]) -> None:
         pieces = self.file.read_at(
@@ -552,29 +552,10 @@ class Session:
     def _cache_done(
         self, conn: int, request: Request, error: TorusError | None, _: Sequence[Piece]
     ) -> None:
-        self._answer(conn, Reply(request) if error is None else _failed(request, error))
+        self._answer(conn, Reply(request) if error is None else Reply.failed(request, error))
 
     def _on_block_status(self, conn: int, request: Request, replies: list[Reply]) -> None:
-        try:
-            replies.append(self._extents(request))
-        except PageNeeded as need:
-            self.file.load_page(need, partial(self._block_status_again, conn, request))
-
-    def _block_status_again(self, conn: int, request: Request, error: TorusError | None) -> None:
-        # By callback: a task would end with the volume actor, and the request without an answer.
-        try:
-            if error is not None:
-                raise error
-            self._answer(conn, self._extents(request))
-        except PageNeeded as need:
-            self.file.load_page(need, partial(self._block_status_again, conn, request))
-        except TorusError as failed:
-            self._answer(conn, _failed(request, failed))
-
-    def _extents(self, request: Request) -> Reply:
-        hole = STATE_HOLE | STATE_ZERO
-        found = self.file.extents(request.offset, request.length)
-        return Reply(request, extents=[(size, 0 if data else hole) for size, data in found])
+        self._block_status.ask(conn, request)
 
     def status(self) -> dict[str, Any]:
         """What ``torusctl status`` shows of an open volume."""
@@ -594,7 +575,3 @@ class Session:
             "read_cache_misses": file.cache.misses,
             "failure": str(file.failure or file.put_error or ""),
         }
-
-
-def _failed(request: Request, error: TorusError) -> Reply:
-    return Reply(request, error=errno_of(error), message=str(error))

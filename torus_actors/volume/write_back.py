@@ -7,6 +7,7 @@ moment it is in a layer; a layer is dropped only after the block that holds it i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from torus_actors.model.checksums import Buffer
@@ -63,21 +64,28 @@ class WriteBack:
             self.log.wrote(index, offset, None, length)
         return layer
 
-    def read(self, index: int, offset: int, length: int) -> list[Piece]:
-        """What the layers know of a range; MISSING is for the block below them."""
+    def read(
+        self, index: int, offset: int, length: int, pieces_max: int = sys.maxsize
+    ) -> list[Piece]:
+        """What the layers know of a range; MISSING is for the block below them.
+
+        Ends after ``pieces_max`` pieces.
+        """
         layer = self.dirty.get(index)
         below = self.frozen.get(index)
         if layer is None:
             if below is None:
                 return [(offset, length, MISSING)]
-            return below.read(offset, length)
-        pieces = layer.read(offset, length)
+            return below.read(offset, length, pieces_max)
+        pieces = layer.read(offset, length, pieces_max)
         if below is None:
             return pieces
         merged: list[Piece] = []
         for piece in pieces:
+            if len(merged) >= pieces_max:
+                break
             if piece[2] is MISSING:
-                merged += below.read(piece[0], piece[1])
+                merged += below.read(piece[0], piece[1], pieces_max - len(merged))
             else:
                 merged.append(piece)
         return merged
@@ -148,6 +156,13 @@ class WriteBack:
         for index in self.dirty:
             if index not in self.frozen:
                 yield index
+
+    def first_index(self, first: int, stop: int) -> int:
+        """The first block from ``first`` on that has a layer; ``stop`` if none before that has."""
+        dirty, frozen = self.dirty, self.frozen
+        if not (dirty or frozen):
+            return stop
+        return next((i for i in range(first, stop) if i in dirty or i in frozen), stop)
 
 
 def _cost(layer: ExtentMap) -> int:
