@@ -565,6 +565,64 @@ async def test_reads_are_never_stale_after_overwrites_and_discards() -> None:
         assert max(len(node.refs()) for node in cluster.nodes.values()) < 20
 
 
+@virtual
+async def test_what_a_client_says_it_will_read_is_fetched() -> None:
+    """CACHE: what it names is in the read cache when it is answered, holes and all."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, read_bytes=SIZE)
+        await device.write(100, b"x" * (6 * BLOCK))
+        await device.flush()
+        device.client.session("v").file.cache._entries.clear()
+        await device.do(Op.CACHE, 1000, 10 * BLOCK)
+        cluster.network.hanging.update(cluster.ids)
+        assert await device.read(1000, 10 * BLOCK) == b"x" * (6 * BLOCK - 900) + bytes(
+            4 * BLOCK + 900
+        )
+
+
+@virtual
+async def test_a_request_to_cache_all_of_a_volume_takes_little_memory() -> None:
+    """It is advice: followed for a share of the read cache, a few blocks at a time.
+
+    So are a hundred of them, and each is answered.
+    """
+    async with Cluster() as cluster:
+        cache_bytes = 32 * BLOCK
+        device = await cluster.volume(SIZE, read_bytes=cache_bytes)
+        await device.write(0, b"x" * SIZE)
+        await device.flush()
+        file = device.client.session("v").file
+        read_at, asked = file.read_at, []
+
+        def watched(offset: int, length: int, *args: Any) -> Any:
+            asked.append((offset, length))
+            return read_at(offset, length, *args)
+
+        file.read_at = watched  # type: ignore[method-assign]
+        requests = [Request(Op.CACHE, 5, SIZE - 5, 0) for _ in range(100)]
+        for reply in await asyncio.gather(*device.submit(*requests)):
+            assert not reply.error
+        assert max(length for _, length in asked) <= 4 * BLOCK
+        assert max(offset + length for offset, length in asked) == 5 + cache_bytes // 4
+        assert sum(length for _, length in asked) <= 5 * cache_bytes // 4
+
+
+@virtual
+async def test_a_request_to_cache_tells_of_what_cannot_be_read() -> None:
+    """With every node gone it fails, and so does the next one; neither waits for ever."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, read_bytes=SIZE)
+        await device.write(0, b"x" * SIZE)
+        await device.flush()
+        device.client.session("v").file.cache._entries.clear()
+        for n in range(len(cluster.ids)):
+            await cluster.node(n).crash()
+        for reply in await asyncio.gather(
+            *device.submit(*(Request(Op.CACHE, 0, SIZE, 0) for _ in range(2)))
+        ):
+            assert reply.error == Errno.EIO
+
+
 def test_the_read_cache_keeps_its_bound() -> None:
     """Whole blocks and pages, small and large.
 

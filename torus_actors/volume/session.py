@@ -45,6 +45,7 @@ from torus_actors.volume.journal import (
     SessionJournal,
 )
 from torus_actors.volume.keeper import Keeper
+from torus_actors.volume.prefetch import Prefetch
 from torus_actors.volume.read_cache import ReadCache
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ class Session:
         self._outbox: dict[int, list[Reply]] = {}
         self._emptying = False
         self._block_status = BlockStatus(self.file, self._answer)
+        self._prefetch = Prefetch(self.file, self._answer)
         self.flusher = Flusher(self)
         self.file.yields = self._flushes_go_first
         self._commit_waiting: list[Callable[[TorusError | None], None]] = []
@@ -543,16 +545,7 @@ class Session:
         self._answer(conn, Reply(request) if error is None else Reply.failed(request, error))
 
     def _on_cache(self, conn: int, request: Request, replies: list[Reply]) -> None:
-        pieces = self.file.read_at(
-            request.offset, request.length, partial(self._cache_done, conn, request)
-        )
-        if pieces is not None:
-            replies.append(Reply(request))
-
-    def _cache_done(
-        self, conn: int, request: Request, error: TorusError | None, _: Sequence[Piece]
-    ) -> None:
-        self._answer(conn, Reply(request) if error is None else Reply.failed(request, error))
+        self._prefetch.ask(conn, request)
 
     def _on_block_status(self, conn: int, request: Request, replies: list[Reply]) -> None:
         self._block_status.ask(conn, request)
