@@ -100,13 +100,18 @@ def test_everything_that_lists_speaks_json(cluster: Cluster) -> None:
     assert cluster.ctl_json("volume", "list") == []
 
 
-def test_volumes_are_resized_and_not_cut_off_by_accident(cluster: Cluster) -> None:
-    """Shrinking needs a word more; create-block is create."""
+def test_volumes_are_resized_and_not_cut_off_by_accident(cluster: Cluster, tmp_path: Path) -> None:
+    """Shrinking needs a word more, and what it cuts off is gone; create-block is create."""
     cluster.ctl("volume", "create-block", "sized", "16MiB")
     cluster.ctl("volume", "resize", "sized", "32MiB")
     assert one_line(cluster.ctl("volume", "resize", "sized", "8MiB", status=1))
+    (tmp_path / "image").write_bytes(b"x" * (32 << 20))
+    cluster.ctl("block", "load", "sized", str(tmp_path / "image"))
     cluster.ctl("volume", "resize", "sized", "8MiB", "--shrink")
     assert cluster.ctl_json("volume", "list")[0]["size"] == 8 << 20
+    cluster.ctl("volume", "resize", "sized", "32MiB")
+    cluster.ctl("block", "dump", "sized", str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == b"x" * (8 << 20) + bytes(24 << 20)
     cluster.ctl("volume", "delete", "sized")
 
 

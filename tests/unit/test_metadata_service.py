@@ -394,6 +394,9 @@ def test_volumes_are_made_found_resized_and_deleted(backend: Backend) -> None:
 
         larger = await service.resize_volume("demo", 2 * GIB)
         assert larger == dataclasses.replace(demo, size=2 * GIB) == await service.volume("demo")
+        with pytest.raises(Invalid):
+            await service.resize_volume("demo", 2 * GIB - 1)
+        assert await service.volume("demo") == larger
 
         await service.create_snapshot(demo.id, "monday")
         await service.mint_inode(demo.id)
@@ -653,6 +656,42 @@ def test_a_head_replaces_exactly_the_expected_one(backend: Backend) -> None:
             await service.commit_head(volume.id, epoch, after, head_of(3, epoch + 1))
         with pytest.raises(Invalid):
             Head(1, bytes(23), 0, GIB, epoch)
+
+    run(backend, test)
+
+
+def test_a_head_that_resizes_its_volume(backend: Backend) -> None:
+    """Head and size change together, once; not beside another session or another resize."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        demo = await service.create_volume("demo", GIB)
+        epoch = await service.attach(demo.id, "vm1 pid 1", await service.grant_lease(60))
+        half = dataclasses.replace(head_of(1, epoch), size=GIB // 2)
+        revision = await service.commit_head(demo.id, epoch, 0, half, resizes=True)
+        assert await service.volume("demo") == dataclasses.replace(demo, size=GIB // 2)
+        assert await service.commit_head(demo.id, epoch, 0, half, resizes=True) == revision
+        quarter = dataclasses.replace(head_of(2, epoch), size=GIB // 4)
+        with pytest.raises(CompareFailed):
+            await service.commit_head(demo.id, epoch, revision - 1, quarter, resizes=True)
+
+        txn = service.store.txn
+
+        async def after_another(compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
+            service.store.txn = txn  # type: ignore[method-assign]
+            await service.resize_volume("demo", 2 * GIB)
+            return await txn(compare, then)
+
+        service.store.txn = after_another  # type: ignore[method-assign]
+        with pytest.raises(CompareFailed):
+            await service.commit_head(demo.id, epoch, revision, quarter, resizes=True)
+        assert (await service.volume("demo")).size == 2 * GIB
+        assert await service.head(demo.id) == (half, revision)
+        await service.detach(demo.id, epoch)
+        await service.attach(demo.id, "vm2 pid 1", await service.grant_lease(60))
+        with pytest.raises(Fenced):
+            await service.commit_head(demo.id, epoch, revision, quarter, resizes=True)
+        assert (await service.volume("demo")).size == 2 * GIB
 
     run(backend, test)
 

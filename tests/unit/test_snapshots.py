@@ -16,6 +16,7 @@ from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.records import Snapshot
 from torus_actors.nbd.protocol import Errno
 from torus_actors.volume import keeper
+from torus_actors.volume.resizing import shrink_volume
 from torus_actors.volume.snapshots import restore_snapshot, take_snapshot
 
 
@@ -49,6 +50,21 @@ async def restore(client: Client, name: str, volume: str = "v") -> None:
         client.meta,
         volume,
         name,
+        holder="tool",
+        block_size=BLOCK,
+        block_spec="crc,base",
+    )
+
+
+async def shrink(client: Client, size: int, volume: str = "v") -> None:
+    """Cut the end off, as a tool does."""
+    assert client.system is not None
+    await shrink_volume(
+        client.system,
+        client.meta,
+        client.view,
+        volume,
+        size,
         holder="tool",
         block_size=BLOCK,
         block_spec="crc,base",
@@ -397,7 +413,7 @@ class DyingStore(FaultyStore):
         return await super().txn(compare, then)
 
 
-async def _crashes_at_each_step(
+async def crashes_at_each_step(
     prepare: Callable[[Cluster], Awaitable[Device | None]],
     act: Callable[[Cluster, Client], Awaitable[None]],
     judge: Callable[[Cluster, bool], Awaitable[None]],
@@ -458,7 +474,7 @@ async def test_a_crash_while_going_back_leaves_the_old_or_the_new() -> None:
         assert found in (pattern(1), newer)
         assert not whole or found == pattern(1)
 
-    assert await _crashes_at_each_step(prepare, act, judge) > 10
+    assert await crashes_at_each_step(prepare, act, judge) > 10
 
 
 @virtual
@@ -480,7 +496,7 @@ async def test_a_crash_while_making_one_leaves_it_or_nothing() -> None:
             assert await content(cluster, "v@s") == pattern(1)
         assert not (await cluster.store.range(cluster.meta.keys.prefix + "snapshot-req"))[0]
 
-    assert await _crashes_at_each_step(prepare, act, judge) > 5
+    assert await crashes_at_each_step(prepare, act, judge) > 5
 
 
 @virtual

@@ -165,12 +165,12 @@ async def test_a_head_is_recorded_only_after_all_its_blocks_are_durable() -> Non
         commit_head = session._meta.commit_head
         durable: list[set[Any]] = []
 
-        async def recorded(*args: Any) -> int:
+        async def recorded(*args: Any, **options: Any) -> int:
             order.append(("head", ""))
             for node in cluster.nodes.values():
                 assert not any(store.stats().pending for store in node.stores)
             durable.append({ref for node in cluster.nodes.values() for ref in node.refs()})
-            return await commit_head(*args)
+            return await commit_head(*args, **options)
 
         session._meta.commit_head = recorded  # type: ignore[method-assign]
         for round_ in range(3):
@@ -229,8 +229,8 @@ async def test_the_volume_actor_dies_as_its_head_is_recorded() -> None:
         commit_head = session._meta.commit_head
         died = asyncio.Event()
 
-        async def recorded(*args: Any) -> int:
-            revision = await commit_head(*args)
+        async def recorded(*args: Any, **options: Any) -> int:
+            revision = await commit_head(*args, **options)
             if not died.is_set():
                 died.set()
                 device.client.kill("volume:v")

@@ -305,9 +305,9 @@ async def test_a_commit_leaves_the_size_of_what_came_meanwhile() -> None:
         session = device.client.session("v")
         commit_head = session._meta.commit_head
 
-        async def recorded(*args: Any) -> int:
+        async def recorded(*args: Any, **options: Any) -> int:
             await flushed(device, BLOCK, b"meanwhile")
-            return await commit_head(*args)
+            return await commit_head(*args, **options)
 
         for _ in range(10):
             await flushed(device, 0, b"before")

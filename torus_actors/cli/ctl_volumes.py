@@ -121,26 +121,47 @@ def volume_delete(settings: Settings, name: str) -> None:
 @click.option("--shrink", is_flag=True, help="Allow to cut off the end, and what is in it.")
 @click.pass_obj
 def volume_resize(settings: Settings, name: str, size: int, shrink: bool) -> None:
-    """Give a volume another size; a client that has it open sees it when it opens it again."""
+    """Give a volume another size; a client that has it open sees it when it opens it again.
+
+    To be made smaller it must not be open anywhere.
+    """
 
     async def work() -> str:
         from torus_actors.cli.connect import connect
-        from torus_actors.metadata.volumes import held
 
         async with connect(settings) as connection:
             meta = connection.meta
             record = await connection.patiently(meta.volume, name)
-            lock, _ = await meta.lock_status(record.id)
-            if size < record.size:
-                if not shrink:
-                    raise Failed(
-                        f"volume {name} has {format_size(record.size)}, and {format_size(size)} "
-                        "would cut off its end: give --shrink if that is wanted"
-                    )
-                if lock is not None:
-                    raise held(name, lock)
-            await meta.resize_volume(name, size)
-            return "" if lock is None else f"; {lock.holder} has it open, and must open it again"
+            if size >= record.size:
+                lock, _ = await meta.lock_status(record.id)
+                await meta.resize_volume(name, size)
+                if lock is None:
+                    return ""
+                return f"; {lock.holder} has it open, and must open it again"
+        if not shrink:
+            raise Failed(
+                f"volume {name} has {format_size(record.size)}, and {format_size(size)} "
+                "would cut off its end: give --shrink if that is wanted"
+            )
+        await cut_off()
+        return ""
+
+    async def cut_off() -> None:
+        from torus_actors.cli.full import full_client
+        from torus_actors.volume.resizing import shrink_volume
+
+        async with full_client(settings) as client:
+            assert client.view is not None
+            await shrink_volume(
+                client.system,
+                client.meta,
+                client.view,
+                name,
+                size,
+                holder=client.machine.process_name(),
+                block_size=client.view.block_size,
+                block_spec=client.view.gmd.block_spec,
+            )
 
     note = run(settings, work())
     click.echo(f"volume {name}: {format_size(size)}{note}")

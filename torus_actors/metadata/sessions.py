@@ -7,6 +7,7 @@ may go on until another attaches; from then on the store refuses all that it com
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TypeVar
 
 from torus_actors.errors import CompareFailed, Fenced, Invalid, NotExist
@@ -124,7 +125,13 @@ class SessionOperations(MetadataBase):
         return await self._read(self.keys.of(table.HEAD, volume_id), Head)
 
     async def commit_head(
-        self, volume_id: int, epoch: int, expected_revision: int, head: Head
+        self,
+        volume_id: int,
+        epoch: int,
+        expected_revision: int,
+        head: Head,
+        *,
+        resizes: bool = False,
     ) -> int:
         """Make a checkpoint the volume's version. Repeating it after a lost answer is fine.
 
@@ -133,19 +140,28 @@ class SessionOperations(MetadataBase):
             epoch: the session's.
             expected_revision: of the head that this one replaces.
             head: with the session's epoch and an INode number of its own.
+            resizes: its size is the volume's from now on, in the same transaction.
 
         Returns:
             The new head's revision: expected by the next commit.
 
         Raises:
             Fenced: another session has begun since, or the volume is gone.
-            CompareFailed: the head is another than expected.
+            CompareFailed: the head is another than expected, or the volume was resized meanwhile.
             OutcomeUnknown: the store did not come back in time to tell; commit the same again.
         """
         if head.epoch != epoch:
             raise Invalid(f"a head of epoch {head.epoch} in a session of epoch {epoch}")
         key = self.keys.of(table.HEAD, volume_id)
-        return await self._commit(volume_id, epoch, expected_revision, key, head)
+        if not resizes:
+            return await self._commit(volume_id, epoch, expected_revision, key, head)
+        volume_key = self.keys.of(table.VOLUME, volume_id)
+        volume, at = await self._read(volume_key, VolumeRecord)
+        if volume is None:
+            raise Fenced("the volume was deleted while it was open")
+        resized = dataclasses.replace(volume, size=head.size)
+        also = (Compare(volume_key, mod_revision=at), Put(volume_key, resized.encode()))
+        return await self._commit(volume_id, epoch, expected_revision, key, head, also)
 
     async def journal(self, volume_id: int) -> tuple[Journal | None, int]:
         """Where the newest journal is, and the record's revision; None and 0 before the first."""
@@ -161,7 +177,13 @@ class SessionOperations(MetadataBase):
         return await self._commit(volume_id, epoch, expected_revision, key, journal)
 
     async def _commit(
-        self, volume_id: int, epoch: int, expected_revision: int, key: str, record: Record
+        self,
+        volume_id: int,
+        epoch: int,
+        expected_revision: int,
+        key: str,
+        record: Record,
+        also: tuple[Compare, Put] | None = None,
     ) -> int:
         async def mine() -> int | None:
             # Only this session writes records of its epoch, so an equal one is its own.
@@ -173,7 +195,11 @@ class SessionOperations(MetadataBase):
             self._in_session(volume_id, epoch),
             Compare(key, mod_revision=expected_revision),
         ]
-        revision = await self._settle(compare, [Put(key, record.encode())], mine)
+        then = [Put(key, record.encode())]
+        if also is not None:
+            compare.append(also[0])
+            then.append(also[1])
+        revision = await self._settle(compare, then, mine)
         if revision is None:
             await self._check_epoch(volume_id, epoch)
             raise CompareFailed(f"{key} is no longer at revision {expected_revision}")

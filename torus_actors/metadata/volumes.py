@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torus_actors.errors import (
     CompareFailed,
     Exists,
+    Invalid,
     Locked,
     NoGlobalMetadata,
     NotExist,
@@ -144,19 +145,25 @@ class VolumeOperations(MetadataBase):
         return found
 
     async def resize_volume(self, name: str, size: int) -> VolumeRecord:
-        """Record another size; whether it may shrink is for the caller to say.
+        """Record a larger size; whoever has the volume open sees it when they open it again.
+
+        A smaller one is for a session to record, with a head that has nothing behind the end: by
+        this alone what was cut off would come back when the volume grows again.
 
         Args:
             name: the volume.
-            size: bytes.
+            size: bytes; not less than it has.
 
         Raises:
             NotExist: there is no such volume.
+            Invalid: it has more; ``volume.resizing`` makes it smaller.
         """
         attempts = self._attempts(f"resize volume {name}")
         while True:
             await attempts.next()
             volume, revision = await self._volume(name)
+            if size < volume.size:
+                raise Invalid(f"volume {name} has {volume.size} bytes, more than {size}")
             resized = dataclasses.replace(volume, size=size)
             key = self.keys.of(table.VOLUME, volume.id)
 

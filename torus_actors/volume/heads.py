@@ -43,6 +43,8 @@ class Heads:
     Attributes:
         owed: the newest head, if the journal has it and the metadata does not.
         recorded: heads recorded so far, here or there.
+        resizing: the next head makes the volume smaller. It is recorded with the volume's size or
+            not at all: beside the old size it would look as if zeros had been written there.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Heads:
         self._told = ""
         self.owed: Head | None = None
         self.recorded = 0
+        self.resizing = False
 
     @property
     def revision(self) -> int:
@@ -89,10 +92,11 @@ class Heads:
         while True:
             try:
                 self._revision = await self._meta.commit_head(
-                    self._volume_id, self._epoch, self._revision, head
+                    self._volume_id, self._epoch, self._revision, head, resizes=self.resizing
                 )
                 self.recorded += 1
                 self.owed = None
+                self.resizing = False
                 self._told = ""
                 return
             except CompareFailed:
@@ -138,7 +142,8 @@ class Heads:
             Fenced: another session has begun.
         """
         journal, changes = self._journal, self._changes
-        if changes.held or not (journal.active and (awaited or journal.is_large)):
+        wanted = journal.active and (awaited or journal.is_large)
+        if changes.held or self.resizing or not wanted:
             return False
         # Those that were cut and never handed in: until a head covers them no flush counts on what
         # was in them, but their numbers must not be missing.
@@ -162,7 +167,7 @@ class Heads:
         Raises:
             Fenced: another session has begun.
         """
-        if self.owed is None:
+        if self.owed is None or self.resizing:
             return
         try:
             await self.store(self.owed)

@@ -63,10 +63,12 @@ async def open_session(
     view: ClusterView,
     read_only: bool = False,
     snapshot: str | None = None,
+    shrink_to: int | None = None,
 ) -> Session:
     """Attach a volume: fence the session before, and take over what its journal holds.
 
-    With a ``snapshot``, read-only, what is kept under that name is opened instead.
+    With a ``snapshot``, read-only, what is kept under that name is opened instead. With
+    ``shrink_to`` bytes, to write, the session cuts off what lies behind: its first head does.
 
     Raises:
         NotExist: there is no such volume or snapshot.
@@ -74,6 +76,7 @@ async def open_session(
         Again: the metadata cannot be reached.
         BlockUnavailable: no member of the last session's journal can be reached.
         Fenced: another client opened it in the meantime.
+        Invalid: a snapshot is to be written to, or a volume shrunk to more than it has.
     """
     record = await meta.volume(name)
     epoch = lease = revision = journal_revision = 0
@@ -86,6 +89,10 @@ async def open_session(
         epoch, lease = await attach(system, meta, record.id, holder)
     try:
         if not read_only:
+            if shrink_to is not None:
+                if shrink_to > record.size:
+                    raise Invalid(f"volume {name} has {record.size} bytes, less than {shrink_to}")
+                record = dataclasses.replace(record, size=shrink_to)
             first = await meta.mint_inode(record.id, MINTED)
             inodes = list(range(first, first + MINTED))
             head, revision = await meta.head(record.id)
@@ -129,6 +136,7 @@ async def open_session(
         if head is not None and head.size != record.size:
             session.file.size = head.size
             await session.file.truncate(record.size)
+        session.heads.resizing = shrink_to is not None
         await _apply(session, replay)
         session.replayed = replay.records
         session.replaying = replay if replay.records else None

@@ -369,7 +369,9 @@ class Session:
         covering_bytes = journal.size
         # A head may be wanted though nothing in the file has changed: for records that none covers,
         # or because the metadata does not have the last one yet, and a new ensemble would hide it.
-        force = self._covering_seq != self.covered_seq or self.heads.owed is not None
+        # Or because the volume is to be smaller.
+        heads = self.heads
+        force = self._covering_seq != self.covered_seq or heads.owed is not None or heads.resizing
         try:
             await self.committer.commit(force)
         except BaseException:

@@ -1,0 +1,87 @@
+"""Making a volume smaller: what is cut off is gone, also when the volume grows again.
+
+A larger size is a matter of the volume's record: what it adds is zeros. A smaller one is a commit,
+of a session that has nothing else to do: it fences whoever was there, takes over what the journal
+has, and records the head without the end, and the volume's size, in one transaction. Whoever opens
+the volume after a crash finds it whole, or cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.errors import OutcomeUnknown, TorusError
+from torus_actors.metadata.service import MetadataService
+from torus_actors.runtime import ActorSystem
+from torus_actors.volume.opening import close_session, open_session
+from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.session import CacheSizes
+
+
+async def shrink_volume(
+    system: ActorSystem,
+    meta: MetadataService,
+    view: ClusterView,
+    name: str,
+    size: int,
+    *,
+    holder: str,
+    block_size: int,
+    block_spec: str,
+) -> None:
+    """Cut the end of a volume off.
+
+    Args:
+        system: of a client: its lease, its ways to the journals and to the blocks.
+        meta: the metadata service.
+        view: the cluster as last seen.
+        name: of the volume.
+        size: bytes; not more than it has.
+        holder: who does it, for people.
+        block_size: of the cluster.
+        block_spec: of a volume that was never written to.
+
+    Raises:
+        NotExist, Locked, Again, BlockUnavailable, Fenced: it cannot be opened; nothing was done.
+        Invalid: it is smaller already; nothing was done.
+        OutcomeUnknown: it could not be committed, or nobody knows.
+    """
+    sizes = CacheSizes()
+    session = await open_session(
+        system,
+        meta,
+        name,
+        holder=holder,
+        block_size=block_size,
+        block_spec=block_spec,
+        read_cache=ReadCache(sizes.read_bytes),
+        write_cache_bytes=sizes.write_bytes,
+        view=view,
+        shrink_to=size,
+    )
+    tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(work: Coroutine[Any, Any, Any]) -> None:
+        task = system.loop.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    try:
+        session.resume(spawn)
+        # A session commits when it is closed; if it has been fenced, it is closed without a word.
+        failure: TorusError | None = None
+        try:
+            await close_session(session, meta)
+        except TorusError as error:
+            failure = error
+        if session.heads.resizing:
+            raise OutcomeUnknown(
+                f"volume {name} may or may not be smaller now: "
+                f"{failure or session.file.failure}; look with torusctl volume list"
+            ) from failure
+    finally:
+        for task in tasks:
+            task.cancel()
