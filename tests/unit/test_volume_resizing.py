@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.unit.test_volume_flush import BLOCK, SIZE
 from torus_actors.errors import Invalid, Locked, NotExist, OutcomeUnknown
 from torus_actors.metadata import keys as table
 from torus_actors.nbd.protocol import Errno
+from torus_actors.volume import opening
 
 HALF = SIZE // 2
 
@@ -208,3 +210,55 @@ async def test_a_crash_while_shrinking_leaves_the_old_or_the_new() -> None:
         assert await content(cluster, "v") == expected
 
     assert await crashes_at_each_step(prepare, act, judge) > 20
+
+
+# -- while a volume is being opened ----------------------------------------------------------------
+
+
+async def opened_while(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Awaitable[None]]
+) -> Device:
+    """Open ``v``; something happens after its record was read and before its lock is taken."""
+    client = await cluster.client()
+    attach = opening.attach
+
+    async def late(*args: object) -> tuple[int, int]:
+        monkeypatch.setattr(opening, "attach", attach)
+        await meanwhile()
+        return await attach(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(opening, "attach", late)
+    return await client.open("v")
+
+
+@pytest.mark.parametrize("tool", ["shrink", "restore", "grow"])
+@virtual
+async def test_a_session_has_the_size_that_the_volume_has_under_its_lock(
+    tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tool changed it just before: nothing is served that does not belong to it any more.
+
+    What is flushed at its end is there when it is opened again.
+    """
+    async with Cluster(journals=True) as cluster:
+        await written(cluster)
+        await snapshot(cluster, "small")
+        await cluster.meta.resize_volume("v", 2 * SIZE)
+        other = await cluster.client()
+
+        async def meanwhile() -> None:
+            if tool == "shrink":
+                await shrink(other, SIZE)
+            elif tool == "restore":
+                await restore(other, "small")
+            else:
+                await cluster.meta.resize_volume("v", 3 * SIZE)
+
+        device = await opened_while(cluster, monkeypatch, meanwhile)
+        size = (await cluster.meta.volume("v")).size
+        assert device.size == size == (3 * SIZE if tool == "grow" else SIZE)
+        await device.write(size - 4096, b"Z" * 4096)
+        await device.flush()
+        await device.release()
+        expected = pattern(1) + bytes(size - SIZE)
+        assert await content(cluster, "v", size) == expected[:-4096] + b"Z" * 4096

@@ -89,6 +89,9 @@ async def open_session(
         epoch, lease = await attach(system, meta, record.id, holder)
     try:
         if not read_only:
+            # Before the lock was taken another tool may have cut it, or gone back to a snapshot:
+            # what a session of the former size flushed behind the end would be cut off later.
+            record = await meta.volume_by_id(record.id)
             if shrink_to is not None:
                 if shrink_to > record.size:
                     raise Invalid(f"volume {name} has {record.size} bytes, less than {shrink_to}")
