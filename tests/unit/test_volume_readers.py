@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import Client, Cluster, Device, virtual
+from tests.unit.test_snapshots import shrink
 from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.errors import BlockUnavailable
 from torus_actors.metadata.records import Reader
@@ -102,6 +103,23 @@ async def test_it_can_be_opened_beside_commits(times: int) -> None:
         session = await reader(cluster, between, times)
         assert await read(session, 5 * BLOCK, 7) == b"flushed"
         assert await read(session, 6 * BLOCK, 4) == b"next"
+
+
+@virtual
+async def test_it_has_the_size_that_goes_with_what_it_reads() -> None:
+    """The volume becomes smaller after its record was read, and before its head is."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        await device.release()
+        tool, reading = await cluster.client(), await cluster.client(read_only=True)
+        begin_reading = reading.meta.begin_reading
+
+        async def slowly(*args: Any) -> tuple[Reader, int]:
+            await shrink(tool, SIZE // 2)
+            return await begin_reading(*args)
+
+        reading.meta.begin_reading = slowly  # type: ignore[method-assign]
+        assert (await reading.open("v")).size == SIZE // 2
 
 
 async def only_reading(cluster: Cluster, name: str = "v") -> tuple[Client, Device]:

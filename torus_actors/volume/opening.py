@@ -26,7 +26,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
-from torus_actors.metadata.records import Head, Reader
+from torus_actors.metadata.records import Head, Reader, VolumeRecord
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.refs import BlockRef
@@ -101,7 +101,8 @@ async def open_session(
             head, revision = await meta.head(record.id)
             replay, journal_revision = await recover(system, meta, record.id, epoch, head)
         elif snapshot is None:
-            reader, lease, head, replay = await _read_newest(system, meta, record.id, holder)
+            newest = await _read_newest(system, meta, record.id, holder)
+            record, reader, lease, head, replay = newest
         else:
             kept = await meta.snapshot(record.id, snapshot)
             record = dataclasses.replace(record, size=kept.size or record.size)
@@ -155,9 +156,9 @@ async def open_session(
         if epoch:
             # The replay may have taken long, on nodes that are slow to answer. Whoever has begun a
             # session meanwhile has written what this one does not know of.
-            _, newest = await meta.lock_status(record.id)
-            if newest != epoch:
-                raise Fenced(f"session {newest} of volume {name} began while it was being opened")
+            _, now = await meta.lock_status(record.id)
+            if now != epoch:
+                raise Fenced(f"session {now} of volume {name} began while it was being opened")
         session.reader = reader
     except BaseException:
         if epoch:
@@ -170,14 +171,15 @@ async def open_session(
 
 async def _read_newest(
     system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
-) -> tuple[Reader, int, Head | None, Replay]:
+) -> tuple[VolumeRecord, Reader, int, Head | None, Replay]:
     """The volume's head, and what its journal has beyond it, for somebody who only reads.
 
     A reader leaves the writer alone: should that commit, or another session begin, meanwhile, both
     are read again. A head with the records of a later journal would be a mix of new and old.
 
     Returns:
-        The reader's record, which keeps what it reads; the lease that this hangs on; head, replay.
+        The volume's record, of the size that goes with the head; the reader's record, which keeps
+        what it reads; the lease that this hangs on; head, replay.
     """
     loop = system.loop
     end = loop.time() + RECOVER_PATIENCE_S
@@ -190,6 +192,7 @@ async def _read_newest(
             try:
                 nonce = "" if reader is None else reader.nonce
                 reader, revision = await meta.begin_reading(volume_id, holder, lease, nonce)
+                record = await meta.volume_by_id(volume_id)
                 head = Head.decode(reader.head) if reader.head else None
                 replay, journal_revision = await recover(
                     system, meta, volume_id, 0, head, patience_s=0.0
@@ -199,7 +202,7 @@ async def _read_newest(
                 if (head_now, journal_now) == (revision, journal_revision):
                     reader = dataclasses.replace(reader, upto=replay.newest_inode)
                     await meta.keep_reading(reader, lease)
-                    return reader, lease, head, replay
+                    return record, reader, lease, head, replay
             except (BlockUnavailable, Fenced, LeaseNotFound) as error:
                 failure = error  # also of records that a newer head has, or a newer session
             if not await backoff.wait(end):
