@@ -1,7 +1,8 @@
 """The volumes actor: opens volumes when a client asks for them, and closes them after the last one.
 
 Messages in: ``list_names``, ``open``, ``release``, ``status``. For each open volume it has one
-child, a volume actor. Its death costs nothing: which volumes are open, and how often, outlives it.
+child, a volume actor. Its death costs nothing: which volumes are open, and how often, outlives it,
+and what it was opening for somebody, or closing, its successor closes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ RESTART_PERIOD_S = 10.0
 
 @dataclass(slots=True)
 class OpenVolume:
-    """A volume in use; outlives the volumes actor."""
+    """A volume in use; outlives the volumes actor.
+
+    Without users it is being opened or closed. If whoever does that dies, it is to be closed: its
+    lock is held, and there may be writes in it that were acknowledged and not flushed.
+    """
 
     session: Session
     users: int = 0
@@ -83,15 +88,20 @@ class Volumes(LoopActor):
         self._requests: list[SnapshotRequest] = []
 
     async def setup(self) -> None:
-        """Take over the open volumes; their actors died with the predecessor's supervision."""
+        """Take over the open volumes; their actors died with the predecessor's supervision.
+
+        Those without users are closed.
+        """
         self._open: dict[str, OpenVolume] = self.system.heirlooms.setdefault("open_volumes", {})
         self._sessions: dict[str, Session] = self.system.heirlooms.setdefault("sessions", {})
         cache = self.system.heirlooms.get("read_cache")
         if cache is None:
             cache = self.system.heirlooms["read_cache"] = ReadCache(self._caches.read_bytes)
         self._cache: ReadCache = cache
-        for name, volume in self._open.items():
+        for name, volume in list(self._open.items()):
             await self._start_actor(name, volume.session)
+            if not volume.users:
+                self.spawn(self._close_left(name))
         if not self._read_only:
             self.spawn(self._watch_requests())
 
@@ -150,6 +160,7 @@ class Volumes(LoopActor):
         """
         name = self._resolve(name)
         async with self._locks.setdefault(name, asyncio.Lock()):
+            await self._close_unused(name)
             volume = self._open.get(name)
             if volume is None:
                 session = await self._attach(name)
@@ -183,10 +194,8 @@ class Volumes(LoopActor):
         try:
             await volume.commit.remote(timeout_s=REPLAY_COMMIT_S)
         except Fenced:
-            self._open.pop(name, None)
-            self._sessions.pop(name, None)
             session.close()
-            await self.system.remove(_actor_name(name))
+            await self._forget(name)
             raise
         except TorusError as error:
             log.warning("volume %s: its journal cannot be folded in now: %s", name, error)
@@ -225,19 +234,44 @@ class Volumes(LoopActor):
     async def release(self, name: str) -> None:
         """The other half of ``open``; the last one flushes, unlocks and closes."""
         name = self._resolve(name)
+        volume = self._open.get(name)
+        if volume is None or not volume.users:
+            return
+        # Before anything is waited for: should this actor die meanwhile, nobody asks again.
+        volume.users -= 1
+        if not volume.users:
+            async with self._locks.setdefault(name, asyncio.Lock()):
+                error = await self._close_unused(name)
+            if error is not None:
+                raise error
+
+    async def _close_left(self, name: str) -> None:
+        """Close what a predecessor was opening or closing when it died."""
         async with self._locks.setdefault(name, asyncio.Lock()):
-            volume = self._open.get(name)
-            if volume is None:
-                return
-            volume.users -= 1
-            if volume.users > 0:
-                return
-            del self._open[name]
-            try:
-                await close_session(volume.session, self._meta)
-            finally:
-                self._sessions.pop(name, None)
-                await self.system.remove(_actor_name(name))
+            await self._close_unused(name)
+
+    async def _close_unused(self, name: str) -> TorusError | None:
+        """Close a volume if it is open and has no users; returns why the last flush failed.
+
+        Nobody else may open or close it meanwhile.
+        """
+        volume = self._open.get(name)
+        if volume is None or volume.users:
+            return None
+        error: TorusError | None = None
+        try:
+            # If this is cut off, the successor finds the volume where it is, and closes it.
+            await close_session(volume.session, self._meta)
+        except TorusError as failed:
+            log.error("closing volume %s: %s", name, failed)
+            error = failed
+        await self._forget(name)
+        return error
+
+    async def _forget(self, name: str) -> None:
+        self._open.pop(name, None)
+        self._sessions.pop(name, None)
+        await self.system.remove(_actor_name(name))
 
     async def _start_actor(self, name: str, session: Session) -> None:
         spec = ChildSpec(_actor_name(name), lambda: VolumeActor(session), max_concurrency=64)

@@ -198,21 +198,77 @@ async def test_a_metadata_store_without_room_does_not_kill_the_heartbeat(
 
 
 @virtual
-async def test_who_dies_while_it_closes_a_volume_keeps_no_lock() -> None:
-    """Nobody here has the volume open any more, and the lease is still renewed."""
+async def test_who_dies_while_it_closes_a_volume_loses_nothing_and_keeps_no_lock() -> None:
+    """What was acknowledged and not flushed is there: this process lives, and closes it in order.
+
+    No lock may stay, though the lease is still renewed.
+    """
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await cluster.volume(SIZE)
         await device.write(0, b"flushed")
         await device.flush()
         for node in cluster.ids:
             cluster.network.delay_s[node] = 0.5
-        await device.write(4096, b"more")
-        closing = asyncio.ensure_future(device.release())
-        await asyncio.sleep(0.2)
-        device.client.kill("volumes")
-        await asyncio.gather(closing, return_exceptions=True)
-        cluster.network.heal()
+        for kill_after_s in (0.0, 0.2, 0.5, 1.0, 1.5):
+            await device.write(4096, f"more {kill_after_s}".encode())
+            closing = asyncio.ensure_future(device.release())
+            await asyncio.sleep(kill_after_s)
+            device.client.kill("volumes")
+            await asyncio.gather(closing, return_exceptions=True)
+            await asyncio.sleep(20)
+            assert not device.client.system.heirlooms["open_volumes"]
+            assert "volume:v" not in device.client.system.cells
+            device = await (await cluster.client()).open("v")
+            assert await device.read(0, 7) == b"flushed"
+            assert await device.read(4096, 8) == f"more {kill_after_s}".encode()
+
+
+@virtual
+async def test_who_dies_while_it_opens_a_volume_keeps_no_lock() -> None:
+    """At any moment: nobody was told that it is open, so nobody will close it."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"one")
+        await device.flush()
+        await device.write(0, b"two")
+        await device.flush()
+        await device.client.crash()
+        await asyncio.sleep(30)
+        seen = set()
+        for turns in range(0, 400, 3):
+            client = await cluster.client()
+            opening = asyncio.ensure_future(client.open("v"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            users = [each.users for each in client.system.heirlooms["open_volumes"].values()]
+            seen.add(tuple(users))
+            client.kill("volumes")
+            await asyncio.wait([opening])
+            if opening.exception() is None:
+                await opening.result().release()
+            await asyncio.sleep(10)
+            assert not client.system.heirlooms["open_volumes"]
+            lock, _ = await cluster.meta.lock_status(1)
+            assert lock is None
+            await client.stop()
+        assert seen == {(), (0,), (1,)}
+        device = await (await cluster.client()).open("v")
+        assert await device.read(0, 3) == b"two"
+
+
+@virtual
+async def test_a_release_counts_though_its_actor_dies_while_it_waits() -> None:
+    """Another open of the same name holds it up; afterwards the volume is closed."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        client = device.client
+        volumes = client.system.cells["volumes"].actor
+        lock = volumes._locks.setdefault("v", asyncio.Lock())
+        async with lock:
+            releasing = asyncio.ensure_future(device.release())
+            await asyncio.sleep(0.1)
+            client.kill("volumes")
+        await asyncio.gather(releasing, return_exceptions=True)
         await asyncio.sleep(10)
-        client = await cluster.client()
-        again = await client.open("v")
-        assert await again.read(0, 7) == b"flushed"
+        assert not client.system.heirlooms["open_volumes"]
+        await (await cluster.client()).open("v")

@@ -330,20 +330,20 @@ def _in_background(system: ActorSystem, coroutine: Coroutine[Any, Any, None]) ->
 async def close_session(session: Session, meta: MetadataService) -> None:
     """Flush, then give the lock up.
 
+    Where this is cut off it may be called again, and goes on: until the flush has ended the session
+    is as it was, with its lock.
+
     Raises:
         TorusError: the flush failed; the lock is given up all the same, what was not flushed is
             lost, as when a disk is unplugged.
     """
+    error = await _last_commit(session)
+    session.close()
     detaching: asyncio.Task[None] | None = None
     try:
-        try:
-            error = await _last_commit(session)
-        finally:
-            session.close()
         if session.epoch and error is None and session.all_covered:
             await session.journal.retire()
     finally:
-        # Also when who closes it dies: the lease lives on, and would keep the lock for ever.
         if session.epoch:
             detaching = detach_later(session.system, meta, session.volume_id, session.epoch)
         elif session.reader is not None:
