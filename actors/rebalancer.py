@@ -107,6 +107,8 @@ class Rebalancer(LoopActor):
         """When it was last looked how busy clients are: loop time, and requests so far but ours."""
         self._asked = asyncio.Event()
         self._progress = Progress()
+        self._settled: tuple[Any, ...] | None = None
+        """The situation in which a pass last ended with nothing left to do."""
         self._insists = False
         """Whether this pass leaves nothing to others: those get no further."""
         self._room = asyncio.Semaphore(SENDS_MAX)
@@ -123,7 +125,11 @@ class Rebalancer(LoopActor):
 
     @expose(remote=True)
     def status(self) -> dict[str, Any]:
-        """Progress of the pass under way, or the result of the last one."""
+        """Progress of the pass under way, or the result of the last one.
+
+        ``settled`` says whether one has ended in the present situation that left nothing to do but
+        what waits for a node that is down.
+        """
         p = self._progress
         now = self.system.loop.time()
         elapsed = max((now if p.running else p.ended_at) - p.started_at, 1e-6)
@@ -141,6 +147,7 @@ class Rebalancer(LoopActor):
             "waiting": p.waiting,
             "yielded": p.yielded,
             "failed": p.failed,
+            "settled": self._settled == self._situation(),
             "eta_s": round(left / speed, 1) if p.running and speed else 0.0,
             "ring_version": self._view.ring.version,
         }
@@ -185,6 +192,8 @@ class Rebalancer(LoopActor):
             if yielded and self._progress.yielded >= yielded:
                 self._insists = True
                 await self._pass()
+            p = self._progress
+            self._settled = None if p.failed or p.yielded else situation
             last_pass = loop.time()
 
     # -- one pass ----------------------------------------------------------------------------------

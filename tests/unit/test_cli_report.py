@@ -110,6 +110,33 @@ def test_full_stores_failures_and_waiting_blocks_are_told() -> None:
     assert rebalance_of(row(0, at, yielding)) == "4 left to others"
 
 
+def test_blocks_that_may_lack_copies_are_told() -> None:
+    """As long as no pass has ended well in the present situation, nobody knows that all is well.
+
+    A pass that is run to make sure, and a node that stores nothing, are no problem.
+    """
+    at = ring(2, 2)
+    running = {"running": True, "left": 7}
+    for fields, told in (
+        ({"settled": True}, None),
+        ({"settled": True, **running}, None),
+        ({"settled": False, **running}, "has yet to look at 7 blocks"),
+        ({"settled": False, "yielded": 4}, "4 blocks of node 10000000 are still to be copied"),
+        ({"settled": False}, "node 10000000 has yet to look"),
+        ({"settled": False, "failed": 3}, "could not move 3 blocks"),
+    ):
+        said = answer(IDS[0], rebalancer={**IDLE, **fields})
+        found = problems(at, [row(0, at, said), row(1, at)])
+        assert len(found) == (told is not None), found
+        assert told is None or told in found[0]
+        for each in said["block_store"].values():
+            each["used"] = 0
+        assert bool(problems(at, [row(0, at, said), row(1, at)])) == ("failed" in fields)
+    # The ring has changed, and this node has not heard of it.
+    late = answer(IDS[0], ring_version=0, rebalancer={**IDLE, "settled": True})
+    assert "yet to look" in problems(at, [row(0, at, late), row(1, at)])[0]
+
+
 def test_an_address_that_another_node_took_over_does_not_count_as_up() -> None:
     """Whoever answers must be who was asked."""
     at = ring(1, 1)

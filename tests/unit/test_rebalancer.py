@@ -48,6 +48,13 @@ def failed(node: StorageNode) -> int:
     return count
 
 
+def settles(node: StorageNode) -> bool:
+    """Whether a rebalancer says that nothing is left to do."""
+    rebalancer: Any = node.system.cells["rebalancer"].actor
+    told: bool = rebalancer.status()["settled"]
+    return told
+
+
 async def status(node: StorageNode) -> dict[str, Any]:
     """What a rebalancer says."""
     answer: dict[str, Any] = await node.actor("rebalancer").status.remote()
@@ -80,6 +87,26 @@ async def test_after_a_ring_change_all_blocks_are_at_their_owners() -> None:
         assert not cluster.nodes[gone].refs()
         report = await status(cluster.nodes[gone])
         assert report["dropped"] or report["passes"] > 1
+
+
+@virtual
+async def test_who_has_not_seen_to_the_present_situation_says_so() -> None:
+    """From a change on until a pass has ended in which nothing was left to do, by this node."""
+    async with Cluster(nodes=3, replication=1) as cluster:
+        client = await started(cluster)
+        await until(lambda: all(settles(node) for node in cluster.nodes.values()), 5.0)
+        blocks = [Block(n) for n in range(20)]
+        for block in blocks:
+            await block.put(client)
+        assert all(settles(node) for node in cluster.nodes.values())
+        cluster.network.hanging.add(cluster.ids[2])
+        cluster.set_ring(cluster.ring.with_replication(2))
+        assert not any(settles(node) for node in cluster.nodes.values())
+        await asyncio.sleep(20)
+        assert not all(settles(node) for node in cluster.nodes.values())
+        cluster.network.heal()
+        await until(lambda: all(settles(node) for node in cluster.nodes.values()))
+        assert settled(cluster, blocks)
 
 
 @virtual

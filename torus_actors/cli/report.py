@@ -144,7 +144,33 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
         if moving.get("waiting"):
             waiting = _blocks(moving["waiting"])
             found.append(f"{waiting} of node {name} wait for a node that is down")
+        if not moving.get("failed") and _is_unsettled(row, ring):
+            found.append(_unsettled(row))
     return found
+
+
+def _is_unsettled(row: Row, ring: Ring) -> bool:
+    """Whether blocks of a node that is up may lack copies, for all that is known.
+
+    A pass that runs only because the last one was a minute ago says nothing of that; and whoever
+    has no blocks has none to send.
+    """
+    if "rebalance" not in row or not row.get("used_bytes"):
+        return False
+    knows_ring = bool(row["node_ring_version"] == ring.version)
+    return not (knows_ring and row["rebalance"].get("settled", True))
+
+
+def _unsettled(row: Row) -> str:
+    name, moving = short(row["id"]), row["rebalance"]
+    if moving["left"]:
+        return (
+            f"node {name} copies blocks to where they should be: it has yet to look at "
+            f"{_blocks(moving['left'])}"
+        )
+    if moving.get("yielded"):
+        return f"{_blocks(moving['yielded'])} of node {name} are still to be copied by another node"
+    return f"node {name} has yet to look which of its blocks lack copies"
 
 
 def _leaves_in(peer_id: str, rows: Sequence[Row]) -> str:
