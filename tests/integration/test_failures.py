@@ -441,7 +441,7 @@ def test_a_node_lost_for_good_is_healed_without_an_operator(tmp_path: Path) -> N
             return status == 0 and json.loads(out)["exact"] == 17
 
         until(whole, "all copies are there", 60)
-        assert cluster.ctl_json("status")["problems"] == []
+        until(lambda: cluster.ctl_json("status")["problems"] == [], "the nodes know it", 30)
         cluster.nodes[2].start()
         assert members() == 3
         cluster.ctl("debug", "rebalance")

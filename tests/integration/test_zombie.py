@@ -50,7 +50,7 @@ def test_a_zombie_writes_nothing_any_more(cluster: Cluster) -> None:
     It is stopped with a write and a flush under way, and for longer than its lease. Another client
     opens the volume, finds what the first had flushed, and writes. When the first one wakes up its
     flushes and writes end with ESHUTDOWN, and the volume holds what the second one wrote; also for
-    those who open it later.
+    those who open it later. When its user has left, the first one ends, for others to start again.
     """
     lease = ("--lease", str(LEASE_S))
     first = cluster.serve("vol", *lease)
@@ -92,8 +92,9 @@ def test_a_zombie_writes_nothing_any_more(cluster: Cluster) -> None:
             await play()
 
     asyncio.run(in_time())
+    assert first.wait() == 1
+    assert first.output.splitlines()[-1].startswith("torusblk: volume vol was taken over")
     assert second.stop() == 0
-    assert first.stop() == 0
 
     async def later() -> None:
         async with asyncio.timeout(DEADLINE_S):

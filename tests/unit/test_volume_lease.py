@@ -7,6 +7,8 @@ import asyncio
 import pytest
 
 from tests.fakes import Cluster, DeviceError, until, virtual
+from torus_actors.cli.blk import fenced_and_left
+from torus_actors.cli.common import Failed
 from torus_actors.errors import Fenced, LeaseNotFound, Locked, OutOfSpace
 from torus_actors.nbd.protocol import Errno
 
@@ -272,3 +274,33 @@ async def test_a_release_counts_though_its_actor_dies_while_it_waits() -> None:
         await asyncio.sleep(10)
         assert not client.system.heirlooms["open_volumes"]
         await (await cluster.client()).open("v")
+
+
+@virtual
+async def test_who_serves_one_volume_ends_when_that_was_taken_over_and_its_users_have_left() -> (
+    None
+):
+    """Not before: they get ESHUTDOWN. Then whoever started it can have the volume opened anew."""
+    async with Cluster() as cluster:
+        await cluster.meta.create_volume("v", SIZE)
+        client = await cluster.client()
+        volumes = client.actor("volumes")
+        await volumes.open.remote("v")
+        device = await client.open("v")
+        over = asyncio.ensure_future(fenced_and_left(volumes, "v"))
+        client.kill("volumes")  # which is no reason
+        await asyncio.sleep(30)
+        client.store.down = True
+        await asyncio.sleep(30)
+        await (await cluster.client()).open("v")
+        client.store.down = False
+        for _ in range(10):
+            with pytest.raises(DeviceError) as told:
+                await device.write(0, b"late", fua=True)
+            assert told.value.errno == Errno.ESHUTDOWN
+            await asyncio.sleep(1)
+        assert not over.done()
+        await device.release()
+        await asyncio.wait([over], timeout=5)
+        with pytest.raises(Failed, match=r"volume v was taken over .*session 2"):
+            over.result()

@@ -12,6 +12,7 @@ from torus_actors.cli.common import (
     ADDRESS,
     CONTEXT,
     SIZE,
+    Failed,
     Group,
     Settings,
     lease_option,
@@ -19,15 +20,20 @@ from torus_actors.cli.common import (
     version_option,
 )
 from torus_actors.cli.units import Address, format_address
-from torus_actors.errors import Invalid, Locked
+from torus_actors.errors import Invalid, Locked, TorusError
 
 if TYPE_CHECKING:
     import ssl
+
+    from torus_actors.runtime import ActorHandle
 
 LOCK_POLL_S = 0.25
 """How often a lock that is waited for is tried."""
 
 OPEN_TIMEOUT_S = 60.0
+
+FENCED_POLL_S = 1.0
+"""How often it is looked whether another client has taken the volume over."""
 
 START_PATIENCE_S = 3.0
 """How long to wait for metadata that does not answer: nodes and clients of a machine that boots
@@ -117,8 +123,9 @@ def serve(
 ) -> None:
     """Serve VOLUME over NBD until SIGINT or SIGTERM; without it, every volume by its name.
 
-    VOLUME is opened at once and kept; otherwise a volume is opened when a client asks for it, and
-    a snapshot by VOLUME@NAME.
+    VOLUME is opened at once and kept, until another client has taken it over and those that used it
+    here have left; otherwise a volume is opened when a client asks for it, and a snapshot by
+    VOLUME@NAME.
     """
     if snapshot is not None and volume is None:
         raise click.UsageError("--snapshot goes with a VOLUME")
@@ -196,7 +203,42 @@ def serve(
         except Again as error:
             raise unreachable(config.metadata, error) from error
 
-    run_daemon(settings, serve_until_stopped(start, open_volume, with_parent))
+    async def over(client: Client) -> None:
+        assert volume is not None
+        await fenced_and_left(client.system.actor("volumes"), volume)
+
+    run_daemon(
+        settings,
+        serve_until_stopped(start, open_volume, with_parent, None if volume is None else over),
+    )
+
+
+async def fenced_and_left(volumes: ActorHandle, volume: str) -> None:
+    """Wait until another client has taken the volume over, and those that used it here have left.
+
+    Those are told with each write and flush (ESHUTDOWN), and a new one is let in nowhere: it would
+    find what the volume was. When they have left, whoever started this can start it again, and it
+    opens what the volume is then. It must not end under them: one that connects again by itself
+    would write on, into a volume that others have written to, and never know.
+
+    Raises:
+        Failed: now.
+    """
+    import asyncio
+
+    while True:
+        await asyncio.sleep(FENCED_POLL_S)
+        try:
+            rows = await volumes.status.remote()
+        except TorusError:
+            continue  # it is being restarted
+        for row in rows:
+            # One user is the command itself.
+            if row["name"] == volume and row["fenced"] and row["users"] <= 1:
+                raise Failed(
+                    f"volume {volume} was taken over by another client ({row['failure']}): "
+                    "start this again to open it anew"
+                )
 
 
 def _unix_uri(path: Path, export: str | None) -> str:

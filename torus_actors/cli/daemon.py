@@ -92,6 +92,7 @@ async def serve_until_stopped(
     start: Callable[[], Coroutine[Any, Any, Running]],
     ready: Callable[[Any], Coroutine[Any, Any, None]],
     with_parent: bool,
+    over: Callable[[Any], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     """Start something, keep it until told to stop, stop it.
 
@@ -99,9 +100,10 @@ async def serve_until_stopped(
         start: makes it.
         ready: called with it once it runs.
         with_parent: see ``Stop``.
+        over: called with it after that; raises ``Failed`` when it is of no use any more.
 
     Raises:
-        Failed: it gave up by itself.
+        Failed: it gave up by itself, or is of no use any more.
         TorusError: it could not start.
     """
     stop = Stop(with_parent)
@@ -112,7 +114,9 @@ async def serve_until_stopped(
         await stop.unless(ready(running))
         if not stop.asked:
             try:
-                await stop.unless(_fatal(running))
+                await stop.unless(_until_over(running, over))
+            except Failed:
+                raise
             except Exception as error:
                 raise Failed(f"gave up: {one_line(error)}") from error
     finally:
@@ -120,8 +124,20 @@ async def serve_until_stopped(
     LIFECYCLE.info("stopped")
 
 
-async def _fatal(running: Running) -> None:
-    await asyncio.shield(running.system.fatal)
+async def _until_over(
+    running: Running, over: Callable[[Any], Coroutine[Any, Any, None]] | None
+) -> None:
+    """Wait until it gives up, or is of no use any more."""
+    waiting = [asyncio.shield(running.system.fatal)]
+    if over is not None:
+        waiting.append(asyncio.ensure_future(over(running)))
+    try:
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for each in done:
+            each.result()
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 def run_daemon(settings: Settings, work: Coroutine[Any, Any, None]) -> None:

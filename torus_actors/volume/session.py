@@ -568,5 +568,6 @@ class Session:
             "read_cache_bytes": file.cache.size,
             "read_cache_hits": file.cache.hits,
             "read_cache_misses": file.cache.misses,
+            "fenced": isinstance(file.failure, Fenced),
             "failure": str(file.failure or file.put_error or ""),
         }
