@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import Cluster, Process, free_ports, need, small_cluster, until
+from tests.integration.cluster import (
+    Cluster,
+    Process,
+    command,
+    environment,
+    free_ports,
+    need,
+    small_cluster,
+    until,
+)
 
 MIB = 1 << 20
 
@@ -141,6 +150,34 @@ def test_images_go_in_and_come_out_with_their_holes(cluster: Cluster, tmp_path: 
     assert "resize it" in cluster.ctl("block", "load", "image", str(large), status=1)
     for name in ("image", "twin"):
         cluster.ctl("volume", "delete", name)
+
+
+def test_a_load_that_waits_for_its_pipe_can_be_interrupted(cluster: Cluster) -> None:
+    """With Ctrl-C, though nothing comes and the pipe stays open; the volume is free afterwards."""
+    cluster.ctl("volume", "create", "slow", "16MiB")
+    load = subprocess.Popen(
+        [*command("torusctl", "block", "load", "slow", "-"), "-C", cluster.metadata],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(cluster.directory),
+    )
+    assert load.stdin is not None
+    load.stdin.write(bytes(4 * MIB))
+    load.stdin.flush()
+
+    def holder() -> str | None:
+        (row,) = [each for each in cluster.ctl_json("volume", "list") if each["name"] == "slow"]
+        held: str | None = row["holder"]
+        return held
+
+    until(lambda: holder() is not None, "the volume is open")
+    load.send_signal(signal.SIGINT)
+    assert load.wait(10) == 1
+    assert load.stderr is not None and load.stderr.read() == b"torusctl: interrupted\n"
+    load.stdin.close()
+    load.stderr.close()
+    assert holder() is None
+    cluster.ctl("volume", "delete", "slow")
 
 
 def test_a_client_can_wait_for_the_lock_of_a_dead_one(cluster: Cluster, heir: Process) -> None:

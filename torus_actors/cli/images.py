@@ -1,14 +1,21 @@
-"""Copying between volumes and files. Holes stay holes, and zeros become holes."""
+"""Copying between volumes and files. Holes stay holes, and zeros become holes.
+
+A file may be a pipe, and who is at its other end may take any time. So all that reads or writes one
+runs beside the event loop, where the heartbeat keeps the volume's lock.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import concurrent.futures
 import errno
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from torus_actors.cli.common import Settings
 from torus_actors.cli.full import full_client
@@ -29,8 +36,7 @@ OPERATION_TIMEOUT_S = 300.0
 
 _ZEROS = bytes(CHUNK)
 
-Extent = tuple[int, int, bool]
-"""Offset, length, whether there is data."""
+T = TypeVar("T")
 
 
 async def dump(settings: Settings, name: str, file: Path) -> int:
@@ -43,19 +49,24 @@ async def dump(settings: Settings, name: str, file: Path) -> int:
     async with full_client(settings, name, read_only=True) as client:
         _, size, _, _ = await client.system.actor("volumes").open.remote(name)
         volume = client.system.actor(f"volume:{name}")
-        with _output(file) as fd, progress_bar(f"dumping {name}", size) as advance:
+        fd = await _beside(_open_output, file)
+        with progress_bar(f"dumping {name}", size) as advance:
             sparse = stat.S_ISREG(os.fstat(fd).st_mode) and str(file) != "-"
             written = 0
             async for offset, data in _read_all(volume, size):
                 if data is not None:
-                    _write_fully(fd, data, offset if sparse else None)
+                    await _beside(_write_fully, fd, data, offset if sparse else None)
                     written += len(data)
                 elif not sparse:
-                    _write_fully(fd, _ZEROS[: min(CHUNK, size - offset)], None)
+                    zeros = _ZEROS[: min(CHUNK, size - offset)]
+                    await _beside(_write_fully, fd, zeros, None)
                 advance(offset)
             if sparse:
                 os.ftruncate(fd, size)
-                os.fsync(fd)
+                await _beside(os.fsync, fd)
+        # Only now: a thread that was left behind must not write into what has its number then.
+        if str(file) != "-":
+            os.close(fd)
         return written
 
 
@@ -93,26 +104,23 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
         TorusError: the volume cannot be written, or is too small.
         OSError: the file cannot be read.
     """
-    fd = 0 if str(file) == "-" else os.open(file, os.O_RDONLY)
-    try:
-        length = _length_of(fd)
-        if create:
-            await _create_if_missing(settings, name, size or length or 0)
-        async with full_client(settings, name) as client:
-            volume_size = await _size_of(client, name)
-            if length is not None and length > volume_size:
-                raise Invalid(
-                    f"{file} has {length} bytes, and volume {name} only {volume_size}: "
-                    "resize it first"
-                )
-            volume = client.system.actor(f"volume:{name}")
-            with progress_bar(f"loading {name}", length) as advance:
-                loaded = await _Loader(volume, volume_size, name).load(fd, length, advance)
-            await volume.flush.remote(timeout_s=OPERATION_TIMEOUT_S)
-        return loaded
-    finally:
-        if fd:
-            os.close(fd)
+    # Not closed before the process ends: a thread that is left behind may read from it.
+    fd = await _beside(_open_input, file)
+    length = _length_of(fd)
+    if create:
+        await _create_if_missing(settings, name, size or length or 0)
+    async with full_client(settings, name) as client:
+        volume_size = await _size_of(client, name)
+        if length is not None and length > volume_size:
+            raise Invalid(
+                f"{file} has {length} bytes, and volume {name} only {volume_size}: resize it first"
+            )
+        volume = client.system.actor(f"volume:{name}")
+        with progress_bar(f"loading {name}", length) as advance:
+            loader = _Loader(volume, volume_size, name)
+            loaded = await loader.load(_chunks(fd, length), advance)
+        await volume.flush.remote(timeout_s=OPERATION_TIMEOUT_S)
+    return loaded
 
 
 async def _create_if_missing(settings: Settings, name: str, size: int) -> None:
@@ -140,9 +148,10 @@ class _Loader:
         self._hole_from = 0
         self._loaded = 0
 
-    async def load(self, fd: int, length: int | None, advance: Advance) -> int:
+    async def load(self, chunks: Iterator[tuple[int, bytes]], advance: Advance) -> int:
         """Copy everything; returns the bytes of data."""
-        for offset, data in _chunks(fd, length):
+        while (chunk := await _beside(next, chunks, None)) is not None:
+            offset, data = chunk
             if offset + len(data) > self._size:
                 raise Invalid(
                     f"standard input has more than the {format_size(self._size)} of volume "
@@ -232,17 +241,34 @@ def _length_of(fd: int) -> int | None:
     return None
 
 
-@contextlib.contextmanager
-def _output(file: Path) -> Iterator[int]:
+def _open_input(file: Path) -> int:
+    return 0 if str(file) == "-" else os.open(file, os.O_RDONLY)
+
+
+def _open_output(file: Path) -> int:
     if str(file) == "-":
         sys.stdout.flush()
-        yield sys.stdout.fileno()
-        return
-    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        return sys.stdout.fileno()
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+
+async def _beside(function: Callable[..., T], *args: object) -> T:
+    """Call what may block for long on a thread of its own.
+
+    Unlike those of ``asyncio.to_thread`` it is not waited for at the end: Ctrl-C must do although
+    nobody writes into the pipe that is read.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # whoever waits may leave, and the result is dropped
+
+    def call() -> None:
+        try:
+            done.set_result(function(*args))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 async def _size_of(client: Client, name: str) -> int:

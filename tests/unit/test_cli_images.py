@@ -1,0 +1,128 @@
+"""``torusctl block load`` and ``dump`` with files and pipes, on a cluster in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import Cluster
+from torus_actors.cli import images
+from torus_actors.cli.common import Settings
+
+SIZE = 1 << 20
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, test: Callable[[Cluster], Coroutine[Any, Any, None]]
+) -> None:
+    """Run a test on a cluster with a volume ``v`` of zeros, in real time: pipes have no other."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), Cluster() as cluster:
+
+            @contextlib.asynccontextmanager
+            async def full_client(
+                settings: Settings, volume: str, read_only: bool = False
+            ) -> AsyncIterator[Any]:
+                client = await cluster.client()
+                try:
+                    await client.actor("volumes").open.remote(volume)
+                    yield client
+                finally:
+                    await client.stop()
+
+            monkeypatch.setattr(images, "full_client", full_client)
+            await cluster.meta.create_volume("v", SIZE)
+            await test(cluster)
+
+    asyncio.run(main())
+
+
+async def load(file: Path | int) -> int:
+    """Load a file, or what comes out of a pipe, into ``v``."""
+    path = Path(f"/dev/fd/{file}") if isinstance(file, int) else file
+    return await images.load(Settings(), "v", path, False, None)
+
+
+async def dump(file: Path | int) -> int:
+    """Dump ``v`` into a file or pipe."""
+    return await images.dump(
+        Settings(), "v", Path(f"/dev/fd/{file}") if isinstance(file, int) else file
+    )
+
+
+async def turns_until(done: asyncio.Future[Any], turns: int = 20) -> None:
+    """See the loop turn; it is not done meanwhile."""
+    for _ in range(turns):
+        await asyncio.sleep(0.01)
+        assert not done.done(), done
+
+
+def test_a_slow_pipe_does_not_stop_the_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither one that is read nor one that is written: the heartbeat must go on."""
+
+    async def test(cluster: Cluster) -> None:
+        source, sink = os.pipe()
+        loading = asyncio.ensure_future(load(source))
+        await turns_until(loading)
+        os.write(sink, b"a" * 5000)
+        await turns_until(loading)
+        os.write(sink, b"b" * 5000)
+        os.close(sink)
+        assert await loading == 10_000
+        os.close(source)
+
+        source, sink = os.pipe()
+        dumping = asyncio.ensure_future(dump(sink))
+        await turns_until(dumping)
+        os.close(sink)
+        received = await asyncio.to_thread(Path(f"/dev/fd/{source}").read_bytes)
+        await dumping
+        os.close(source)
+        assert received == b"a" * 5000 + b"b" * 5000 + bytes(SIZE - 10_000)
+        await dump(tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == received
+
+    run(monkeypatch, test)
+
+
+def test_whoever_waits_for_a_pipe_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nobody ever writes into it; and the exit waits for no thread."""
+
+    async def test(cluster: Cluster) -> None:
+        source, sink = os.pipe()
+        loading = asyncio.ensure_future(load(source))
+        await turns_until(loading)
+        loading.cancel()
+        await asyncio.wait([loading], timeout=5)
+        assert loading.cancelled()
+        assert all(each.daemon for each in threading.enumerate() if each.name != "MainThread")
+        os.close(sink)
+        os.close(source)
+
+    run(monkeypatch, test)
+
+
+def test_what_fails_beside_the_loop_fails_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A missing file, a full disk."""
+
+    async def test(cluster: Cluster) -> None:
+        with pytest.raises(FileNotFoundError):
+            await load(tmp_path / "none")
+        (tmp_path / "some").write_bytes(b"x")
+        await load(tmp_path / "some")
+        with pytest.raises(OSError, match="No space"):
+            await dump(Path("/dev/full"))
+
+    run(monkeypatch, test)
