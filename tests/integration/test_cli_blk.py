@@ -212,6 +212,8 @@ def test_a_node_that_is_down_is_seen_and_its_copies_are_missed(tmp_path: Path) -
         cluster.ctl("ring", "set-replication", "2")
         cluster.ctl("peer", "remove", gone[:8])
         assert cluster.ctl_json("status")["ring_members"] == 2
+        told = cluster.ctl("ring", "manual-change", "--peers", "", status=1)
+        assert told.count("\n") == 1 and "without a node" in told
         cluster.ctl("ring", "manual-change", "--type", "mod", "--uuids", gone)
         ring = cluster.ctl_json("ring", "get")
         assert ring["type"] == "mod" and [peer["id"] for peer in ring["peers"]] == [gone]

@@ -100,7 +100,7 @@ def test_a_snapshot_after_a_client_was_killed(cluster: Cluster) -> None:
     reader = cluster.serve("left", "--snapshot", "s")
     qemu_io(reader.uri, "read -P 1 0 4k", "read -P 2 4k 12k", read_only=True)
     assert reader.stop() == 0
-    cluster.ctl("volume", "delete", "left")
+    assert "volume left with 1 snapshot deleted" in cluster.ctl("volume", "delete", "left")
     assert cluster.ctl_json("snapshot", "list") == []
 
 

@@ -15,6 +15,7 @@ import pytest
 from tests.fakes import Cluster
 from torus_actors.cli import images
 from torus_actors.cli.common import Settings
+from torus_actors.errors import Invalid
 
 SIZE = 1 << 20
 
@@ -124,5 +125,31 @@ def test_what_fails_beside_the_loop_fails_here(
         await load(tmp_path / "some")
         with pytest.raises(OSError, match="No space"):
             await dump(Path("/dev/full"))
+
+    run(monkeypatch, test)
+
+
+def test_nothing_is_loaded_from_what_is_empty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A pipe whose feeder has failed, or an empty file, must not empty a volume; zeros may."""
+
+    async def test(cluster: Cluster) -> None:
+        full, empty = tmp_path / "full", tmp_path / "empty"
+        full.write_bytes(b"x" * SIZE)
+        empty.touch()
+        await load(full)
+        source, sink = os.pipe()
+        os.close(sink)
+        for nothing in (source, empty, Path("/dev/null")):
+            with pytest.raises(Invalid, match="is empty: nothing was changed"):
+                await load(nothing)
+        os.close(source)
+        await dump(tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == b"x" * SIZE
+        os.truncate(empty, 4096)
+        assert await load(empty) == 0
+        await dump(tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == bytes(SIZE)
 
     run(monkeypatch, test)

@@ -150,9 +150,7 @@ def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
             def remove(present: Ring) -> Ring | None:
                 leaving = [each for each in ids if each in present.members]
                 if len(leaving) == len(present.members):
-                    raise Invalid(
-                        "the ring would be left without a node, and every block without a place"
-                    )
+                    raise _nobody_left()
                 after = present
                 for each in leaving:
                     after = after.without_peer(each)
@@ -161,6 +159,10 @@ def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
             _told(await _change(connection, remove))
 
     run(settings, work())
+
+
+def _nobody_left() -> Invalid:
+    return Invalid("the ring would be left without a node, and every block without a place")
 
 
 def _told(now: Ring) -> None:
@@ -253,6 +255,8 @@ def ring_manual_change(
             if peers is not None:
                 given = [each.strip() for each in peers.split(",") if each.strip()]
                 chosen = {pick(each, known, "node") for each in given}
+                if not chosen and kind != "empty":
+                    raise _nobody_left()
 
             def change(present: Ring) -> Ring | None:
                 members = list(present.peers)

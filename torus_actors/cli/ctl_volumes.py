@@ -103,16 +103,19 @@ def volume_create_block(settings: Settings, name: str, size: int) -> None:
 @click.argument("name")
 @click.pass_obj
 def volume_delete(settings: Settings, name: str) -> None:
-    """Delete a volume, with all that is in it."""
+    """Delete a volume, with all that is in it, and its snapshots."""
 
-    async def work() -> None:
+    async def work() -> int:
         from torus_actors.cli.connect import connect
 
         async with connect(settings) as connection:
-            await connection.patiently(connection.meta.delete_volume, name)
+            meta = connection.meta
+            record = await connection.patiently(meta.volume, name)
+            snapshots = await meta.snapshots(record.id)
+            await connection.patiently(meta.delete_volume, name)
+            return len(snapshots)
 
-    run(settings, work())
-    click.echo(f"volume {name} deleted")
+    click.echo(f"volume {name}{_with(run(settings, work()))} deleted")
 
 
 @volume.command("resize")

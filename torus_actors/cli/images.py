@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
+import itertools
 import os
 import stat
 import sys
@@ -101,24 +102,41 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
     """Make a file the content of a volume; returns the bytes that were data.
 
     Raises:
-        TorusError: the volume cannot be written, or is too small.
+        Invalid: there is nothing in the file, or more than the volume has room for.
+        TorusError: the volume cannot be written.
         OSError: the file cannot be read.
     """
     # Not closed before the process ends: a thread that is left behind may read from it.
     fd = await _beside(_open_input, file)
     length = _length_of(fd)
+    chunks = _chunks(fd, length)
+    empty = length == 0
+    if length is None:
+        # Nothing is touched before something came: a pipe is empty when what feeds it has failed.
+        first = await _beside(next, chunks, None)
+        empty = first is None
+        chunks = chunks if first is None else itertools.chain([first], chunks)
+    if empty:
+        raise Invalid(
+            f"{_shown(file)} is empty: nothing was changed; to empty volume {name}, delete it and "
+            "make it again"
+        )
     if create:
-        await _create_if_missing(settings, name, size or length or 0)
+        size = size or length
+        if size is None:
+            raise Invalid(f"how large shall {name} be? give --size: {_shown(file)} does not say")
+        await _create_if_missing(settings, name, size)
     async with full_client(settings, name) as client:
         volume_size = await _size_of(client, name)
         if length is not None and length > volume_size:
             raise Invalid(
-                f"{file} has {length} bytes, and volume {name} only {volume_size}: resize it first"
+                f"{_shown(file)} has {length} bytes, and volume {name} only {volume_size}: "
+                "resize it first"
             )
         volume = client.system.actor(f"volume:{name}")
         with progress_bar(f"loading {name}", length) as advance:
             loader = _Loader(volume, volume_size, name)
-            loaded = await loader.load(_chunks(fd, length), advance)
+            loaded = await loader.load(chunks, advance)
         await volume.flush.remote(timeout_s=OPERATION_TIMEOUT_S)
     return loaded
 
@@ -130,10 +148,6 @@ async def _create_if_missing(settings: Settings, name: str, size: int) -> None:
         try:
             await connection.patiently(connection.meta.volume, name)
         except NotExist:
-            if not size:
-                raise Invalid(
-                    f"the file is empty: a volume {name} of 0 bytes is not possible"
-                ) from None
             await connection.meta.create_volume(name, size)
 
 
@@ -239,6 +253,10 @@ def _length_of(fd: int) -> int | None:
         os.lseek(fd, 0, os.SEEK_SET)
         return length
     return None
+
+
+def _shown(file: Path) -> str:
+    return "standard input" if str(file) == "-" else str(file)
 
 
 def _open_input(file: Path) -> int:
