@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import Client, Cluster, Device, DeviceError, virtual
+from tests.fakes import Client, Cluster, Device, DeviceError, until, virtual
 from tests.unit.test_volume_flush import BLOCK, SIZE, reopened
 from torus_actors.errors import Again, Exists, Locked, NotExist, TorusError
 from torus_actors.metadata import kv
@@ -539,3 +539,37 @@ async def test_a_snapshot_is_a_checkpoint() -> None:
         commits = session.heads.recorded
         await snapshot(cluster, "t")
         assert session.heads.recorded == commits
+
+
+@virtual
+async def test_a_request_is_answered_when_the_metadata_is_back() -> None:
+    """It went away as the snapshot was taken: its head is in the journal, and then stored."""
+    async with Cluster(journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        for _ in range(2):
+            await device.write(0, b"first")
+            await device.flush()
+        session, store = device.client.session("v"), device.client.store
+        await until(lambda: session.journal.active)
+        await device.write(0, b"second")
+        take = session.keeper.take
+        taken = 0
+
+        async def away() -> None:
+            nonlocal taken
+            taken += 1
+            if taken == 1:
+                store.down = True
+                asyncio.get_running_loop().call_later(4, setattr, store, "down", False)
+            await take()
+
+        session.keeper.take = away  # type: ignore[method-assign]
+        asked = asyncio.ensure_future(snapshot(cluster, "s"))
+        await asyncio.sleep(1)
+        # Somebody waits for a commit, so that the journal keeps the head.
+        await device.client.actor("volume:v").commit.remote()
+        assert not asked.done() and session.heads.owed is not None
+        await device.write(0, b"third ")
+        assert await asked is not None
+        assert taken == 2
+        assert (await content(cluster, "v@s"))[:6] in (b"second", b"third ")

@@ -29,6 +29,9 @@ HOLD_S_MAX = 1.5
 """Writes wait no longer for a snapshot; it fails if the cluster does not take what is cached by
 then. Below what a client may be kept waiting for anything."""
 
+ASK_AGAIN_S = 1.0
+"""A request that could not be answered, for want of the metadata, is taken up again after this."""
+
 ATTEMPTS_MAX = 3
 """The time may be over, or a node be lost, between holding writes and cutting the map."""
 
@@ -65,6 +68,8 @@ class Keeper:
         self._head_revision = head_revision
         self._seen: set[str] = set()
         self._taking: list[SnapshotRequest] = []
+        self._unanswered: list[SnapshotRequest] = []
+        self._ask_again_at = 0.0
         self.wanted: list[SnapshotRequest] = []
         """Requests that nobody has begun to answer."""
 
@@ -72,7 +77,16 @@ class Keeper:
         """These are the requests for the volume that there are now."""
         present = {request.nonce: request for request in requests if not request.error}
         self.wanted += [present[nonce] for nonce in present if nonce not in self._seen]
+        self._unanswered = [each for each in self._unanswered if each.nonce in present]
         self._seen = set(present)
+
+    def ask_again(self) -> None:
+        """The metadata has the volume's newest head: those that waited for that are wanted again.
+
+        Each is of a new moment, for what the volume was then may be in no head any more.
+        """
+        if self._unanswered and self._file.loop.time() >= self._ask_again_at:
+            self.wanted, self._unanswered = self._unanswered + self.wanted, []
 
     def resume(self) -> None:
         """Whoever was answering has died: begin again with that."""
@@ -97,6 +111,10 @@ class Keeper:
                 await self._answer(request, error)
             except (Again, OutcomeUnknown, LeaseNotFound) as failed:
                 log.info("volume %s: snapshot %s: %s", self._file.name, request.name, failed)
+                # With its lease ended, whoever asked is gone.
+                if not isinstance(failed, LeaseNotFound):
+                    self._unanswered.append(request)
+                    self._ask_again_at = self._file.loop.time() + ASK_AGAIN_S
         self._taking = []
 
     async def _answer(self, request: SnapshotRequest, error: TorusError | None) -> None:

@@ -268,6 +268,8 @@ class Session:
     async def _committer_loop(self) -> None:
         """One commit after the other: when asked for, and when the journal is large or old."""
         while True:
+            if self.heads.owed is None:
+                self.keeper.ask_again()
             if self.keeper.wanted and self.file.failure is None:
                 await self._take_snapshots()
                 continue
