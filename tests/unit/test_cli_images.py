@@ -39,17 +39,30 @@ def run(
                 finally:
                     await client.stop()
 
+            @contextlib.asynccontextmanager
+            async def connect(settings: Settings) -> AsyncIterator[Any]:
+                class Connection:
+                    meta = cluster.meta
+
+                    @staticmethod
+                    async def patiently(ask: Any, *args: Any) -> Any:
+                        return await ask(*args)
+
+                yield Connection
+
             monkeypatch.setattr(images, "full_client", full_client)
+            monkeypatch.setattr("torus_actors.cli.connect.connect", connect)
             await cluster.meta.create_volume("v", SIZE)
             await test(cluster)
 
     asyncio.run(main())
 
 
-async def load(file: Path | int) -> int:
-    """Load a file, or what comes out of a pipe, into ``v``."""
+async def load(file: Path | int, name: str = "v", **options: Any) -> int:
+    """Load a file, or what comes out of a pipe, into a volume."""
     path = Path(f"/dev/fd/{file}") if isinstance(file, int) else file
-    return await images.load(Settings(), "v", path, False, None)
+    options = {"create": False, "size": None, **options}
+    return await images.load(Settings(), name, path, **options)
 
 
 async def dump(file: Path | int) -> int:
@@ -151,5 +164,30 @@ def test_nothing_is_loaded_from_what_is_empty(
         assert await load(empty) == 0
         await dump(tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == bytes(SIZE)
+
+    run(monkeypatch, test)
+
+
+def test_a_volume_that_exists_keeps_its_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another one that is asked for is refused; a new volume has that one, or the file's."""
+
+    async def test(cluster: Cluster) -> None:
+        file = tmp_path / "file"
+        file.write_bytes(b"x" * 4096)
+        with pytest.raises(Invalid, match=f"has {SIZE} bytes, not 8192"):
+            await load(file, create=True, size=8192)
+        await load(file, create=True, size=SIZE)
+        await load(file, create=True)
+        await load(file, "sized", create=True, size=8192)
+        await load(file, "unsized", create=True)
+        assert [each.size for each in await cluster.meta.volumes()] == [SIZE, 8192, 4096]
+        source, sink = os.pipe()
+        os.write(sink, b"x")
+        os.close(sink)
+        with pytest.raises(Invalid, match="give --size"):
+            await load(source, "none", create=True)
+        os.close(source)
 
     run(monkeypatch, test)

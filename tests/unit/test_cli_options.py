@@ -26,6 +26,7 @@ from torus_actors.cli.dev import DevCluster, DevConfig
 from torus_actors.cli.node import SIZE_DEFAULT, store_size
 from torus_actors.cli.node import cli as node
 from torus_actors.cli.nodes import pick, short
+from torus_actors.cli.output import print_json, print_table
 from torus_actors.cli.profile import config_path, load_profiles, save_profiles
 from torus_actors.cli.units import (
     format_address,
@@ -141,8 +142,8 @@ def test_profiles_survive_a_round_trip_and_damage_is_told() -> None:
     profiles = {"default": {"metadata": "torus://a:1", "secret-file": 'a "quoted" \\ path'}}
     save_profiles(config_path(), profiles)
     assert load_profiles(config_path()) == profiles
-    for damage in ("not toml", "[default]\nother = 1\n", "default = 3\n"):
-        config_path().write_text(damage)
+    for damage in (b"not toml", b"[default]\nother = 1\n", b"default = 3\n", b"\xff\xfe[\0"):
+        config_path().write_bytes(damage)
         with pytest.raises(Invalid, match=r"config\.toml"):
             load_profiles(config_path())
 
@@ -217,6 +218,17 @@ def test_a_failure_is_one_plain_line_and_status_1(
         raise error
 
     assert ending(capsys, body) == (1, told)
+
+
+def test_a_closed_standard_output_is_a_failure_of_what_only_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``>&-`` makes it; whoever does something else does it."""
+    monkeypatch.setattr("sys.stdout", None)
+    closed = (1, "prog: standard output is closed: nothing can be written to it\n")
+    assert ending(capsys, lambda: print_table(("A",), [("b",)])) == closed
+    assert ending(capsys, lambda: print_json([])) == closed
+    assert ending(capsys, lambda: click.echo("done")) == (0, "")
 
 
 def test_bugs_are_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:

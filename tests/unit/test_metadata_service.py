@@ -55,6 +55,7 @@ from torus_actors.metadata.records import (
 )
 from torus_actors.metadata.service import MetadataService
 from torus_actors.metadata.volumes import Origin
+from torus_actors.model.inode_tree import NBLOCKS_MAX
 from torus_actors.model.refs import VOLUME_ID_MAX, BlockRef, BlockType
 
 Test = Callable[[Fixture], Awaitable[None]]
@@ -452,6 +453,21 @@ def test_a_bad_size_is_refused_and_ids_end_at_40_bits(backend: Backend) -> None:
         assert await f.service.volumes() == [last]
         with pytest.raises(OutOfSpace):
             await f.service.create_volume("more", GIB)
+
+    run(backend, test)
+
+
+def test_no_volume_is_larger_than_its_block_map_can_be(backend: Backend) -> None:
+    """Neither made so nor resized to it: it could never be opened."""
+
+    async def test(f: Fixture) -> None:
+        most = NBLOCKS_MAX * (await f.service.global_metadata()).block_size
+        assert (await f.service.create_volume("most", most)).size == most
+        await f.service.create_volume("small", GIB)
+        with pytest.raises(Invalid, match=f"at most {most}"):
+            await f.service.create_volume("more", most + 1)
+        with pytest.raises(Invalid, match=f"at most {most}"):
+            await f.service.resize_volume("small", most + 1)
 
     run(backend, test)
 

@@ -260,7 +260,8 @@ def run_main(command: click.Command, program: str, args: Sequence[str] | None = 
             obj=Settings(),
             standalone_mode=False,
         )
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed, by >&-
+            sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         status = 2 if isinstance(error, click.UsageError) else 1
@@ -269,7 +270,8 @@ def run_main(command: click.Command, program: str, args: Sequence[str] | None = 
         status = 1
     except BrokenPipeError:
         # Whoever read our output has gone; flushing at exit must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (TorusError, OSError) as error:
         click.echo(f"{program}: {one_line(error)}", err=True)

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from torus_actors.cli.common import Settings
 from torus_actors.cli.full import full_client
+from torus_actors.cli.output import open_stdout
 from torus_actors.cli.progress import Advance, progress_bar
 from torus_actors.cli.units import format_size
 from torus_actors.errors import Invalid, NotExist
@@ -122,10 +123,7 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
             "make it again"
         )
     if create:
-        size = size or length
-        if size is None:
-            raise Invalid(f"how large shall {name} be? give --size: {_shown(file)} does not say")
-        await _create_if_missing(settings, name, size)
+        await _create_if_missing(settings, name, size, length)
     async with full_client(settings, name) as client:
         volume_size = await _size_of(client, name)
         if length is not None and length > volume_size:
@@ -141,14 +139,28 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
     return loaded
 
 
-async def _create_if_missing(settings: Settings, name: str, size: int) -> None:
+async def _create_if_missing(
+    settings: Settings, name: str, size: int | None, length: int | None
+) -> None:
+    """Make the volume, of the size that is asked for, or else of the file's."""
     from torus_actors.cli.connect import connect
 
     async with connect(settings) as connection:
         try:
-            await connection.patiently(connection.meta.volume, name)
+            record = await connection.patiently(connection.meta.volume, name)
         except NotExist:
+            size = size or length
+            if size is None:
+                raise Invalid(
+                    f"how large shall volume {name} be? give --size: the input does not say"
+                ) from None
             await connection.meta.create_volume(name, size)
+            return
+    if size is not None and size != record.size:
+        raise Invalid(
+            f"volume {name} exists, and has {record.size} bytes, not {size}: leave out --size, or "
+            "resize it first"
+        )
 
 
 class _Loader:
@@ -260,13 +272,18 @@ def _shown(file: Path) -> str:
 
 
 def _open_input(file: Path) -> int:
-    return 0 if str(file) == "-" else os.open(file, os.O_RDONLY)
+    if str(file) != "-":
+        return os.open(file, os.O_RDONLY)
+    if sys.stdin is None:  # number 0 may be anything that was opened since
+        raise Invalid("standard input is closed: nothing can be read from it")
+    return sys.stdin.fileno()
 
 
 def _open_output(file: Path) -> int:
     if str(file) == "-":
-        sys.stdout.flush()
-        return sys.stdout.fileno()
+        stdout = open_stdout()
+        stdout.flush()
+        return stdout.fileno()
     return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+
+from torus_actors.cli.common import Failed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,17 +19,37 @@ WIDTH = 80
 """Of tables where the terminal does not say: in a pipe, a file, a log."""
 
 
+def open_stdout() -> TextIO:
+    """Standard output, for those whose whole work is to write there.
+
+    Raises:
+        Failed: it is closed, as by ``>&-``.
+    """
+    if sys.stdout is None:
+        raise Failed("standard output is closed: nothing can be written to it")
+    return sys.stdout
+
+
 def console(stderr: bool = False) -> Console:
-    """A rich console: colour on terminals only."""
+    """A rich console: colour on terminals only.
+
+    Raises:
+        Failed: the stream is closed.
+    """
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
+    stream = sys.stderr if stderr else open_stdout()
     width = None if stream.isatty() else WIDTH
     return Console(stderr=stderr, highlight=False, soft_wrap=False, width=width)
 
 
 def print_json(data: Any) -> None:
-    """One JSON document."""
+    """One JSON document.
+
+    Raises:
+        Failed: standard output is closed.
+    """
+    open_stdout()
     click.echo(json.dumps(data, indent=2, sort_keys=False))
 
 

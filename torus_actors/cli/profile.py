@@ -50,9 +50,11 @@ def load_profiles(path: Path) -> Profiles:
         Invalid: the file cannot be understood.
     """
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except UnicodeDecodeError as error:
+        raise Invalid(f"{path} is not TOML, which is UTF-8: {error}") from error
     import tomllib
 
     try:
@@ -86,7 +88,7 @@ def save_profiles(path: Path, profiles: Profiles) -> None:
             lines.append("")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
-    temporary.write_text("\n".join(lines))
+    temporary.write_text("\n".join(lines), "utf-8")
     temporary.replace(path)
 
 

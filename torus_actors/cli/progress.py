@@ -17,7 +17,7 @@ class Advance(Protocol):
 
 def shows_bars() -> bool:
     """Whether somebody sees them."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torus_actors.metadata.kv import Compare, Delete, DeletePrefix, Operation, P
 from torus_actors.metadata.records import (
     Counter,
     Epoch,
+    GlobalMetadata,
     Head,
     Lock,
     VolumeName,
@@ -28,6 +29,8 @@ from torus_actors.metadata.records import (
     check_name,
 )
 from torus_actors.metadata.watching import Follow
+from torus_actors.model.checksums import PAGE_SIZE
+from torus_actors.model.inode_tree import NBLOCKS_MAX
 from torus_actors.model.refs import VOLUME_ID_MAX
 
 
@@ -68,10 +71,12 @@ class VolumeOperations(MetadataBase):
 
         Raises:
             Exists: the name is taken.
+            Invalid: the name is none, or no volume can be so large.
             CompareFailed: the origin was opened or changed meanwhile.
             NoGlobalMetadata: the cluster was never initialised.
             OutOfSpace: all 2^40 ids have been used.
         """
+        await self._check_size(size)
         nonce = self._nonce()
         attempts = self._attempts(f"create volume {name}")
         while True:
@@ -107,6 +112,17 @@ class VolumeOperations(MetadataBase):
                 compare += await self._is_still(origin)
             if await self._settle(compare, then, mine) is not None:
                 return volume
+
+    async def _check_size(self, size: int) -> None:
+        """Refuse what could never be opened; only what might be too large costs a question."""
+        if size <= NBLOCKS_MAX * PAGE_SIZE:
+            return  # so much can be had with the smallest blocks
+        gmd, _ = await self._read(self.keys.global_, GlobalMetadata)
+        if gmd is not None and size > NBLOCKS_MAX * gmd.block_size:
+            raise Invalid(
+                f"a volume of {size} bytes is not possible: with blocks of {gmd.block_size} bytes "
+                f"it has at most {NBLOCKS_MAX * gmd.block_size}"
+            )
 
     async def _is_still(self, origin: Origin) -> list[Compare]:
         """What must hold for a clone; raises CompareFailed if it does not now."""
@@ -156,8 +172,9 @@ class VolumeOperations(MetadataBase):
 
         Raises:
             NotExist: there is no such volume.
-            Invalid: it has more; ``volume.resizing`` makes it smaller.
+            Invalid: it has more (``volume.resizing`` makes it smaller), or none can be so large.
         """
+        await self._check_size(size)
         attempts = self._attempts(f"resize volume {name}")
         while True:
             await attempts.next()
