@@ -826,7 +826,7 @@ async def test_messages_without_an_answer_count_as_in_work(
         (link,) = server.bridge._in_links
         for _ in range(7):
             caller.at(server).told.tell("", payload=bytes(10 << 20))
-            await asyncio.sleep(0.01)
+            await until(lambda: not caller.link_to(server)._congested)  # or the next is dropped
         caller.at(server).told.tell("no, thanks")
         caller.at(server).nothing.tell()
         await until(lambda: link._paused)
