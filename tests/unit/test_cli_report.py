@@ -189,12 +189,25 @@ def test_copies_are_counted_by_what_they_are_worth() -> None:
     assert len(audit.examples) == 2 and "1 of 2 copies" in audit.examples[0]
 
 
-def test_a_ring_with_fewer_members_than_copies_can_be_content() -> None:
-    """As many good copies as there are members are all that can be had."""
+def test_a_ring_with_fewer_members_than_copies_has_too_few() -> None:
+    """However many there can be: it is compared with what is wanted, and told what is lacking."""
     counter, audit, at = auditor(1, 3)
     ref = BlockRef.of(1, 1, 1, BlockType.INODE)
     counter.count(ref, 7, {at.members[0]: (Status.OK, 7)})
-    assert audit.good and audit.pages == 1 and explain(audit) is None
+    assert (audit.fewer, audit.pages, audit.good) == (1, 1, False)
+    assert audit.examples == [f"{ref}: 1 of 3 copies"]
+    assert "too few members" in str(explain(audit)) and "peer add" in str(explain(audit))
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_journal_that_nobody_has_is_told(lost: int) -> None:
+    """Its volume cannot be opened, however good the copies of its blocks are."""
+    audit = Audit("demo", False, 2, 2, exact=9, journal=IDS[:2], journal_lost=IDS[:lost])
+    assert audit.good is (lost < 2)
+    assert (explain(audit) is None) is audit.good
+    if lost == 2:
+        told = str(explain(audit))
+        assert "demo cannot be opened" in told and "10000000, 20000000" in told
 
 
 @pytest.mark.parametrize("silent", [[], [IDS[1]]])

@@ -10,7 +10,9 @@ import pytest
 
 from tests.fakes import Cluster, Device, until, virtual
 from tests.unit.test_volume_flush import reopened
+from torus_actors.errors import BlockUnavailable
 from torus_actors.volume import change_log, commit, flushing, journal
+from torus_actors.volume.audit import Audit, audit_volume, explain
 from torus_actors.volume.file import PUTS_BESIDE_FLUSHES, PUTS_MAX
 from torus_actors.volume.flushing import FORESEE_AFTER, FORESEE_BYTES_MAX
 from torus_actors.volume.session import YIELD_S
@@ -404,3 +406,54 @@ async def test_what_counts_as_one_record_is_one() -> None:
         assert session.log.seq == 1
         again = await reopened(device)
         assert await again.read(2 << 20, 4) == b"xxxx"
+
+
+@virtual
+async def test_an_audit_tells_whether_the_journal_can_be_had() -> None:
+    """Of a volume that is open, or was not closed in order: of how many of its members.
+
+    With none of them it cannot be opened, and is not good, whatever copies its blocks have.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        for _ in range(2):
+            await device.write(0, b"first")
+            await device.flush()
+        await until(lambda: device.client.session("v").journal.active)
+        await device.write(5000, b"late and flushed")
+        await device.flush()
+        tool = await cluster.client()
+
+        async def audit() -> Audit:
+            assert tool.system is not None
+            return await audit_volume(tool.system, cluster.meta, tool.view, "v")
+
+        in_use = await audit()
+        members = in_use.journal
+        assert in_use.good and len(members) == 2 and not in_use.journal_lost
+        await device.client.crash()
+        await asyncio.sleep(30)
+        assert (await audit()).journal_lost == []
+        for lost, member in enumerate(members, 1):
+            await cluster.nodes[member].system.remove("journal")
+            found = await audit()
+            assert found.journal_lost == members[:lost]
+            assert found.good is (lost < 2) and not found.fewer
+        assert "cannot be opened" in str(explain(found))
+        with pytest.raises(BlockUnavailable):
+            await tool.open("v")
+
+
+@virtual
+async def test_an_audit_finds_no_journal_of_a_volume_that_was_closed() -> None:
+    """All is in its head."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        for _ in range(2):
+            await device.write(0, b"first")
+            await device.flush()
+        await device.release()
+        tool = await cluster.client()
+        assert tool.system is not None
+        found = await audit_volume(tool.system, cluster.meta, tool.view, "v")
+        assert found.good and not found.journal

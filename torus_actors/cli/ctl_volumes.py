@@ -215,6 +215,7 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
 def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> None:
     """Count the good copies of every block; fails if any block has too few.
 
+    It fails too if nobody has the journal of what was flushed since the last commit.
     The blocks of the volume's snapshots are checked with it; NAME may also be VOLUME@SNAPSHOT.
     """
 
@@ -250,6 +251,12 @@ def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> No
             (audit.misplaced, "with a copy elsewhere instead of at an owner"),
         ):
             click.echo(f"{count:8}  {what}")
+        if audit.journal:
+            there = len(audit.journal) - len(audit.journal_lost)
+            click.echo(
+                f"what was flushed last is in its journal: {there} of {len(audit.journal)} members "
+                "have it"
+            )
         for example in audit.examples:
             click.echo(f"block {example}")
     problem = explain(audit)

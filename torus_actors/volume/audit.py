@@ -3,7 +3,8 @@
 Walks the INode trees of the volume's head and of its snapshots, and asks every member of the ring
 which blocks it has, and under which checksum; a block that several of them share is counted once.
 It reads only; what it finds wrong, rebalancer and scrubber put right. It sees what the last commit
-of the volume refers to: what a client wrote since is not in it.
+of the volume refers to. What a client flushed since is in its journal: of that it asks only whether
+anybody has it, for without it the volume cannot be opened.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from torus_actors.actors.block_messages import CHECK_STATUS, Status, split_answer
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import TRANSIENT, BlockUnavailable, NoPeer, TorusError
-from torus_actors.metadata.records import Head
+from torus_actors.metadata.records import Head, Journal
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.inode_tree import depth_of
@@ -23,6 +24,7 @@ from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
 from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorSystem
+from torus_actors.volume.journal import is_unreplayed, lost_members
 from torus_actors.volume.snapshots import split_name
 
 BATCH = 1024
@@ -50,12 +52,15 @@ class Audit:
         expected: copies that it can have: no more than there are members.
         snapshots: how many of them were looked at, beside the volume itself.
         pages: blocks that are INode pages.
-        exact: with just as many good copies as expected.
+        exact: with just as many good copies as wanted.
         more: with more.
         fewer: with fewer, but at least one.
         missing: without any good copy.
         corrupt: with a copy that is damaged, or is of other content.
         misplaced: of which an owner has no good copy, while a node that is no owner has one.
+        scarce: with fewer, or none, because the ring has too few members.
+        journal: members of the journal with what the last commit lacks; none if it lacks nothing.
+        journal_lost: of these, those that do not answer, or have lost records.
         silent: members that could not be asked; what they have is not counted.
         examples: some of the blocks with too few copies.
     """
@@ -73,13 +78,21 @@ class Audit:
     missing: int = 0
     corrupt: int = 0
     misplaced: int = 0
+    scarce: int = 0
+    journal: list[str] = field(default_factory=list)
+    journal_lost: list[str] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
-        """Whether every block has as many good copies as it can have."""
-        return not self.fewer and not self.missing
+        """Whether every block has as many good copies as are wanted, and the journal can be had."""
+        return not self.fewer and not self.missing and not self.is_journal_lost
+
+    @property
+    def is_journal_lost(self) -> bool:
+        """Whether nobody has what was flushed since the last commit."""
+        return bool(self.journal) and len(self.journal_lost) == len(self.journal)
 
 
 EXAMPLES_MAX = 5
@@ -116,8 +129,11 @@ async def audit_volume(
     volume, only = split_name(name)
     record = await meta.volume(volume)
     head: Head | None = None
+    journal: Journal | None = None
     if only is None:
-        # The head first: a snapshot that is made of it meanwhile has no other blocks.
+        # The journal before the head, which lacks nothing if it is newer.
+        journal, _ = await meta.journal(record.id)
+        # The head before them: a snapshot that is made of it meanwhile has no other blocks.
         head, _ = await meta.head(record.id)
         snapshots = await meta.snapshots(record.id)
     else:
@@ -129,6 +145,9 @@ async def audit_volume(
         raise NoPeer("no node is in the ring")
     audit = Audit(name, deep, ring.replication, min(ring.replication, len(ring.members)))
     audit.snapshots = len(snapshots)
+    if journal is not None and is_unreplayed(journal, head):
+        audit.journal = list(journal.ensemble)
+        audit.journal_lost = await lost_members(system, record.id, journal)
     if not heads:
         return audit
     blockset = unmarshal_blockset(heads[0].extra)
@@ -226,7 +245,6 @@ class Auditor:
             audit.pages += 1
         permutation = ring.permutation(ref)
         owners = permutation[:wanted]
-        expected = len(owners)
         good = set()
         damaged = False
         for member, (status, stored) in copies.items():
@@ -238,24 +256,31 @@ class Auditor:
         audit.corrupt += damaged
         if good.difference(owners) and not good.issuperset(owners):
             audit.misplaced += 1
-        if len(good) == expected:
+        if len(good) == wanted:
             audit.exact += 1
             return
-        if len(good) > expected:
+        if len(good) > wanted:
             audit.more += 1
             return
+        audit.scarce += len(owners) < wanted
         if good:
             audit.fewer += 1
         else:
             audit.missing += 1
         if len(audit.examples) < EXAMPLES_MAX:
-            audit.examples.append(f"{ref}: {len(good)} of {expected} copies")
+            audit.examples.append(f"{ref}: {len(good)} of {wanted} copies")
 
 
 def explain(audit: Audit) -> TorusError | None:
     """The result as an error in one line; None if all is well."""
     if audit.good:
         return None
+    if audit.is_journal_lost:
+        names = ", ".join(member[:8] for member in audit.journal)
+        return BlockUnavailable(
+            f"volume {audit.volume} cannot be opened: what was flushed last is in its journal, and "
+            f"no member of that ({names}) has it and answers: start them"
+        )
     few = audit.fewer + audit.missing
     text = f"volume {audit.volume}: {few} of {audit.blocks} blocks have too few good copies"
     if audit.missing:
@@ -263,6 +288,8 @@ def explain(audit: Audit) -> TorusError | None:
     if audit.silent:
         names = ", ".join(member[:8] for member in audit.silent)
         text += f"; not asked, because they do not answer: {names}"
+    elif audit.scarce:
+        text += "; the ring has too few members for more: add some with torusctl peer add"
     else:
         text += "; let the cluster repair it: torusctl debug rebalance"
     return BlockUnavailable(text)

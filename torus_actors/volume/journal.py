@@ -413,7 +413,7 @@ async def recover(
     journal, revision = await meta.journal(volume_id)
     if journal is None or not is_unreplayed(journal, head):
         return replay, revision
-    identities: dict[str, int] = msgpack.unpackb(journal.extra) if journal.extra else {}
+    identities = _identities(journal)
     end = system.loop.time() + patience_s
     backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
     # A reader, of epoch 0, asks by the epoch that the members have promised already.
@@ -453,6 +453,30 @@ async def recover(
             raise BlockUnavailable(
                 f"no member of the volume's journal ({names}) can be read: {failure}"
             )
+
+
+async def lost_members(system: ActorSystem, volume_id: int, journal: Journal) -> list[str]:
+    """Members of a journal that do not answer, or have lost records; fences nobody."""
+    identities = _identities(journal)
+    # By the epoch that they have promised already, as a reader does.
+    asked = [
+        _fence(system, volume_id, member, journal.epoch, identities) for member in journal.ensemble
+    ]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    lost = []
+    for member, answer in zip(journal.ensemble, answers, strict=True):
+        if isinstance(answer, TorusError):
+            # By Fenced a member says that it is there; a newer session reads from it just now.
+            if not isinstance(answer, Fenced):
+                lost.append(member)
+        elif isinstance(answer, BaseException):
+            raise answer
+    return lost
+
+
+def _identities(journal: Journal) -> dict[str, int]:
+    """Which journal each member had when the records began."""
+    return msgpack.unpackb(journal.extra) if journal.extra else {}
 
 
 class _Tail(NamedTuple):
