@@ -164,7 +164,7 @@ def auditor(members: int, replication: int) -> tuple[Auditor, Audit, rings.Ring]
     gmd = GlobalMetadata(1024, "crc,base", replication, IDS[0])
     audit = Audit("demo", False, replication, min(replication, members))
     system: Any = None
-    return Auditor(system, ClusterView(gmd, at), audit, False), audit, at
+    return Auditor(system, ClusterView(gmd, at), audit), audit, at
 
 
 def test_copies_are_counted_by_what_they_are_worth() -> None:

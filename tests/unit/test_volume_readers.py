@@ -14,6 +14,7 @@ from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.errors import BlockUnavailable
 from torus_actors.metadata.records import Reader
 from torus_actors.nbd.requests import Hole
+from torus_actors.volume import audit
 from torus_actors.volume.opening import open_session
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import Session
@@ -212,3 +213,37 @@ async def test_what_is_read_is_kept_under_a_new_lease_too() -> None:
         await replaced(device)
         await collected(cluster)
         assert await reading.read(0, BLOCK) == b"1" * BLOCK
+
+
+@virtual
+async def test_a_check_of_a_volume_in_use_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it asks for one block after the other, all of them are replaced and collected."""
+    monkeypatch.setattr(audit, "BATCH", 1)
+    async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
+        device = await journaling(cluster, SIZE)
+        for n in range(8):
+            await device.write(n * BLOCK, b"1" * BLOCK)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        tool = await cluster.client()
+        assert tool.system is not None
+        count, seen = audit.Auditor.count, 0
+
+        def counted(*args: Any) -> None:
+            nonlocal seen
+            seen += 1
+            count(*args)
+
+        monkeypatch.setattr(audit.Auditor, "count", counted)
+        check = audit.Auditor.check
+
+        async def slowly(auditor: Any, batch: Any) -> None:
+            if seen == 1:
+                await replaced(device)
+                await collected(cluster)
+            await check(auditor, batch)
+
+        monkeypatch.setattr(audit.Auditor, "check", slowly)
+        found = await audit.audit_volume(tool.system, tool.meta, tool.view, "v")
+        assert found.good and found.blocks > 8 and found.exact == found.blocks
+        await collected(cluster)
+        assert not (await cluster.meta.state()).readers

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torus_actors.actors.block_messages import CHECK_STATUS, Status, split_answer
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import TRANSIENT, BlockUnavailable, NoPeer, TorusError
-from torus_actors.metadata.records import Head, Journal
+from torus_actors.metadata.records import Head, Snapshot
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.inode_tree import depth_of
@@ -25,6 +25,7 @@ from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.journal import is_unreplayed, lost_members
+from torus_actors.volume.opening import kept_head
 from torus_actors.volume.snapshots import split_name
 
 BATCH = 1024
@@ -128,36 +129,44 @@ async def audit_volume(
     """
     volume, only = split_name(name)
     record = await meta.volume(volume)
-    head: Head | None = None
-    journal: Journal | None = None
-    if only is None:
-        # The journal before the head, which lacks nothing if it is newer.
-        journal, _ = await meta.journal(record.id)
-        # The head before them: a snapshot that is made of it meanwhile has no other blocks.
-        head, _ = await meta.head(record.id)
-        snapshots = await meta.snapshots(record.id)
-    else:
+    audit = Audit(name, deep, view.ring.replication, 0)
+    auditor = Auditor(system, view, audit)
+    if only is not None:
         snapshots = [await meta.snapshot(record.id, only)]
+        await _audit(auditor, None, snapshots, progress)
+        return audit
+    # The journal before the head, which lacks nothing if it is newer.
+    journal, _ = await meta.journal(record.id)
+    # The head before them: a snapshot that is made of it meanwhile has no other blocks.
+    async with kept_head(system, meta, record.id, "volume check") as head:
+        if journal is not None and is_unreplayed(journal, head):
+            audit.journal = list(journal.ensemble)
+            audit.journal_lost = await lost_members(system, record.id, journal)
+        await _audit(auditor, head, await meta.snapshots(record.id), progress)
+    return audit
+
+
+async def _audit(
+    auditor: Auditor, head: Head | None, snapshots: list[Snapshot], progress: Progress | None
+) -> None:
+    """Check all blocks that these lead to."""
+    audit = auditor.audit
     heads = [] if head is None else [head]
     heads += [Head.decode(each.head) for each in snapshots if each.head]
-    ring = view.ring
-    if not ring.members:
+    members = auditor.view.ring.members
+    if not members:
         raise NoPeer("no node is in the ring")
-    audit = Audit(name, deep, ring.replication, min(ring.replication, len(ring.members)))
+    audit.expected = min(audit.wanted, len(members))
     audit.snapshots = len(snapshots)
-    if journal is not None and is_unreplayed(journal, head):
-        audit.journal = list(journal.ensemble)
-        audit.journal_lost = await lost_members(system, record.id, journal)
     if not heads:
-        return audit
+        return
     blockset = unmarshal_blockset(heads[0].extra)
     if blockset.replication is not None:
         audit.wanted = blockset.replication
-        audit.expected = min(audit.wanted, len(ring.members))
-    auditor = Auditor(system, view, audit, deep)
+        audit.expected = min(audit.wanted, len(members))
     batch: list[Entry] = []
-    size = BATCH_DEEP if deep else BATCH
-    async for ref, root in _entries(system, heads):
+    size = BATCH_DEEP if audit.deep else BATCH
+    async for ref, root in _entries(auditor.system, heads):
         keeps = blockset.keeps_sums or ref.block_type == BlockType.INODE
         batch.append((ref, root if keeps else None))
         if len(batch) >= size:
@@ -169,7 +178,6 @@ async def audit_volume(
         await auditor.check(batch)
     if progress is not None:
         progress(audit.blocks)
-    return audit
 
 
 async def _entries(system: ActorSystem, heads: list[Head]) -> AsyncIterator[tuple[BlockRef, int]]:
@@ -202,15 +210,14 @@ async def _entries(system: ActorSystem, heads: list[Head]) -> AsyncIterator[tupl
 class Auditor:
     """Asks the members about one batch after the other."""
 
-    def __init__(self, system: ActorSystem, view: ClusterView, audit: Audit, deep: bool) -> None:
-        self._system = system
-        self._view = view
-        self._audit = audit
-        self._deep = deep
+    def __init__(self, system: ActorSystem, view: ClusterView, audit: Audit) -> None:
+        self.system = system
+        self.view = view
+        self.audit = audit
 
     async def check(self, batch: list[Entry]) -> None:
         """Count the copies of these blocks."""
-        members = [each for each in self._view.ring.members if each not in self._audit.silent]
+        members = [each for each in self.view.ring.members if each not in self.audit.silent]
         packed = b"".join(ref for ref, _ in batch)
         answers = await asyncio.gather(*[self._ask(member, packed) for member in members])
         found = dict(zip(members, answers, strict=True))
@@ -220,11 +227,11 @@ class Auditor:
 
     async def _ask(self, member: str, packed: bytes) -> list[tuple[int, ...]] | None:
         """What a member has of them; None if it does not answer."""
-        store = self._system.actor("block_store", node=member)
+        store = self.system.actor("block_store", node=member)
         for attempt in range(ATTEMPTS):
             try:
                 answer = await store.check_blocks.remote(
-                    packed, self._deep, False, timeout_s=CHECK_TIMEOUT_S
+                    packed, self.audit.deep, False, timeout_s=CHECK_TIMEOUT_S
                 )
                 return list(split_answer(CHECK_STATUS, answer, len(packed) // BLOCK_REF_SIZE))
             except TorusError as error:
@@ -232,16 +239,16 @@ class Auditor:
                     raise
                 if attempt + 1 < ATTEMPTS:
                     await asyncio.sleep(RETRY_S)
-        self._audit.silent.append(member)
+        self.audit.silent.append(member)
         return None
 
     def count(self, ref: BlockRef, root: int | None, copies: dict[str, tuple[int, ...]]) -> None:
         """Judge one block by what the members said: status and checksum root."""
-        audit = self._audit
-        ring = self._view.ring
+        audit = self.audit
+        ring = self.view.ring
         wanted = audit.wanted
         if ref.block_type == BlockType.INODE:
-            wanted = max(wanted, self._view.inode_replication)
+            wanted = max(wanted, self.view.inode_replication)
             audit.pages += 1
         permutation = ring.permutation(ref)
         owners = permutation[:wanted]

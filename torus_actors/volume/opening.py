@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
@@ -299,6 +299,20 @@ def detach_later(
 ) -> asyncio.Task[None]:
     """Give the lock up in the background."""
     return _in_background(system, detach(system, meta, volume_id, epoch))
+
+
+@contextlib.asynccontextmanager
+async def kept_head(
+    system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
+) -> AsyncIterator[Head | None]:
+    """The volume's head, which leads to blocks that are not collected meanwhile."""
+    (reader, _), lease = await _under_lease(system, partial(meta.begin_reading, volume_id, holder))
+    try:
+        reader = dataclasses.replace(reader, upto=0)
+        await meta.keep_reading(reader, lease)
+        yield Head.decode(reader.head) if reader.head else None
+    finally:
+        end_reading_later(system, meta, reader)
 
 
 def end_reading_later(
