@@ -77,7 +77,7 @@ def test_data_outlives_a_stop_in_order(tmp_path: Path) -> None:
         assert dev.uri in dev.output and str(tmp_path / "dev") in dev.output
         assert dev.output.count("\n") < 15
         subprocess.run(["nbdcopy", str(source), dev.uri], check=True, timeout=30)
-        assert "healthy" in dev.ctl("status")
+        until(lambda: "healthy" in dev.ctl("status"), "the nodes have looked at their blocks", 10)
 
         again = subprocess.run(
             command("torus-node", "dev", "--dir", str(tmp_path / "o"), "--port", str(dev.port)),
