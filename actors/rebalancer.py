@@ -42,9 +42,13 @@ SENDS_MAX = 4
 RATE_BYTES_S = 400 << 20
 """Bound of what one node sends, so that clients keep the larger part of disk and network."""
 
-SHARED_RATE_BYTES_S = 72 << 20
+SHARED_RATE_BYTES_S = 64 << 20
 """The same while clients read and write here: what is sent must not stand in front of them. Three
-nodes that heal a fourth's loss move over 200 MB/s by this."""
+nodes that heal a fourth's loss move up to 200 MB/s by this."""
+
+SHARED_SENDS_MAX = 1
+"""And as many blocks are on their way then: several that come at once make a client wait for all of
+them."""
 
 SERVED_MIN_S = 10.0
 """Requests a second from which on clients count as at work."""
@@ -101,7 +105,8 @@ class Rebalancer(LoopActor):
         super().__init__()
         self._view = view
         self._rate_max = rate_bytes_s
-        self._rate = rate_bytes_s
+        self._busy = False
+        """Whether clients are at work here."""
         self._reads = 0
         self._looked = (0.0, 0)
         """When it was last looked how busy clients are: loop time, and requests so far but ours."""
@@ -112,6 +117,7 @@ class Rebalancer(LoopActor):
         self._insists = False
         """Whether this pass leaves nothing to others: those get no further."""
         self._room = asyncio.Semaphore(SENDS_MAX)
+        self._shared_room = asyncio.Semaphore(SHARED_SENDS_MAX)
         self._next_send = 0.0
 
     async def setup(self) -> None:
@@ -241,8 +247,11 @@ class Rebalancer(LoopActor):
         now, requests = self.system.loop.time(), stats["requests"] - self._reads
         at, before = self._looked
         self._looked = (now, requests)
-        busy = at > 0 and requests - before >= SERVED_MIN_S * (now - at)
-        self._rate = min(self._rate_max, SHARED_RATE_BYTES_S) if busy else self._rate_max
+        self._busy = at > 0 and requests - before >= SERVED_MIN_S * (now - at)
+
+    @property
+    def _rate(self) -> int:
+        return min(self._rate_max, SHARED_RATE_BYTES_S) if self._busy else self._rate_max
 
     async def _settle_batch(self, refs: list[BlockRef]) -> None:
         await self._give_way()
@@ -336,7 +345,7 @@ class Rebalancer(LoopActor):
                 raise result
 
     async def _send(self, peer: str, ref: BlockRef, root: int) -> None:
-        async with self._room:
+        async with self._shared_room if self._busy else self._room:
             self._reads += 1
             answer = await self.system.actor("block_store").read_ranges.remote(
                 RANGE.pack(ref, 0, self._view.block_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -372,3 +373,36 @@ async def test_a_busy_node_sends_slowly() -> None:
                 assert (each._rate == SHARED_RATE_BYTES_S) == busy
                 assert (each._rate == RATE_BYTES_S) == (not busy)
             await asyncio.sleep(1.0)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@virtual
+async def test_a_busy_node_sends_one_block_after_the_other(
+    busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several that arrive at once stand in front of a client's request together."""
+
+    async def give_way(rebalancer: Rebalancer) -> None:
+        rebalancer._busy = busy
+
+    monkeypatch.setattr(Rebalancer, "_give_way", give_way)
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(40)]
+        for block in blocks:
+            await block.put(client)
+        came: dict[tuple[str, str], list[float]] = {}
+
+        def trace(source: str, target: str, _: str, method: str) -> None:
+            if method == "put_block":
+                came.setdefault((source, target), []).append(asyncio.get_running_loop().time())
+
+        cluster.network.trace = trace
+        cluster.network.latency_s = 0.05
+        lost = cluster.ids[2]
+        await cluster.nodes[lost].crash()
+        cluster.set_ring(cluster.ring.without_peer(lost))
+        await until(lambda: settled(cluster, blocks))
+        pauses = [b - a for times in came.values() for a, b in itertools.pairwise(times)]
+        assert len(pauses) > 10
+        assert (min(pauses) >= 2 * 0.05) == busy
