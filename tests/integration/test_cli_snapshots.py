@@ -180,6 +180,7 @@ def test_bars_are_shown_on_terminals_only(cluster: Cluster, tmp_path: Path) -> N
     cluster.ctl("volume", "delete", "demo")
 
 
+@pytest.mark.long
 def test_status_tells_of_garbage(cluster: Cluster) -> None:
     """What was overwritten is found, then its room is reclaimed, by every node; in JSON too."""
     cluster.ctl("volume", "create", "worn", "16MiB")

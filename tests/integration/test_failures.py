@@ -199,6 +199,7 @@ def test_killing_any_actor_of_a_node_costs_no_error(shared: Cluster) -> None:
     client.stop()
 
 
+@pytest.mark.long
 def test_killing_any_actor_of_the_client_costs_no_error(shared: Cluster) -> None:
     """Each actor of the NBD client process dies once under verified load, and none twice."""
     shared.ctl("volume", "create", "client-actors", "128MiB")

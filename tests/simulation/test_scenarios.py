@@ -120,6 +120,7 @@ def test_every_seed_has_its_scenario() -> None:
     ]
 
 
+@pytest.mark.long
 def test_the_simulator_is_not_slow() -> None:
     """Five nodes with load: far faster than in real time. How fast, the command ``speed`` says."""
     speed = measure(seeds=(1,))

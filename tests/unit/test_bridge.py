@@ -193,6 +193,8 @@ async def pair(
     try:
         yield caller, server
     finally:
+        if server.echo is not None:
+            server.echo.gate.set()  # or stopping waits for those who wait at it
         await caller.system.stop()
         await server.system.stop()
 
