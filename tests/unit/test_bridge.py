@@ -204,6 +204,14 @@ async def up(caller: End, server: End) -> None:
     await until(lambda: caller.bridge.is_up(server.node))
 
 
+async def under_way(caller: End, server: End) -> Any:
+    """A call that waits at the gate, may be sent again, and is on a link that is not young."""
+    call = caller.at(server).gated.remote(payload=b"x", timeout_s=60.0, resend=True)
+    await until(lambda: server.echo.waiting == 1)
+    await asyncio.sleep(bridge.REDIAL_AFTER_S)
+    return call
+
+
 async def stop_listening(server: End) -> None:
     """Take no more connections; those that there are stay."""
     for listener in server.bridge._servers:
@@ -366,9 +374,7 @@ async def test_nothing_waits_for_a_peer_that_is_gone() -> None:
     """Its process has ended, with its connections: that is known at once."""
     async with pair() as (caller, server):
         await up(caller, server)
-        call = caller.at(server).gated.remote(payload=b"x", timeout_s=60.0, resend=True)
-        await until(lambda: server.echo.waiting == 1)
-        await asyncio.sleep(bridge.REDIAL_AFTER_S)
+        call = await under_way(caller, server)
         started = time.monotonic()
         await stop_listening(server)
         break_all(server.bridge)
@@ -382,9 +388,7 @@ async def test_nothing_waits_long_for_a_peer_that_broke_a_connection_and_says_no
     """The next connection comes to be, and nobody introduces himself on it."""
     async with pair() as (caller, server):
         await up(caller, server)
-        call = caller.at(server).gated.remote(payload=b"x", timeout_s=60.0, resend=True)
-        await until(lambda: server.echo.waiting == 1)
-        await asyncio.sleep(bridge.REDIAL_AFTER_S)
+        call = await under_way(caller, server)
         await stop_listening(server)
         with socket.create_server(("127.0.0.1", server.port or 0)):
             started = time.monotonic()

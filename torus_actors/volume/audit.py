@@ -156,14 +156,13 @@ async def _audit(
     members = auditor.view.ring.members
     if not members:
         raise NoPeer("no node is in the ring")
-    audit.expected = min(audit.wanted, len(members))
     audit.snapshots = len(snapshots)
-    if not heads:
-        return
-    blockset = unmarshal_blockset(heads[0].extra)
-    if blockset.replication is not None:
+    blockset = unmarshal_blockset(heads[0].extra) if heads else None
+    if blockset is not None and blockset.replication is not None:
         audit.wanted = blockset.replication
-        audit.expected = min(audit.wanted, len(members))
+    audit.expected = min(audit.wanted, len(members))
+    if blockset is None:
+        return
     batch: list[Entry] = []
     size = BATCH_DEEP if audit.deep else BATCH
     async for ref, root in _entries(auditor.system, heads):

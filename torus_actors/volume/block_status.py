@@ -21,8 +21,8 @@ from torus_actors.nbd.requests import Reply, Request
 from torus_actors.volume.read_side import ReadSide
 
 PIECES_MAX = 512
-"""Looked at for one answer, and for all answers of a turn of the loop before the last of them: 0.3
-to 2.5 ms each. A hole of the 4 GiB that a request may have is 128 of the default block size."""
+"""Looked at for one answer, and for all answers of a turn of the loop before the last of them. With
+twice as many an answer took 0.7 ms on a fragmented volume, and 4.7 ms at worst."""
 
 
 class BlockStatus:
