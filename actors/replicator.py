@@ -317,7 +317,7 @@ class Replicator(LoopActor):
                 log.warning("flush of peer %s failed: %s", peer[:8], error)
         return confirmed
 
-    @expose()
+    @expose(idempotent=True)
     def copies(self, wanted: int) -> list[int]:
         """How many copies of a block that is put now its writer waits for.
 
