@@ -408,40 +408,98 @@ async def test_what_counts_as_one_record_is_one() -> None:
         assert await again.read(2 << 20, 4) == b"xxxx"
 
 
+async def flushed_late(cluster: Cluster, text: bytes) -> tuple[Device, Callable[..., Any]]:
+    """A volume with this in its journal only, and how to audit it."""
+    device = await cluster.volume(SIZE)
+    for _ in range(2):
+        await device.write(0, b"first")
+        await device.flush()
+    await until(lambda: device.client.session("v").journal.active)
+    await device.write(5000, text)
+    await device.flush()
+    tool = await cluster.client()
+
+    async def audit(deep: bool = False) -> Audit:
+        assert tool.system is not None
+        return await audit_volume(tool.system, cluster.meta, tool.view, "v", deep=deep)
+
+    return device, audit
+
+
 @virtual
 async def test_an_audit_tells_whether_the_journal_can_be_had() -> None:
     """Of a volume that is open, or was not closed in order: of how many of its members.
 
-    With none of them it cannot be opened, and is not good, whatever copies its blocks have.
+    With fewer than there should be it is not good, whatever copies its blocks have; with none it
+    cannot be opened.
     """
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await cluster.volume(SIZE)
-        for _ in range(2):
-            await device.write(0, b"first")
-            await device.flush()
-        await until(lambda: device.client.session("v").journal.active)
-        await device.write(5000, b"late and flushed")
-        await device.flush()
-        tool = await cluster.client()
-
-        async def audit() -> Audit:
-            assert tool.system is not None
-            return await audit_volume(tool.system, cluster.meta, tool.view, "v")
-
+        device, audit = await flushed_late(cluster, b"late and flushed")
         in_use = await audit()
         members = in_use.journal
         assert in_use.good and len(members) == 2 and not in_use.journal_lost
         await device.client.crash()
         await asyncio.sleep(30)
         assert (await audit()).journal_lost == []
+        told = ["1 of 2 members", "cannot be opened"]
         for lost, member in enumerate(members, 1):
             await cluster.nodes[member].system.remove("journal")
             found = await audit()
             assert found.journal_lost == members[:lost]
-            assert found.good is (lost < 2) and not found.fewer
-        assert "cannot be opened" in str(explain(found))
+            assert not found.good and not found.fewer
+            assert told[lost - 1] in str(explain(found)) and member[:8] in str(explain(found))
         with pytest.raises(BlockUnavailable):
-            await tool.open("v")
+            await (await cluster.client()).open("v")
+
+
+@virtual
+async def test_a_deep_audit_reads_the_journal() -> None:
+    """A member with a damaged record is not counted; opening the volume makes all good again."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        text = b"late and flushed"
+        device, audit = await flushed_late(cluster, text)
+        member = (await audit()).journal[0]
+        await device.client.crash()
+        assert (await audit(deep=True)).good
+        disk = cluster.nodes[member].disks[2]
+        for path in disk.listdir():
+            found = disk.durable(path, 0, 1 << 20).find(text)
+            if found >= 0:
+                disk.rot(path, found)
+        damaged = await audit(deep=True)
+        assert damaged.journal_lost == [member] and not damaged.good
+        assert (await audit()).good, "looked up, it is there"
+        await asyncio.sleep(30)
+        again = await cluster.client()
+        assert await (await again.open("v")).read(5000, len(text)) == text
+        await until(lambda: again.session("v").heads.recorded)
+        assert (await audit(deep=True)).good
+
+
+@virtual
+async def test_an_audit_does_not_mind_a_commit_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked of a member may be cut by then: it looks again."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device, audit = await flushed_late(cluster, b"late and flushed")
+        ask = journal._fence
+        commits = []
+
+        async def fence_then_commit(*of: Any) -> Any:
+            tail = await ask(*of)
+            if len(commits) < 2:
+                commits.append(device.client.session("v").heads.recorded)
+                await device.write(0, b"more")
+                await device.flush()
+                committed = asyncio.get_running_loop().create_future()
+                device.client.session("v").commit_soon(committed.set_result)
+                assert await committed is None
+                await device.write(0, b"still more")
+                await device.flush()
+            return tail
+
+        monkeypatch.setattr(journal, "_fence", fence_then_commit)
+        found = await audit(deep=True)
+        assert len(commits) == 2 and found.good and found.journal
 
 
 @virtual

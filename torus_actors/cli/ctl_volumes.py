@@ -215,7 +215,8 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
 def volume_check(settings: Settings, name: str, deep: bool, as_json: bool) -> None:
     """Count the good copies of every block; fails if any block has too few.
 
-    It fails too if nobody has the journal of what was flushed since the last commit.
+    It fails too if a member of the volume's journal has not all that was flushed since the last
+    commit; with --deep it has the journal read, too.
     The blocks of the volume's snapshots are checked with it; NAME may also be VOLUME@SNAPSHOT.
     """
 

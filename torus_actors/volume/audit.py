@@ -2,9 +2,10 @@
 
 Walks the INode trees of the volume's head and of its snapshots, and asks every member of the ring
 which blocks it has, and under which checksum; a block that several of them share is counted once.
-It reads only; what it finds wrong, rebalancer and scrubber put right. It sees what the last commit
-of the volume refers to. What a client flushed since is in its journal: of that it asks only whether
-anybody has it, for without it the volume cannot be opened.
+It reads only; what it finds wrong, rebalancer and scrubber put right. What a client flushed since
+the last commit is in the volume's journal: of that it asks each member whether it has all of it,
+and has it read where copies are read too. A lost member is put right by the session that uses the
+volume, or by the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from torus_actors.actors.block_messages import CHECK_STATUS, Status, split_answer
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import TRANSIENT, BlockUnavailable, NoPeer, TorusError
-from torus_actors.metadata.records import Head, Snapshot
+from torus_actors.metadata.records import Head, Journal, Snapshot
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.inode_tree import depth_of
@@ -24,7 +25,7 @@ from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
 from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.journal import is_unreplayed, lost_members
+from torus_actors.volume.journal import is_unreplayed, lost_members, unreadable_members
 from torus_actors.volume.opening import kept_head
 from torus_actors.volume.snapshots import split_name
 
@@ -61,7 +62,7 @@ class Audit:
         misplaced: of which an owner has no good copy, while a node that is no owner has one.
         scarce: with fewer, or none, because the ring has too few members.
         journal: members of the journal with what the last commit lacks; none if it lacks nothing.
-        journal_lost: of these, those that do not answer, or have lost records.
+        journal_lost: of these, those that do not answer, or have lost or damaged records.
         silent: members that could not be asked; what they have is not counted.
         examples: some of the blocks with too few copies.
     """
@@ -87,8 +88,8 @@ class Audit:
 
     @property
     def good(self) -> bool:
-        """Whether every block has as many good copies as are wanted, and the journal can be had."""
-        return not self.fewer and not self.missing and not self.is_journal_lost
+        """Whether every block has as many good copies as are wanted, and so has the journal."""
+        return not self.fewer and not self.missing and not self.journal_lost
 
     @property
     def is_journal_lost(self) -> bool:
@@ -140,10 +141,37 @@ async def audit_volume(
     # The head before them: a snapshot that is made of it meanwhile has no other blocks.
     async with kept_head(system, meta, record.id, "volume check") as head:
         if journal is not None and is_unreplayed(journal, head):
-            audit.journal = list(journal.ensemble)
-            audit.journal_lost = await lost_members(system, record.id, journal)
+            await _audit_journal(audit, system, meta, record.id, journal, head)
         await _audit(auditor, head, await meta.snapshots(record.id), progress)
     return audit
+
+
+async def _audit_journal(
+    audit: Audit,
+    system: ActorSystem,
+    meta: MetadataService,
+    volume_id: int,
+    journal: Journal,
+    head: Head | None,
+) -> None:
+    """Ask the journal's members for what they have of it."""
+    for _ in range(ATTEMPTS):
+        audit.journal = list(journal.ensemble)
+        lost = await lost_members(system, volume_id, journal)
+        if audit.deep:
+            there = [each for each in journal.ensemble if each not in lost]
+            lost += await unreadable_members(system, volume_id, journal, head, there)
+        audit.journal_lost = [each for each in journal.ensemble if each in lost]
+        if not audit.journal_lost:
+            return
+        # A session may have cut what was just asked for, or have found itself another member.
+        await asyncio.sleep(RETRY_S)
+        newest, _ = await meta.journal(volume_id)
+        head, _ = await meta.head(volume_id)
+        if newest is None or not is_unreplayed(newest, head):
+            audit.journal, audit.journal_lost = [], []
+            return
+        journal = newest
 
 
 async def _audit(
@@ -288,6 +316,13 @@ def explain(audit: Audit) -> TorusError | None:
             f"no member of that ({names}) has it and answers: start them"
         )
     few = audit.fewer + audit.missing
+    if not few:
+        there = len(audit.journal) - len(audit.journal_lost)
+        names = ", ".join(member[:8] for member in audit.journal_lost)
+        return BlockUnavailable(
+            f"volume {audit.volume}: {there} of {len(audit.journal)} members of its journal have "
+            f"what was flushed last; start {names}, or open the volume and close it"
+        )
     text = f"volume {audit.volume}: {few} of {audit.blocks} blocks have too few good copies"
     if audit.missing:
         text += f", {audit.missing} have none"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -472,6 +472,32 @@ async def lost_members(system: ActorSystem, volume_id: int, journal: Journal) ->
         elif isinstance(answer, BaseException):
             raise answer
     return lost
+
+
+async def unreadable_members(
+    system: ActorSystem,
+    volume_id: int,
+    journal: Journal,
+    head: Head | None,
+    members: Sequence[str],
+) -> list[str]:
+    """Of these members of a journal, those that have not every record whole; fences nobody.
+
+    They are read one after the other, as much at a time as who opens the volume needs memory for.
+    """
+    identities = _identities(journal)
+    damaged = []
+    for member in members:
+        try:
+            tail = await _fence(system, volume_id, member, journal.epoch, identities)
+            if tail.epoch == journal.epoch:
+                await _replay(system, volume_id, member, journal.epoch, tail, head)
+        except Fenced:
+            continue  # a newer session reads from it just now
+        except TorusError as error:
+            log.warning("journal on peer %s: %s", member[:8], error)
+            damaged.append(member)
+    return damaged
 
 
 def _identities(journal: Journal) -> dict[str, int]:
