@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -112,6 +113,9 @@ async def serve_until_stopped(
         return
     try:
         await stop.unless(ready(running))
+        # What there is now stays: to look through it again would stop the process every time.
+        gc.collect()
+        gc.freeze()
         if not stop.asked:
             try:
                 await stop.unless(_until_over(running, over))

@@ -1,0 +1,61 @@
+"""Running until told to stop: what a daemon does besides its work."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from torus_actors.cli.common import Failed
+from torus_actors.cli.daemon import serve_until_stopped
+
+
+class Served:
+    """Stands for a node that runs."""
+
+    def __init__(self) -> None:
+        self.system = SimpleNamespace(fatal=asyncio.get_running_loop().create_future())
+        self.stopped = False
+        self.frozen = 0
+
+    async def stop(self) -> None:
+        """Note what the collector of Python's garbage does not look at."""
+        self.stopped = True
+        self.frozen = gc.get_freeze_count()
+
+
+async def serve(then: object) -> Served:
+    """Serve until that happens: a signal comes, or an error is met."""
+    gc.unfreeze()
+    served = Served()
+
+    async def start() -> Served:
+        return served
+
+    async def ready(_: Served) -> None:
+        assert not gc.get_freeze_count()
+
+    async def over(_: Served) -> None:
+        if isinstance(then, BaseException):
+            raise then
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+    try:
+        await serve_until_stopped(start, ready, False, over)
+    except Failed:
+        assert isinstance(then, Failed)
+    finally:
+        gc.unfreeze()
+    return served
+
+
+@pytest.mark.parametrize("then", [None, Failed("of no use")])
+def test_what_was_there_at_the_start_is_not_looked_through_again(then: object) -> None:
+    """Each time would stop the process for as long as a request may take."""
+    served = asyncio.run(serve(then))
+    assert served.stopped and served.frozen > 10_000
