@@ -26,7 +26,13 @@ from torus_actors.actors.block_messages import (
     split_refs,
 )
 from torus_actors.actors.ring_watcher import ClusterView
-from torus_actors.errors import BlockUnavailable, TorusError
+from torus_actors.errors import (
+    BlockUnavailable,
+    Closed,
+    DeadlineExceeded,
+    OutOfSpace,
+    TorusError,
+)
 from torus_actors.model.checksums import verify_range
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import LoopActor, Reply, expose
@@ -69,6 +75,10 @@ CONFIRMED_S = 20.0
 """How old an owner's word may be when a copy is dropped because of it; well below VOUCH_S."""
 
 CALL_TIMEOUT_S = 30.0
+
+LATE_MAX = 4
+"""A peer that let so many calls of a pass time out is left alone until the next one: what others
+need must not wait for it for ever."""
 
 
 @dataclass(slots=True)
@@ -116,6 +126,10 @@ class Rebalancer(LoopActor):
         """The situation in which a pass last ended with nothing left to do."""
         self._insists = False
         """Whether this pass leaves nothing to others: those get no further."""
+        self._late: dict[str, int] = {}
+        """How many calls of this pass each peer let time out."""
+        self._refusing: dict[tuple[str, int], str] = {}
+        """Why peers take no more blocks of a type in this pass: no room, or a failed store."""
         self._room = asyncio.Semaphore(SENDS_MAX)
         self._shared_room = asyncio.Semaphore(SHARED_SENDS_MAX)
         self._next_send = 0.0
@@ -172,6 +186,7 @@ class Rebalancer(LoopActor):
         handled: tuple[Any, ...] | None = None
         last_pass = loop.time()
         retry_s = RETRY_FIRST_S
+        in_vain = False
         while True:
             try:
                 async with asyncio.timeout(TICK_S):
@@ -190,7 +205,7 @@ class Rebalancer(LoopActor):
                     continue
             self._asked.clear()
             yielded = p.yielded if situation == handled and not self._insists else 0
-            again = situation == handled and not yielded
+            again = situation == handled and (in_vain or not yielded)
             retry_s = min(retry_s * 2, PASS_EVERY_S) if again else RETRY_FIRST_S
             handled = situation
             self._insists = False
@@ -199,6 +214,8 @@ class Rebalancer(LoopActor):
                 self._insists = True
                 await self._pass()
             p = self._progress
+            # Whoever takes nothing from anybody, full for one, is not asked to every moment.
+            in_vain = ((again and in_vain) or self._insists) and not p.sent
             self._settled = None if p.failed or p.yielded else situation
             last_pass = loop.time()
 
@@ -209,6 +226,8 @@ class Rebalancer(LoopActor):
         store = self.system.actor("block_store")
         passes = self._progress.passes
         self._progress = p = Progress(running=True, passes=passes, started_at=loop.time())
+        self._late.clear()
+        self._refusing.clear()
         try:
             await self._give_way()
             stats = await store.stats.remote()
@@ -271,6 +290,8 @@ class Rebalancer(LoopActor):
                     continue
                 if transport is None or not transport.is_up(peer):
                     p.waiting += 1
+                elif self._is_left_alone(peer):
+                    p.failed += 1
                 else:
                     wanted.setdefault(peer, []).append(ref)
         roots = await self._roots(me, refs)
@@ -300,6 +321,12 @@ class Rebalancer(LoopActor):
                 return True
         return False
 
+    def _is_left_alone(self, peer: str) -> bool:
+        return self._late.get(peer, 0) >= LATE_MAX
+
+    def _was_late(self, peer: str) -> None:
+        self._late[peer] = self._late.get(peer, 0) + 1
+
     async def _roots(
         self, peer: str, refs: Iterable[BlockRef], deep: bool = False, durable: bool = False
     ) -> dict[BlockRef, int]:
@@ -326,6 +353,8 @@ class Rebalancer(LoopActor):
             if isinstance(answer, TorusError):
                 self._progress.failed += len(wanted[peer])
                 log.debug("asking peer %s: %s", peer[:8], answer)
+                if isinstance(answer, DeadlineExceeded):
+                    self._was_late(peer)
             elif isinstance(answer, BaseException):
                 raise answer
             else:
@@ -346,6 +375,11 @@ class Rebalancer(LoopActor):
 
     async def _send(self, peer: str, ref: BlockRef, root: int) -> None:
         async with self._shared_room if self._busy else self._room:
+            if self._is_left_alone(peer):
+                raise BlockUnavailable(f"peer {peer[:8]} does not answer in time")
+            refusal = self._refusing.get((peer, ref.block_type))
+            if refusal is not None:
+                raise BlockUnavailable(f"peer {peer[:8]} takes no more: {refusal}")
             self._reads += 1
             answer = await self.system.actor("block_store").read_ranges.remote(
                 RANGE.pack(ref, 0, self._view.block_size)
@@ -364,9 +398,19 @@ class Rebalancer(LoopActor):
             self._next_send = max(self._next_send, loop.time()) + size / self._rate
             if pause > 0:
                 await asyncio.sleep(pause)
-            await self.system.actor("block_store", node=peer).put_block.remote(
-                ref, root, bytes(sums), True, payload=data, timeout_s=CALL_TIMEOUT_S, checked=True
-            )
+            try:
+                await self.system.actor("block_store", node=peer).put_block.remote(
+                    *(ref, root, bytes(sums), True),
+                    payload=data,
+                    timeout_s=CALL_TIMEOUT_S,
+                    checked=True,
+                )
+            except (OutOfSpace, Closed) as error:
+                self._refusing[peer, ref.block_type] = str(error)
+                raise
+            except DeadlineExceeded:
+                self._was_late(peer)
+                raise
             self._progress.sent += 1
             self._progress.sent_bytes += size
 

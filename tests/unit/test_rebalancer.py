@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,12 @@ import pytest
 
 from tests.fakes import Client, Cluster, StorageNode, until, virtual
 from tests.unit.test_replicator import Block
-from torus_actors.actors.rebalancer import RATE_BYTES_S, SHARED_RATE_BYTES_S, Rebalancer
+from torus_actors.actors.rebalancer import (
+    RATE_BYTES_S,
+    SENDS_MAX,
+    SHARED_RATE_BYTES_S,
+    Rebalancer,
+)
 from torus_actors.model.peers import Peer
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
@@ -406,3 +412,66 @@ async def test_a_busy_node_sends_one_block_after_the_other(
         pauses = [b - a for times in came.values() for a, b in itertools.pairwise(times)]
         assert len(pauses) > 10
         assert (min(pauses) >= 2 * 0.05) == busy
+
+
+def act_instead(node: StorageNode, method: str, act: Callable[..., Any]) -> None:
+    """Have a node's block store do something else than one of its methods does."""
+    store: Any = node.system.cells["block_store"].actor
+    changed = replace(store.handlers[method], function=act, is_async=True)
+    store.handlers = {**store.handlers, method: changed}
+
+
+def puts_by_target(cluster: Cluster) -> dict[str, int]:
+    """Counts, from now on, the blocks that are sent to each node."""
+    sent: dict[str, int] = {}
+
+    def trace(_: str, target: str, actor: str, method: str) -> None:
+        if method == "put_block":
+            sent[target] = sent.get(target, 0) + 1
+
+    cluster.network.trace = trace
+    return sent
+
+
+@virtual
+async def test_a_full_owner_is_not_sent_all_its_blocks_in_every_pass() -> None:
+    """It is told of a few, and takes the rest as soon as there is room."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(60)]
+        for block in blocks:
+            await block.put(client)
+        small = await cluster.add_node(blocks=4, rebalancer=True)
+        sent = puts_by_target(cluster)
+        cluster.set_ring(cluster.ring.with_peer(Peer(small.node_id, 1 << 30)))
+        await asyncio.sleep(600)
+        assert small.stores[0].stats().free == 0
+        passes = sum([(await status(node))["passes"] for node in cluster.nodes.values()])
+        assert sent[small.node_id] <= len(small.refs()) + SENDS_MAX * passes
+        assert any(failed(node) for node in cluster.nodes.values())
+        ring = cluster.ring.without_peer(small.node_id)
+        cluster.set_ring(ring)
+        await until(lambda: settled(cluster, blocks))
+
+
+@virtual
+async def test_a_node_whose_disk_hangs_does_not_hold_back_the_others() -> None:
+    """It is connected and knows what it misses, but takes nothing: others get theirs meanwhile."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        client = await started(cluster)
+        stuck = await cluster.add_node(rebalancer=True)
+        other = await cluster.add_node(rebalancer=True)
+        blocks = [Block(n) for n in range(80)]
+        for block in blocks:
+            await block.put(client)
+
+        async def hang(*_: Any, **__: Any) -> None:
+            await asyncio.sleep(1e6)
+
+        act_instead(stuck, "put_block", hang)
+        ring = cluster.ring
+        for node in (stuck, other):
+            ring = ring.with_peer(Peer(node.node_id, 1 << 30))
+        wanted = {block.ref for block in blocks if other.node_id in ring.owners(block.ref)}
+        cluster.set_ring(ring)
+        await until(lambda: wanted <= other.refs(), 200)
