@@ -328,12 +328,17 @@ class Rebalancer(LoopActor):
         self._late[peer] = self._late.get(peer, 0) + 1
 
     async def _roots(
-        self, peer: str, refs: Iterable[BlockRef], deep: bool = False, durable: bool = False
+        self,
+        peer: str,
+        refs: Iterable[BlockRef],
+        deep: bool = False,
+        durable: bool = False,
+        timeout_s: float = CALL_TIMEOUT_S,
     ) -> dict[BlockRef, int]:
         """Root checksums of the blocks that a peer has, and when ``deep``, has right."""
         refs = list(refs)
         answer = await self.system.actor("block_store", node=peer).check_blocks.remote(
-            b"".join(refs), deep, durable, timeout_s=CALL_TIMEOUT_S
+            b"".join(refs), deep, durable, timeout_s=timeout_s
         )
         statuses = split_answer(CHECK_STATUS, answer, len(refs))
         return {
@@ -417,6 +422,7 @@ class Rebalancer(LoopActor):
     async def _drop(self, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
         """Delete copies that do not belong here, as far as all their owners have them for sure."""
         transport: Any = self.system.transport
+        loop = self.system.loop
         by_peer: dict[str, list[BlockRef]] = {}
         safe = []
         for ref in refs:
@@ -426,27 +432,43 @@ class Rebalancer(LoopActor):
                 continue
             if transport is None or not all(transport.is_up(peer) for peer in owners):
                 continue
+            if any(self._is_left_alone(peer) for peer in owners):
+                self._progress.failed += 1
+                continue
             safe.append(ref)
             for peer in owners:
                 by_peer.setdefault(peer, []).append(ref)
         confirmed = dict.fromkeys(safe, True)
-        not_after = self.system.loop.time() + CONFIRMED_S
+        unsure: dict[str, list[BlockRef]] = {}
+        not_after = loop.time() + CONFIRMED_S
         for peer, candidates in by_peer.items():
             try:
-                there = await self._roots(peer, candidates, deep=True, durable=True)
+                there = await self._roots(
+                    peer, candidates, deep=True, durable=True, timeout_s=not_after - loop.time()
+                )
+            except DeadlineExceeded as error:
+                log.debug("asking peer %s: %s", peer[:8], error)
+                if len(safe) > 1:
+                    # The disk is slow, or stuck at one of them, which must not keep the others.
+                    for ref in safe:
+                        await self._drop([ref], roots)
+                    return
+                self._was_late(peer)
+                self._progress.failed += 1
+                return
             except TorusError as error:
                 self._progress.failed += len(candidates)
                 log.debug("asking peer %s: %s", peer[:8], error)
                 confirmed.update(dict.fromkeys(candidates, False))
                 continue
-            unsure = [ref for ref in candidates if there.get(ref) != roots[ref]]
-            confirmed.update(dict.fromkeys(unsure, False))
-            if unsure:
-                # Missing, or damaged: until it is mended this copy may be the last good one.
-                await self._send_all(peer, unsure, roots)
+            unsure[peer] = [ref for ref in candidates if there.get(ref) != roots[ref]]
+            confirmed.update(dict.fromkeys(unsure[peer], False))
         me = self.system.node_id
         dead = [ref for ref, sure in confirmed.items() if sure and me not in self._owners(ref)]
         if dead:
             self._progress.dropped += await self.system.actor("block_store").drop_blocks.remote(
                 b"".join(dead), not_after
             )
+        for peer, missing in unsure.items():
+            # Missing, or damaged: until it is mended the copy here may be the last good one.
+            await self._send_all(peer, missing, roots)

@@ -475,3 +475,27 @@ async def test_a_node_whose_disk_hangs_does_not_hold_back_the_others() -> None:
         wanted = {block.ref for block in blocks if other.node_id in ring.owners(block.ref)}
         cluster.set_ring(ring)
         await until(lambda: wanted <= other.refs(), 200)
+
+
+@pytest.mark.parametrize("stuck", [False, True], ids=["slow", "stuck"])
+@virtual
+async def test_a_slow_disk_of_an_owner_keeps_no_copies_elsewhere(stuck: bool) -> None:
+    """It reads each block for half a second, or one of them for ever: other copies are dropped."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        await started(cluster)
+        extra, owner = cluster.node(0), cluster.node(1)
+        cluster.set_ring(cluster.ring.without_peer(extra.node_id))
+        blocks = [Block(n) for n in range(60)]
+        for node, block in itertools.product((extra, owner), blocks):
+            node.stores[0].put(block.ref, block.data)
+        verify = owner.opened.verify
+        bad = owner.stores[0].locate(blocks[7].ref).slot
+
+        async def verify_slowly(kind: int, location: Any) -> bool:
+            slow_s = 0.0 if stuck else 0.5
+            await asyncio.sleep(1e6 if stuck and location.slot == bad else slow_s)
+            return await verify(kind, location)
+
+        owner.opened.verify = verify_slowly  # type: ignore[method-assign]
+        await extra.actor("rebalancer").start_pass.remote()
+        await until(lambda: extra.refs() == ({blocks[7].ref} if stuck else set()))
