@@ -115,9 +115,13 @@ class Evictor(LoopActor):
         ring = rings.unmarshal(data)
         registered = {info.peer_id for info in await self._meta.peers()}
         me = self.system.node_id
-        if lease != self._lease and me in registered:
+        if me not in registered:
+            # Nor is anything taken note of: a machine that was suspended finds out late that its
+            # lease is over, and that it was taken out of the ring it shall see under the next one.
+            raise Again("this node is not registered")
+        if lease != self._lease:
             await self._come_back(ring)
-        if lease != self._lease or version != self._version or slept or me not in registered:
+        if lease != self._lease or version != self._version or slept:
             self._missing.clear()
         self._lease, self._version = lease, version
         self._looked_at = now = loop.time()

@@ -15,7 +15,7 @@ from tests.fakes import until, virtual
 from torus_actors.actors.evictor import Evictor
 from torus_actors.actors.heartbeat import Heartbeat
 from torus_actors.actors.ring_watcher import ClusterView
-from torus_actors.errors import CompareFailed
+from torus_actors.errors import CompareFailed, TorusError
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
@@ -297,3 +297,23 @@ async def test_a_node_that_was_not_registered_at_once_is_later() -> None:
         registered = {each.peer_id: each.incarnation for each in await cluster.meta.peers()}
         assert registered[node.id] == 0
         assert node.id in await cluster.ids()
+
+
+@virtual
+async def test_a_machine_that_was_suspended_comes_back_too() -> None:
+    """Its clock stood still: it looks at the ring before it finds out that its lease is over.
+
+    It was taken out meanwhile, and enters again under its next lease.
+    """
+    async with running(4, 2) as cluster:
+        slept = cluster.members[0]
+        assert slept.system is not None
+        lease = (await slept.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(lease)
+        ring = (await cluster.ring()).without_peer(slept.id)
+        await cluster.meta.set_ring(rings.marshal(ring), ring.version)
+        evictor: Any = slept.system.cells["evictor"].actor
+        with contextlib.suppress(TorusError):
+            await evictor._look()
+        await asyncio.sleep(AFTER_S / 2)
+        assert slept.id in await cluster.ids()
