@@ -381,6 +381,7 @@ class Replicator(LoopActor):
                 order.insert(0, self.system.node_id)
         # A node that has just left the ring still has blocks until it has handed them over.
         order += [peer for peer in self._view.peers if peer not in order]
+        order += [peer for peer in self._view.former if peer not in order]
         order.sort(key=self._down)
         return order
 

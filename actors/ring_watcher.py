@@ -8,6 +8,7 @@ fresh news only: the last view stays in use.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from torus_actors.errors import TorusError
@@ -19,6 +20,10 @@ from torus_actors.runtime import LoopActor, expose
 
 log = logging.getLogger(__name__)
 
+KEPT_S = 60.0
+"""How long a node whose registration ended is still reached where it was: whoever was cut off from
+the metadata, or is started again, is registered anew long before."""
+
 
 class ClusterView:
     """The cluster as last seen; outlives the watcher that keeps it.
@@ -26,6 +31,7 @@ class ClusterView:
     Attributes:
         ring: the newest ring.
         peers: registered peers by id: those that hold a lease now.
+        former: those whose registration ended less than ``KEPT_S`` ago, as it was.
         gmd: global metadata.
     """
 
@@ -33,6 +39,7 @@ class ClusterView:
         self.gmd = gmd
         self.ring = ring
         self.peers: dict[str, PeerInfo] = {}
+        self.former: dict[str, PeerInfo] = {}
 
     @property
     def block_size(self) -> int:
@@ -48,9 +55,11 @@ class ClusterView:
         """Where to reach whom.
 
         Ring members stay known when their lease ran out: a lost lease may mean a lost metadata
-        store, which must not stop I/O.
+        store, which must not stop I/O. So do, for a while, others: they may have blocks that they
+        have not handed over yet.
         """
         known = {peer.peer_id: peer.address for peer in self.ring.peers if peer.address}
+        known.update({peer_id: info.address for peer_id, info in self.former.items()})
         known.update({peer_id: info.address for peer_id, info in self.peers.items()})
         return known
 
@@ -66,6 +75,8 @@ class RingWatcher(LoopActor):
     async def setup(self) -> None:
         """Start watching; the first news are the present state."""
         self._announce()
+        for info in self._view.former.values():
+            self.spawn(self._forget(info))
         self.spawn(self._watch_ring())
         self.spawn(self._watch_peers())
 
@@ -83,7 +94,21 @@ class RingWatcher(LoopActor):
 
     async def _watch_peers(self) -> None:
         async for peers in self._meta.peers_watch():
-            self._view.peers = {info.peer_id: info for info in peers}
+            present = {info.peer_id: info for info in peers}
+            for peer_id, info in self._view.peers.items():
+                if peer_id not in present:
+                    self._view.former[peer_id] = info
+                    self.spawn(self._forget(info))
+            for peer_id in present:
+                self._view.former.pop(peer_id, None)
+            self._view.peers = present
+            self._announce()
+
+    async def _forget(self, info: PeerInfo) -> None:
+        await asyncio.sleep(KEPT_S)
+        if self._view.former.get(info.peer_id) is info:
+            del self._view.former[info.peer_id]
+            self._view.peers = dict(self._view.peers)  # whoever derived something from it looks
             self._announce()
 
     def _announce(self) -> None:
