@@ -1,8 +1,9 @@
 """The scrubber: reads every block of this node again and again, and repairs what has rotted.
 
 Walks the stored blocks slowly, has each verified byte by byte, and replaces a damaged copy by a
-good one from another peer. Messages in: ``start_pass``, ``status``; out: to the block store here
-and to the replicator. Its death costs the place it had come to.
+good one from another peer; if none has one just now it tries again every few minutes. Messages in:
+``start_pass``, ``status``; out: to the block store here and to the replicator. Its death costs the
+place it had come to.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ PAUSE_S = 3600.0
 FIRST_PASS_AFTER_S = 60.0
 """A node that has just started has better things to do."""
 
+MEND_S = 30.0
+MEND_S_MAX = 600.0
+"""Pause before what could not be repaired is tried again: whoever has a good copy may be back, and
+the next pass is hours away. It doubles."""
+
+UNREPAIRED_MAX = 1000
+"""So many blocks are tried again. More are a disk that is to be replaced."""
+
 
 class Scrubber(LoopActor):
     """See the module.
@@ -59,6 +68,8 @@ class Scrubber(LoopActor):
         self._asked = asyncio.Event()
         self._hurry = False
         self._counts = {"passes": 0, "checked": 0, "damaged": 0, "repaired": 0, "failed": 0}
+        self._unrepaired: dict[BlockRef, None] = {}
+        """Damaged blocks of which no good copy was found."""
         self._running = False
         self._total = 0
         self._seen = 0
@@ -66,6 +77,7 @@ class Scrubber(LoopActor):
     async def setup(self) -> None:
         """Start scrubbing."""
         self.spawn(self._work())
+        self.spawn(self._mend())
 
     @expose(remote=True)
     def start_pass(self) -> None:
@@ -78,10 +90,12 @@ class Scrubber(LoopActor):
         """Counts of blocks since the start.
 
         ``failed`` are those that the disk did not read in time, and damaged ones of which no good
-        copy was found. ``seen`` of ``total`` are those of the pass under way, or of the last one.
+        copy was found; ``unrepaired`` are those of the latter that are damaged still. ``seen`` of
+        ``total`` are those of the pass under way, or of the last one.
         """
         return {
             **self._counts,
+            "unrepaired": len(self._unrepaired),
             "running": self._running,
             "seen": self._seen,
             "total": max(self._total, self._seen),
@@ -125,8 +139,7 @@ class Scrubber(LoopActor):
                         continue
                     self._counts["checked"] += 1
                     if status == Status.CORRUPT:
-                        self._counts["damaged"] += 1
-                        await self._repair(ref, root)
+                        await self._found_damaged(ref, root)
                 if not self._hurry:
                     await asyncio.sleep(len(refs) * self._block_size / self._rate)
 
@@ -146,14 +159,42 @@ class Scrubber(LoopActor):
                 return [(Status.FAILED, 0)]
         return [status for ref in refs for status in await self._check([ref])]
 
-    async def _repair(self, ref: BlockRef, root: int) -> None:
+    async def _found_damaged(self, ref: BlockRef, root: int) -> None:
         log.warning("block %s is damaged on this node", ref)
+        self._counts["damaged"] += 1
+        error = await self._repair(ref, root)
+        if error is not None:
+            self._counts["failed"] += 1
+            log.error("block %s cannot be repaired: %s", ref, error)
+            if len(self._unrepaired) < UNREPAIRED_MAX:
+                self._unrepaired[ref] = None
+
+    async def _repair(self, ref: BlockRef, root: int) -> TorusError | None:
+        """Replace a damaged copy; returns why that is not possible."""
         try:
             # Its checksum is in the index, which has one of its own: so what is right is known.
             await self.system.actor("replicator").repair.remote(
                 ref, root, self.system.node_id, timeout_s=30.0
             )
-            self._counts["repaired"] += 1
         except TorusError as error:
-            self._counts["failed"] += 1
-            log.error("block %s cannot be repaired: %s", ref, error)
+            return error
+        self._counts["repaired"] += 1
+        self._unrepaired.pop(ref, None)
+        return None
+
+    async def _mend(self) -> None:
+        """Try again what could not be repaired."""
+        pause_s = MEND_S
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MEND_S_MAX) if self._unrepaired else MEND_S
+            for ref in list(self._unrepaired):
+                try:
+                    ((status, root),) = await self._check([ref])
+                except TorusError as error:
+                    log.debug("looking at block %s again: %s", ref, error)
+                    continue
+                if status == Status.CORRUPT:
+                    await self._repair(ref, root)
+                elif status != Status.FAILED:
+                    self._unrepaired.pop(ref, None)  # it was read and repaired, or deleted

@@ -110,6 +110,16 @@ def test_full_stores_failures_and_waiting_blocks_are_told() -> None:
     assert rebalance_of(row(0, at, yielding)) == "4 left to others"
 
 
+def test_damage_that_nobody_could_repair_is_told() -> None:
+    """No cluster is healthy as long as a scrubber knows of a block without a good copy."""
+    at = ring(2, 2)
+    rotten = answer(IDS[0], scrubber={"failed": 5, "unrepaired": 1})
+    found = problems(at, [row(0, at, rotten), row(1, at)])
+    assert len(found) == 1 and "node 10000000 found no good copy of 1 block" in found[0]
+    mended = answer(IDS[0], scrubber={"failed": 5, "unrepaired": 0})
+    assert problems(at, [row(0, at, mended), row(1, at)]) == []
+
+
 def test_blocks_that_may_lack_copies_are_told() -> None:
     """As long as no pass has ended well in the present situation, nobody knows that all is well.
 

@@ -8,7 +8,12 @@ from typing import Any
 from tests.fakes import Cluster, StorageNode, virtual
 from tests.unit.test_block_store_actor import BLOCK, put, ref_of
 from torus_actors.actors.replicator import Replicator
-from torus_actors.actors.scrubber import CHECK_S, FIRST_PASS_AFTER_S, Scrubber
+from torus_actors.actors.scrubber import (
+    CHECK_S,
+    FIRST_PASS_AFTER_S,
+    MEND_S_MAX,
+    Scrubber,
+)
 from torus_actors.runtime import ChildSpec
 
 
@@ -65,3 +70,35 @@ async def test_what_is_too_slow_to_be_read_hides_nothing_behind_it() -> None:
         node.opened.verify = verify_slowly  # type: ignore[method-assign]
         status = await scrubbed(node)
         assert (status["checked"], status["repaired"], status["failed"]) == (39 + 2, 2, 1)
+
+
+@virtual
+async def test_what_could_not_be_repaired_is_soon_when_a_good_copy_is_there_again() -> None:
+    """The other node was away when the damage was found: nobody waits for the next pass.
+
+    Until then the status says so.
+    """
+    async with Cluster(nodes=2, replication=2) as cluster:
+        node = await with_blocks(cluster, 20)
+        node.rot(ref_of(7), 100)
+        cluster.network.cut(*cluster.ids)
+        status = await scrubbed(node)
+        assert (status["damaged"], status["repaired"], status["unrepaired"]) == (1, 0, 1)
+        cluster.network.heal()
+        await asyncio.sleep(MEND_S_MAX + 1)
+        status = await node.actor("scrubber").status.remote()
+        assert (status["passes"], status["repaired"], status["unrepaired"]) == (1, 1, 0)
+        assert node.stores[0].get(ref_of(7)) == bytes([7]) * BLOCK
+
+
+@virtual
+async def test_damaged_blocks_that_are_deleted_are_no_longer_told() -> None:
+    """What was garbage has been collected."""
+    async with Cluster(nodes=1, replication=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1), bytes(BLOCK))
+        node.rot(ref_of(1), 100)
+        assert (await scrubbed(node))["unrepaired"] == 1
+        node.stores[0].delete([ref_of(1)])
+        await asyncio.sleep(MEND_S_MAX + 1)
+        assert (await node.actor("scrubber").status.remote())["unrepaired"] == 0

@@ -100,6 +100,7 @@ def add_answer(row: Row, answer: Any) -> None:
     collector = answer.get("collector", {})
     if "garbage_bytes" in collector:
         row["collector"] = collector
+    row["unrepaired"] = answer.get("scrubber", {}).get("unrepaired", 0)
     rebalancer = answer.get("rebalancer", {})
     if "running" in rebalancer:
         row["rebalance"] = rebalancer
@@ -137,6 +138,11 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
             found.append(f"the store of node {name} is {row['level']}: add nodes or make room")
         if row.get("collector", {}).get("last_error"):
             found.append(f"node {name} collects no garbage: {row['collector']['last_error']}")
+        if row.get("unrepaired"):
+            found.append(
+                f"node {name} found no good copy of {_blocks(row['unrepaired'])} whose copy is "
+                "damaged there: torusctl volume check --deep tells which volume lost something"
+            )
         moving = row.get("rebalance", {})
         if moving.get("failed"):
             failed = _blocks(moving["failed"])
