@@ -104,6 +104,9 @@ def test_full_stores_failures_and_waiting_blocks_are_told() -> None:
     assert any("3 blocks of node 10000000 wait" in each for each in found)
     assert any("node 20000000: sync failed" in each for each in found)
     assert any("could not move 1 block" in each for each in found)
+    pages = answer(IDS[0])
+    pages["block_store"]["inodes"]["level"] = "full"
+    assert any("store of node 10000000 is full" in e for e in problems(at, [row(0, at, pages)]))
     moving = answer(IDS[0], rebalancer={**IDLE, "running": True, "left": 7, "eta_s": 65.0})
     assert rebalance_of(row(0, at, moving)) == "7 left, 1m05s"
     yielding = answer(IDS[0], rebalancer={**IDLE, "yielded": 4})

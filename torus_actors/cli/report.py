@@ -92,7 +92,9 @@ def add_answer(row: Row, answer: Any) -> None:
         sizes = [stores["blocks"], stores["inodes"]]
         row["used_bytes"] = sum(each["used"] * each["block_size"] for each in sizes)
         row["total_bytes"] = sum(each["total"] * each["block_size"] for each in sizes)
-        row["level"] = stores["blocks"]["level"]
+        levels = [each["level"] for each in sizes]
+        # One without room for pages takes no commits, however much there is for data.
+        row["level"] = next((each for each in ("full", "warning") if each in levels), levels[0])
         row["failure"] = " ".join(each["failure"] for each in sizes).strip()
     evictor = answer.get("evictor", {})
     if "missing_s" in evictor:
