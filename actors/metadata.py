@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgpack
+
 from torus_actors.errors import (
     ActorCrashed,
     ActorNotFound,
     Again,
+    Compacted,
     DeadlineExceeded,
     NoPeer,
     OutcomeUnknown,
@@ -25,10 +28,18 @@ from torus_actors.errors import (
     Unauthenticated,
 )
 from torus_actors.metadata import kv
-from torus_actors.runtime import ActorHandle, LoopActor, ObjectRef, expose
+from torus_actors.runtime import ActorHandle, LoopActor, ObjectRef, Reply, expose
+from torus_actors.wire.limits import METADATA_MAX, PAYLOAD_MAX
 
 CALL_TIMEOUT_S = 5.0
 """A metadata operation that takes longer counts as not answered."""
+
+INLINE_BYTES = METADATA_MAX // 4
+"""A longer list goes beside the message, as bulk data does: some thousand volumes, deleted ones
+among them, are more than a message holds."""
+
+ITEM_BYTES = 32
+"""What an item of a list takes beside its key and value, more or less."""
 
 
 class MetadataActor(LoopActor):
@@ -51,8 +62,7 @@ class MetadataActor(LoopActor):
     @expose(remote=True, idempotent=True)
     async def kv_range(self, prefix: str) -> Any:
         """``KeyValueStore.range``."""
-        found, revision = await self.store.range(prefix)
-        return [[item.to_wire() for item in found], revision]
+        return _listed(*await self.store.range(prefix))
 
     @expose(remote=True)
     async def kv_txn(self, compare: list[Any], then: list[Any]) -> Any:
@@ -81,8 +91,29 @@ class MetadataActor(LoopActor):
     @expose(remote=True, idempotent=True)
     async def kv_events(self, prefix: str, after_revision: int, timeout_s: float) -> Any:
         """``KeyValueStore.events``."""
-        events, revision = await self.store.events(prefix, after_revision, min(timeout_s, 60.0))
-        return [[event.to_wire() for event in events], revision]
+        answer = _listed(*await self.store.events(prefix, after_revision, min(timeout_s, 60.0)))
+        if type(answer) is Reply and len(answer.joined()) > PAYLOAD_MAX:
+            raise Compacted(f"more happened since revision {after_revision} than can be told")
+        return answer
+
+
+def _listed(items: Sequence[kv.KeyValue | kv.Event], revision: int) -> Any:
+    """The answer that has these items."""
+    plain = [item.to_wire() for item in items]
+    if sum(len(item.key) + len(item.value) + ITEM_BYTES for item in items) <= INLINE_BYTES:
+        return [plain, revision]
+    return Reply([None, revision], (msgpack.packb(plain),))
+
+
+def _items(answer: Any) -> tuple[list[Any], int]:
+    """What `_listed` made an answer of."""
+    if type(answer) is not Reply:
+        plain, revision = answer
+        return plain, revision
+    try:
+        return msgpack.unpackb(answer.joined()), answer.result[1]
+    except (ValueError, msgpack.UnpackException) as error:
+        raise Again(f"the metadata's answer cannot be read: {error}") from error
 
 
 class ActorStore(kv.KeyValueStore):
@@ -115,8 +146,8 @@ class ActorStore(kv.KeyValueStore):
 
     async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
         """See KeyValueStore."""
-        found, revision = await self._ask(
-            self._actor.kv_range.remote(prefix, timeout_s=CALL_TIMEOUT_S), False
+        found, revision = _items(
+            await self._ask(self._actor.kv_range.remote(prefix, timeout_s=CALL_TIMEOUT_S), False)
         )
         return [kv.KeyValue.from_wire(each) for each in found], revision
 
@@ -154,7 +185,7 @@ class ActorStore(kv.KeyValueStore):
         ref = self._actor.kv_events.remote(
             prefix, after_revision, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S
         )
-        events, revision = await self._ask(ref, False)
+        events, revision = _items(await self._ask(ref, False))
         return [kv.Event.from_wire(each) for each in events], revision
 
     async def close(self) -> None:

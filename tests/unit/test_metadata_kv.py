@@ -19,6 +19,7 @@ from tests.integration.etcd_server import EtcdServer, require_etcd
 from tests.integration.metadata_backends import BACKENDS, HISTORY_EVENTS_MAX, Backend, until
 from tests.unit.runtime_harness import on_uvloop, row
 from tests.unit.runtime_harness import until as soon
+from torus_actors.actors import metadata
 from torus_actors.actors.metadata import ActorStore
 from torus_actors.errors import Closed, Compacted, Invalid, LeaseNotFound, OutcomeUnknown
 from torus_actors.metadata import kv
@@ -539,3 +540,39 @@ async def test_a_disk_that_stalls_while_the_actor_is_killed_ends_no_process(
     again = await SqliteStore.open(path)
     assert await again.get("b") == found
     await again.close()
+
+
+@on_uvloop
+async def test_more_metadata_than_a_message_holds_reaches_another_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some thousand deleted volumes are as much. Who is too far behind is told to read anew.
+
+    Found by review: only the collector of the metadata's own node could read it, and a watch that
+    was so far behind never went on.
+    """
+    keeper = process()
+    await keeper.start_base(("127.0.0.1", 0), store_opener("memory://"))
+    _, port = await keeper.system.actor("bridge").listening.remote()
+    url = f"torus://127.0.0.1:{port}"
+    other = Process(str(uuid.UUID(int=2)), Role.CLIENT, url, None, random.Random(2))
+    await other.start_base(None, None)
+    store = other.meta.store
+    try:
+        for n in range(6):
+            last = await store.txn([], [Put(f"a/{n}", bytes([n]) * 1000_000)])
+        found, revision = await store.range("a")
+        assert [(item.key, item.value[:1], len(item.value)) for item in found] == [
+            (f"a/{n}", bytes([n]), 1000_000) for n in range(6)
+        ]
+        events, at = await store.events("a", last.revision - 6, 1.0)
+        assert [(event.key, event.value) for event in events] == [
+            (item.key, item.value) for item in found
+        ]
+        assert at == revision == last.revision
+        monkeypatch.setattr(metadata, "PAYLOAD_MAX", 5_000_000)
+        with pytest.raises(Compacted):
+            await store.events("a", last.revision - 6, 1.0)
+    finally:
+        for each in (other, keeper):
+            await each.stop()
