@@ -32,6 +32,7 @@ from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
 from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import ZERO_BLOCK, BlockRef
 from torus_actors.runtime import LoopActor, expose
+from torus_actors.volume.journal import is_unreplayed
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +69,15 @@ class _Roots(NamedTuple):
         tombs: volumes that were deleted.
         heads: of all volumes, snapshots and readers.
         read: for each volume first and last INode number of what somebody reads who has no lock.
-        journals: for each volume the session that recorded its last ensemble.
+        journals: for each volume the session that recorded its last ensemble, and whether this node
+            may have what no head does.
     """
 
     oldest_open: dict[int, int]
     tombs: set[int]
     heads: list[Head]
     read: dict[int, list[tuple[int, int]]]
-    journals: dict[int, int]
+    journals: dict[int, tuple[int, bool]]
 
 
 class Collector(LoopActor):
@@ -156,6 +158,7 @@ class Collector(LoopActor):
 
     async def _pass(self) -> None:
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
+        logs = await self._logs()  # before the metadata, which may then say of what is in them
         oldest_open, tombs, heads, read, journals = await self._read_metadata()
         # Not before: what died while the metadata was read has its whole grace too.
         began = self.system.loop.time()
@@ -195,31 +198,46 @@ class Collector(LoopActor):
         if any(dead_twice):
             await store.flush.remote(timeout_s=120.0)  # their room is free only after that
             log.info("%d dead blocks deleted", sum(map(len, dead_twice)))
-        await self._trim_journals(tombs, journals)
+        await self._trim_journals(logs, tombs, journals)
         self._suspects = suspects
         self._suspected_at = began
         self._counts["passes"] += 1
         self._counts["garbage"] = len(suspects)
         self._counts["garbage_bytes"] = suspect_bytes
 
-    async def _trim_journals(self, tombs: set[int], journals: dict[int, int]) -> None:
+    async def _logs(self) -> dict[int, tuple[int, int]]:
+        """Of each volume that has a log here, the newest epoch with records, and the last one."""
+        logs: dict[int, tuple[int, int]] = {}
+        if "journal" in self.system.cells:
+            with contextlib.suppress(TorusError):  # blocks are still collected
+                logs = await self.system.actor("journal").volumes.remote()
+        return logs
+
+    async def _trim_journals(
+        self,
+        logs: dict[int, tuple[int, int]],
+        tombs: set[int],
+        journals: dict[int, tuple[int, bool]],
+    ) -> None:
         """Forget what nobody will ask the journal here for.
 
         Those are the logs of deleted volumes, and records of sessions before the one that recorded
         the last ensemble: it did so when a head covered them, and told its own members only. They
-        are to be refused from then on too, or a record that is cut would count as stored.
+        are to be refused from then on too, or a record that is cut would count as stored. Likewise
+        the records of that session itself that were here before it had an ensemble without this
+        node; it may take this node again later, for other records.
         """
-        if "journal" not in self.system.cells:
-            return
         journal = self.system.actor("journal")
         try:
-            for volume in await journal.volumes.remote():
+            for volume, (epoch, last) in logs.items():
                 if volume in tombs:
                     await journal.drop.remote(volume)
                 elif volume in journals:
+                    newest, is_asked = journals[volume]
                     with contextlib.suppress(Fenced):  # a still later session has been here
-                        await journal.fence.remote(volume, journals[volume])
-                    await journal.cut.remote(volume, journals[volume], 0)
+                        await journal.fence.remote(volume, newest)
+                    upto = last if epoch == newest and not is_asked else 0
+                    await journal.cut.remote(volume, newest, upto)
         except TorusError as error:
             log.info("the journal keeps what nobody needs: %s", error)  # blocks are still collected
 
@@ -244,7 +262,11 @@ class Collector(LoopActor):
             first = 0 if seen is None else seen.inode
             read.setdefault(reader.volume_id, []).append((first, reader.upto))
             heads += [] if seen is None else [seen]
-        journals = {volume: journal.epoch for volume, journal in state.journals.items()}
+        me = self.system.node_id
+        journals: dict[int, tuple[int, bool]] = {}
+        for volume, journal in state.journals.items():
+            unreplayed = is_unreplayed(journal, state.heads.get(volume))
+            journals[volume] = journal.epoch, unreplayed and me in journal.ensemble
         tombs = set(state.deleted) - set(state.volumes)
         return _Roots(oldest_open, tombs, heads, read, journals)
 

@@ -320,9 +320,10 @@ class JournalActor(LoopActor):
         self._opened.submit(self._store.drop(volume), self._answer(reply))
 
     @expose()
-    def volumes(self) -> list[int]:
-        """All volumes that have a log here."""
-        return self._store.volumes()
+    def volumes(self) -> dict[int, tuple[int, int]]:
+        """All volumes that have a log here: its newest epoch with records, and the last of them."""
+        logs = {volume: self._store.fenced(volume) for volume in self._store.volumes()}
+        return {volume: (log.epoch, log.last) for volume, log in logs.items()}
 
     @expose(remote=True)
     def stats(self) -> dict[str, Any]:

@@ -415,3 +415,50 @@ async def test_the_metadata_is_read_at_one_revision() -> None:
         status = await watched.status()
         assert status["passes"] == len(reads) and not status["failed_passes"]
         assert set(reads) == {cluster.meta.keys.prefix}
+
+
+@virtual
+async def test_who_leaves_the_journal_of_a_session_forgets_its_records() -> None:
+    """A member that was away is not told of the cuts that follow, and the session goes on for long.
+
+    Found by review: its records took room until another session began. When it is a member again,
+    and when the next session replays what it has then, nothing is missing.
+    """
+    async with Cluster(nodes=3, replication=2, collect_s=5.0, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+
+        async def write(content: bytes) -> None:
+            for n in range(COUNT):
+                await device.write(n * BLOCK, content)
+                await device.flush()
+
+        def last_at(member: str) -> int:
+            journal = cluster.nodes[member].journal
+            assert journal is not None
+            return journal.store.fenced(1).last
+
+        await write(b"a")
+        session = device.client.session(device.name)
+        away, stays = session.journal.members
+        cluster.network.cut(device.client.node_id, away)
+        await write(b"b")
+        cluster.network.heal()
+        assert away not in session.journal.members and last_at(away)
+        await asyncio.sleep(15.0)
+        assert not last_at(away)
+        (other,) = set(session.journal.members) - {stays}
+        cluster.network.cut(device.client.node_id, other)
+        await write(b"c")
+        cluster.network.heal()
+        assert session.journal.members == (away, stays)
+        await write(b"d")
+        await asyncio.sleep(15.0)
+        assert last_at(away) == last_at(stays) > 0 and not last_at(other)
+        await device.client.crash()
+        await asyncio.sleep(10.0)  # until its lease has ended
+        again = await (await cluster.client()).open(device.name)
+        for n in range(COUNT):
+            assert await again.read(n * BLOCK, 1) == b"d"
+        await again.release()
+        await asyncio.sleep(15.0)
+        assert not any(last_at(member) for member in cluster.ids)

@@ -87,7 +87,7 @@ async def test_answers() -> None:
         with pytest.raises(NotExist):
             await journal.read_tail.remote(7, 3, 4, 1000)
         assert await journal.fence.remote(7, 9) == [3, 5, 6, False, identity, room]
-        assert await journal.volumes.remote() == [7]
+        assert await journal.volumes.remote() == {7: (3, 6)}
         stats = await journal.stats.remote()
         assert stats["identity"] == identity and stats["failure"] == "" and stats["records"] == 2
         assert await journal.drop.remote(7) == identity
