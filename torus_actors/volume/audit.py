@@ -11,6 +11,7 @@ volume, or by the next one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -64,6 +65,8 @@ class Audit:
         journal: members of the journal with what the last commit lacks; none if it lacks nothing.
         journal_lost: of these, those that do not answer, or have lost or damaged records.
         silent: members that could not be asked; what they have is not counted.
+        unsafe: members whose disk failed: what they have is not counted, for some of it may be gone
+            when they are restarted.
         examples: some of the blocks with too few copies.
     """
 
@@ -84,6 +87,7 @@ class Audit:
     journal: list[str] = field(default_factory=list)
     journal_lost: list[str] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
+    unsafe: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
 
     @property
@@ -191,6 +195,7 @@ async def _audit(
     audit.expected = min(audit.wanted, len(members))
     if blockset is None:
         return
+    await auditor.find_unsafe()
     batch: list[Entry] = []
     size = BATCH_DEEP if audit.deep else BATCH
     async for ref, root in _entries(auditor.system, heads):
@@ -242,9 +247,21 @@ class Auditor:
         self.view = view
         self.audit = audit
 
+    async def find_unsafe(self) -> None:
+        """Find out whose word does not count; who does not answer is asked again later."""
+        members = self.view.ring.members
+        stores = [self.system.actor("block_store", node=member) for member in members]
+        asked = [store.stats.remote(timeout_s=CHECK_TIMEOUT_S) for store in stores]
+        for member, ref in zip(members, asked, strict=True):
+            with contextlib.suppress(*TRANSIENT, NoPeer):
+                stats = await ref
+                if any(stats[kind]["failure"] for kind in ("blocks", "inodes")):
+                    self.audit.unsafe.append(member)
+
     async def check(self, batch: list[Entry]) -> None:
         """Count the copies of these blocks."""
-        members = [each for each in self.view.ring.members if each not in self.audit.silent]
+        left_out = (*self.audit.silent, *self.audit.unsafe)
+        members = [each for each in self.view.ring.members if each not in left_out]
         packed = b"".join(ref for ref, _ in batch)
         answers = await asyncio.gather(*[self._ask(member, packed) for member in members])
         found = dict(zip(members, answers, strict=True))
@@ -326,11 +343,14 @@ def explain(audit: Audit) -> TorusError | None:
     text = f"volume {audit.volume}: {few} of {audit.blocks} blocks have too few good copies"
     if audit.missing:
         text += f", {audit.missing} have none"
+    if audit.unsafe:
+        names = ", ".join(member[:8] for member in audit.unsafe)
+        text += f"; not counted, because their disk failed: restart {names}"
     if audit.silent:
         names = ", ".join(member[:8] for member in audit.silent)
         text += f"; not asked, because they do not answer: {names}"
     elif audit.scarce:
         text += "; the ring has too few members for more: add some with torusctl peer add"
-    else:
+    elif not audit.unsafe:
         text += "; let the cluster repair it: torusctl debug rebalance"
     return BlockUnavailable(text)
