@@ -29,7 +29,7 @@ from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.inode_tree import depth_of
 from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
-from torus_actors.model.ref_set import RefSet
+from torus_actors.model.ref_set import RefSet, compact
 from torus_actors.model.refs import ZERO_BLOCK, BlockRef
 from torus_actors.runtime import LoopActor, expose
 from torus_actors.volume.journal import is_unreplayed
@@ -55,10 +55,14 @@ BUSY_SHARE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """What a page leads to; kept between passes, since a page never changes."""
+    """What a page leads to; kept between passes, since a page never changes.
+
+    Those of all volumes are, on each node: so they are kept small.
+    """
 
     pages: tuple[tuple[int, int, BlockRef, int], ...]
-    entries: bytes
+    blocks: bytes
+    """Compact."""
 
 
 class _Roots(NamedTuple):
@@ -290,7 +294,7 @@ class Collector(LoopActor):
             live.add_all(page[2] for page in batch)
             for page_content in fetched:
                 todo += page_content.pages
-                live.add_packed(page_content.entries)
+                live.add_compact(page_content.blocks)
         self._pages = {ref: page for ref, page in self._pages.items() if ref in seen}
         return live
 
@@ -305,9 +309,9 @@ class Collector(LoopActor):
                 (level - 1, (number << FANOUT_BITS) + slot, entry.ref, entry.root)
                 for slot, entry in page.items()
             )
-            known = _Page(pages, b"")
+            known = _Page(pages, compact(b""))
         else:
-            known = _Page((), bytes(page.entries))
+            known = _Page((), compact(bytes(page.entries)))
         self._pages[ref] = known
         return known
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterable
 
 from pyroaring import BitMap64
 
-from torus_actors.model.refs import BlockRef
+from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
 
 _ENTRY = struct.Struct("<16sQ4x")
 """A leaf entry: volume and INode of the ref, its index, and the checksum, which is passed over."""
+
+_REF = struct.Struct("<16sQ")
+
+
+def compact(entries: bytes) -> bytes:
+    """The refs of packed leaf entries, in a fifth of the room or less; see `RefSet.add_compact`."""
+    refs = [
+        entries[at : at + BLOCK_REF_SIZE] for at in range(0, len(entries), _ENTRY.size)
+    ]  # without the checksums, which are all that is different everywhere
+    return zlib.compress(b"".join(refs), 1)
 
 
 class RefSet:
@@ -25,8 +36,15 @@ class RefSet:
 
     def add_packed(self, entries: bytes) -> None:
         """Add the refs of packed leaf entries."""
+        self._add(_ENTRY.iter_unpack(entries))
+
+    def add_compact(self, packed: bytes) -> None:
+        """Add what `compact` made."""
+        self._add(_REF.iter_unpack(zlib.decompress(packed)))
+
+    def _add(self, refs: Iterable[tuple[bytes, int]]) -> None:
         grouped: dict[bytes, list[int]] = {}
-        for key, index in _ENTRY.iter_unpack(entries):
+        for key, index in refs:
             grouped.setdefault(key, []).append(index)
         for key, indexes in grouped.items():
             bitmap = self._bitmaps.get(key)
