@@ -102,13 +102,21 @@ class Heartbeat(LoopActor):
         lease = await self._meta.grant_lease(self._ttl_s)
         await self._register(lease)
         for session in list(self.system.heirlooms.get("sessions", {}).values()):
+            if session.closed:
+                continue
+            reader = session.reader
             try:
                 if session.epoch:
                     await self._meta.renew_lock(
                         session.volume_id, session.epoch, session.holder, lease
                     )
-                elif session.reader is not None:
-                    await self._meta.keep_reading(session.reader, lease)
+                elif reader is not None:
+                    await self._meta.keep_reading(reader, lease)
+                # It may have been closed meanwhile, and what it gave up is there again.
+                if session.closed and session.epoch:
+                    await self._meta.detach(session.volume_id, session.epoch)
+                elif session.closed and reader is not None:
+                    await self._meta.end_reading(reader.volume_id, reader.nonce)
             except Fenced as error:
                 session.fence(error)
             except (Again, OutcomeUnknown, LeaseNotFound):

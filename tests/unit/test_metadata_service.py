@@ -880,13 +880,13 @@ def test_every_change_survives_a_lost_answer(backend: Backend, fault: str) -> No
         assert at == revision and reader.upto > 1 << 40
         await faulty(service.keep_reading(dataclasses.replace(reader, upto=7), lease))
         assert [each.upto for each in (await service.state()).readers] == [7]
-        await faulty(service.end_reading(reader))
+        await faulty(service.end_reading(reader.volume_id, reader.nonce))
         kept = await faulty(service.begin_reading_snapshot(snapshot, "vm2 pid 2", lease))
         assert isinstance(kept, Reader) and kept.head == head_of(1, 1).encode()
         await faulty(service.delete_snapshot(volume.id, "monday"))
         with pytest.raises(NotExist):
             await service.begin_reading_snapshot(snapshot, "vm2 pid 2", lease)
-        await faulty(service.end_reading(kept))
+        await faulty(service.end_reading(kept.volume_id, kept.nonce))
         assert not (await service.state()).readers
         await faulty(service.detach(volume.id, 1))
         await faulty(service.delete_volume("demo"))

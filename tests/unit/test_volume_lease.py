@@ -304,3 +304,22 @@ async def test_who_serves_one_volume_ends_when_that_was_taken_over_and_its_users
         await asyncio.wait([over], timeout=5)
         with pytest.raises(Failed, match=r"volume v was taken over .*session 2"):
             over.result()
+
+
+@virtual
+async def test_a_new_lease_does_not_bring_back_the_lock_of_a_volume_that_was_closed() -> None:
+    """It was closed while the heartbeat hung its lock on the new lease: others may open it."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        client = device.client
+        volume_id, renew_lock = client.session("v").volume_id, client.meta.renew_lock
+
+        async def late(volume_id: int, epoch: int, holder: str, lease: int) -> None:
+            await device.release()
+            await renew_lock(volume_id, epoch, holder, lease)
+
+        client.meta.renew_lock = late  # type: ignore[method-assign]
+        await cluster.meta.revoke_lease(await client.actor("heartbeat").lease.remote())
+        await asyncio.sleep(20)
+        assert (await cluster.meta.lock_status(volume_id))[0] is None
+        await (await cluster.client()).open("v")

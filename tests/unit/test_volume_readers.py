@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from tests.fakes import Client, Cluster, Device, virtual
+from tests.fakes import Client, Cluster, Device, until, virtual
 from tests.unit.test_snapshots import shrink
 from tests.unit.test_volume_flush import journaling, reopened
-from torus_actors.errors import BlockUnavailable
+from torus_actors.errors import BlockUnavailable, OutcomeUnknown, TorusError
 from torus_actors.metadata.records import Reader
 from torus_actors.nbd.requests import Hole
 from torus_actors.volume import audit
@@ -29,9 +30,9 @@ async def reader(cluster: Cluster, between: Callable[[], Awaitable[None]], times
     assert client.system is not None
     meta, begin_reading = client.meta, client.meta.begin_reading
 
-    async def slowly(*args: Any) -> tuple[Reader, int]:
+    async def slowly(*args: Any, nonce: str) -> tuple[Reader, int]:
         nonlocal times
-        found = await begin_reading(*args)
+        found = await begin_reading(*args, nonce=nonce)
         if times:
             times -= 1
             await between()
@@ -115,9 +116,9 @@ async def test_it_has_the_size_that_goes_with_what_it_reads() -> None:
         tool, reading = await cluster.client(), await cluster.client(read_only=True)
         begin_reading = reading.meta.begin_reading
 
-        async def slowly(*args: Any) -> tuple[Reader, int]:
+        async def slowly(*args: Any, nonce: str) -> tuple[Reader, int]:
             await shrink(tool, SIZE // 2)
-            return await begin_reading(*args)
+            return await begin_reading(*args, nonce=nonce)
 
         reading.meta.begin_reading = slowly  # type: ignore[method-assign]
         assert (await reading.open("v")).size == SIZE // 2
@@ -246,4 +247,71 @@ async def test_a_check_of_a_volume_in_use_misses_nothing(monkeypatch: pytest.Mon
         found = await audit.audit_volume(tool.system, tool.meta, tool.view, "v")
         assert found.good and found.blocks > 8 and found.exact == found.blocks
         await collected(cluster)
+        assert not (await cluster.meta.state()).readers
+
+
+@virtual
+async def test_a_new_lease_does_not_bring_back_the_record_of_a_reader_that_was_closed() -> None:
+    """It was closed while the heartbeat hung its record on the new lease."""
+    async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
+        device = await journaling(cluster, SIZE)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        client, reading = await only_reading(cluster)
+        keep_reading = client.meta.keep_reading
+
+        async def late(reader: Reader, lease: int) -> None:
+            await reading.release()
+            await keep_reading(reader, lease)
+
+        client.meta.keep_reading = late  # type: ignore[method-assign]
+        lease = (await client.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(lease)
+        await asyncio.sleep(20)
+        assert not (await cluster.meta.state()).readers
+
+
+@pytest.mark.parametrize("name", ["v", "v@s"])
+@virtual
+async def test_a_reader_that_could_not_be_opened_leaves_no_record(name: str) -> None:
+    """Its record was made, and the metadata was gone before it could say so."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        await cluster.meta.create_snapshot(1, "s")
+        client = await cluster.client(read_only=True)
+        before, client.store.lose_answers = client.store.txns, 1
+        opening = asyncio.ensure_future(client.open(name))
+        await until(lambda: client.store.txns > before)
+        client.store.down = True
+        with pytest.raises(OutcomeUnknown):
+            await opening
+        assert (await cluster.meta.state()).readers
+        client.store.down = False
+        await asyncio.sleep(3)
+        assert not (await cluster.meta.state()).readers
+
+
+@pytest.mark.parametrize("name", ["v", "v@s"])
+@virtual
+async def test_who_dies_while_it_opens_a_volume_to_read_it_leaves_no_record(name: str) -> None:
+    """The record is there, and the answer that says so is still under way."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        await cluster.meta.create_snapshot(1, "s")
+        client = await cluster.client(read_only=True)
+        assert client.system is not None
+        system, put = client.system, client.meta._put
+
+        async def slowly(*args: Any) -> bool:
+            client.meta._put = put  # type: ignore[method-assign]
+            done = await put(*args)
+            system.cells["volumes"].kill()
+            await asyncio.sleep(1)
+            return done
+
+        client.meta._put = slowly  # type: ignore[method-assign]
+        with contextlib.suppress(TorusError):
+            await (await client.open(name)).release()
+        await asyncio.sleep(3)
         assert not (await cluster.meta.state()).readers

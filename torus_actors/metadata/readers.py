@@ -20,6 +20,10 @@ EVERYTHING = (1 << 63) - 1
 class ReaderOperations(MetadataBase):
     """What somebody does who reads."""
 
+    def reader_nonce(self) -> str:
+        """Names a record before it is made, so that it can be ended whatever becomes of that."""
+        return self._nonce()
+
     async def begin_reading(
         self, volume_id: int, holder: str, lease: int, nonce: str = ""
     ) -> tuple[Reader, int]:
@@ -29,7 +33,7 @@ class ReaderOperations(MetadataBase):
             volume_id: the volume.
             holder: who, for people: host and process.
             lease: the record lives as long.
-            nonce: of the reader's record, if it has one: that is replaced.
+            nonce: of the reader's record; if there is one already, that is replaced.
 
         Returns:
             The record, and the head's revision; 0 if there is none.
@@ -49,15 +53,24 @@ class ReaderOperations(MetadataBase):
             if await self._put(reader, lease, Compare(head_key, mod_revision=revision)):
                 return reader, revision
 
-    async def begin_reading_snapshot(self, snapshot: Snapshot, holder: str, lease: int) -> Reader:
+    async def begin_reading_snapshot(
+        self, snapshot: Snapshot, holder: str, lease: int, nonce: str = ""
+    ) -> Reader:
         """Keep what a snapshot leads to, also when that is deleted.
+
+        Args:
+            snapshot: as it was read.
+            holder: who, for people: host and process.
+            lease: the record lives as long.
+            nonce: of the reader's record.
 
         Raises:
             NotExist: it is gone.
             LeaseNotFound: the lease has ended.
         """
         key = self.keys.snapshot(snapshot.volume_id, snapshot.name)
-        reader = Reader(snapshot.volume_id, snapshot.head, 0, holder, self._now(), self._nonce())
+        nonce = nonce or self._nonce()
+        reader = Reader(snapshot.volume_id, snapshot.head, 0, holder, self._now(), nonce)
         if not await self._put(reader, lease, Compare(key, value=snapshot.encode())):
             raise NotExist(f"there is no snapshot {snapshot.name}")
         return reader
@@ -74,9 +87,9 @@ class ReaderOperations(MetadataBase):
             if await self._put(reader, lease):
                 return
 
-    async def end_reading(self, reader: Reader) -> None:
-        """Keep nothing for it any more; fine if its record is gone."""
-        key = self.keys.reader(reader.volume_id, reader.nonce)
+    async def end_reading(self, volume_id: int, nonce: str) -> None:
+        """Keep nothing for a reader any more; fine if its record is gone, or was never there."""
+        key = self.keys.reader(volume_id, nonce)
 
         async def gone() -> int | None:
             return None

@@ -106,8 +106,10 @@ async def open_session(
         else:
             kept = await meta.snapshot(record.id, snapshot)
             record = dataclasses.replace(record, size=kept.size or record.size)
-            reading = partial(meta.begin_reading_snapshot, kept, holder)
-            reader, lease = await _under_lease(system, reading)
+            nonce = meta.reader_nonce()
+            begun = partial(meta.begin_reading_snapshot, kept, holder, nonce=nonce)
+            begin = partial(_begin_reading, system, meta, record.id, nonce, begun)
+            reader, lease = await _under_lease(system, begin)
             head = Head.decode(kept.head) if kept.head else None
         head = replay.head or head
         nblocks = -(-record.size // block_size)
@@ -164,9 +166,29 @@ async def open_session(
         if epoch:
             detach_later(system, meta, record.id, epoch)
         if reader is not None:
-            end_reading_later(system, meta, reader)
+            end_reading_later(system, meta, reader.volume_id, reader.nonce)
         raise
     return session
+
+
+async def _begin_reading(
+    system: ActorSystem,
+    meta: MetadataService,
+    volume_id: int,
+    nonce: str,
+    begin: Callable[[int], Coroutine[Any, Any, T]],
+    lease: int,
+) -> T:
+    """Leave a reader's record; where nobody knows whether it was left, see that it is ended.
+
+    Else it would keep what nobody reads for as long as this process lives.
+    """
+    beginning = system.loop.create_task(begin(lease))
+    try:
+        return await asyncio.shield(beginning)
+    except (asyncio.CancelledError, OutcomeUnknown):
+        end_reading_later(system, meta, volume_id, nonce, after=beginning)
+        raise
 
 
 async def _read_newest(
@@ -185,13 +207,15 @@ async def _read_newest(
     end = loop.time() + RECOVER_PATIENCE_S
     backoff = Backoff(system.rng, first_s=0.02, max_s=1.0)
     reader: Reader | None = None
+    nonce = meta.reader_nonce()
+    begin = partial(meta.begin_reading, volume_id, holder, nonce=nonce)
     try:
         while True:
             lease = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
             failure: TorusError | None = None
             try:
-                nonce = "" if reader is None else reader.nonce
-                reader, revision = await meta.begin_reading(volume_id, holder, lease, nonce)
+                begun = await _begin_reading(system, meta, volume_id, nonce, begin, lease)
+                reader, revision = begun
                 record = await meta.volume_by_id(volume_id)
                 head = Head.decode(reader.head) if reader.head else None
                 replay, journal_revision = await recover(
@@ -209,7 +233,7 @@ async def _read_newest(
                 raise failure or BlockUnavailable("the head changes faster than it is read")
     except BaseException:
         if reader is not None:
-            end_reading_later(system, meta, reader)
+            end_reading_later(system, meta, volume_id, nonce)
         raise
 
 
@@ -306,25 +330,42 @@ async def kept_head(
     system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
 ) -> AsyncIterator[Head | None]:
     """The volume's head, which leads to blocks that are not collected meanwhile."""
-    (reader, _), lease = await _under_lease(system, partial(meta.begin_reading, volume_id, holder))
+    nonce = meta.reader_nonce()
+    begun = partial(meta.begin_reading, volume_id, holder, nonce=nonce)
+    begin = partial(_begin_reading, system, meta, volume_id, nonce, begun)
+    (reader, _), lease = await _under_lease(system, begin)
     try:
         reader = dataclasses.replace(reader, upto=0)
         await meta.keep_reading(reader, lease)
         yield Head.decode(reader.head) if reader.head else None
     finally:
-        end_reading_later(system, meta, reader)
+        end_reading_later(system, meta, volume_id, nonce)
 
 
 def end_reading_later(
-    system: ActorSystem, meta: MetadataService, reader: Reader
+    system: ActorSystem,
+    meta: MetadataService,
+    volume_id: int,
+    nonce: str,
+    after: asyncio.Future[Any] | None = None,
 ) -> asyncio.Task[None]:
-    """Let what a reader read be collected, however long the metadata is away."""
+    """Let what a reader read be collected, however long the metadata is away.
+
+    Args:
+        system: of the reader.
+        meta: the metadata service.
+        volume_id: what it read.
+        nonce: of its record.
+        after: what may be making the record still.
+    """
 
     async def end() -> None:
+        if after is not None:
+            await asyncio.wait([after])
         backoff = Backoff(system.rng)
         while True:
             try:
-                await meta.end_reading(reader)
+                await meta.end_reading(volume_id, nonce)
                 return
             except Closed:
                 return
@@ -362,7 +403,7 @@ async def close_session(session: Session, meta: MetadataService) -> None:
             detaching = detach_later(session.system, meta, session.volume_id, session.epoch)
         elif session.reader is not None:
             reader, session.reader = session.reader, None
-            detaching = end_reading_later(session.system, meta, reader)
+            detaching = end_reading_later(session.system, meta, reader.volume_id, reader.nonce)
     if detaching is not None:
         await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
     if error is not None:

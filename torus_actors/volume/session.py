@@ -162,6 +162,8 @@ class Session:
         self._committing: list[Callable[[TorusError | None], None]] = []
         self._commit_wake = asyncio.Event()
         self._written_at = 0.0
+        self.closed = False
+        """Whether its lock, or its reader's record, is being given up."""
         self.reader: Reader | None = None
         """What keeps from being collected what is read here, if it is opened only for that."""
         self.replayed = 0
@@ -259,6 +261,7 @@ class Session:
 
     def close(self) -> None:
         """Take no more requests; commit before. A flush that has not ended by now fails."""
+        self.closed = True
         self.file.close()
         waiting = self.flusher.give_up() + self._committing + self._commit_waiting
         self._committing, self._commit_waiting = [], []
