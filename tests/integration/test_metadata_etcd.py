@@ -14,7 +14,15 @@ import uvloop
 
 from tests.integration.etcd_server import EtcdServer, require_etcd
 from tests.integration.metadata_backends import METADATA, until
-from torus_actors.errors import Again, Closed, CompareFailed, Invalid, OutcomeUnknown, Overloaded
+from torus_actors.errors import (
+    Again,
+    Closed,
+    CompareFailed,
+    Invalid,
+    OutcomeUnknown,
+    OutOfSpace,
+    Overloaded,
+)
 from torus_actors.metadata import etcd as etcd_module
 from torus_actors.metadata.etcd import EtcdStore
 from torus_actors.metadata.kv import Compare, Put
@@ -161,6 +169,35 @@ def test_compaction_does_not_disturb_a_watch_that_kept_up(etcd: EtcdServer) -> N
             assert await coming == (b"2", 2)
 
     run(test)
+
+
+def test_a_full_etcd_says_what_to_do(tmp_path: Path) -> None:
+    """No change is taken, in a line with the remedy; leases live on, and locks can be given up."""
+    require_etcd()
+    etcd = EtcdServer(tmp_path, prefix=["env", f"ETCD_QUOTA_BACKEND_BYTES={4 << 20}"])
+    etcd.start()
+
+    async def test() -> None:
+        async with service_at(etcd.endpoint) as service:
+            await service.init(METADATA, b"1")
+            volume = await service.create_volume("demo", 1 << 30)
+            lease = await service.grant_lease(600)
+            epoch = await service.attach(volume.id, "vm1 pid 1", lease)
+            with pytest.raises(OutOfSpace, match=r"space exceeded: compact .* alarm"):
+                for _ in range(20):
+                    await service.store.txn([], [Put("filler", bytes(1_000_000))])
+            with pytest.raises(OutOfSpace):
+                await service.commit_head(
+                    volume.id, epoch, 0, Head(1, bytes(24), 0, 1 << 30, epoch)
+                )
+            assert await service.renew_lease(lease) == 600
+            await service.detach(volume.id, epoch)
+            assert await service.lock_status(volume.id) == (None, epoch)
+
+    try:
+        run(test)
+    finally:
+        etcd.kill()
 
 
 def test_requests_to_a_dead_etcd_fail_at_once(etcd: EtcdServer) -> None:

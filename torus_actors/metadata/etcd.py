@@ -69,6 +69,10 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 
+FULL_HINT = "compact and defragment it, then disarm its alarm (etcdctl)"
+"""etcd keeps all history unless it is told not to (docs/metadata.md), and when it is full takes
+nothing until a person has seen to it."""
+
 Method = Callable[[Any], Any]
 """Picks a gRPC method from an `etcd3.Etcd3Client`."""
 
@@ -294,7 +298,7 @@ class _Connections:
             case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
                 return Unauthenticated(text)
             case grpc.StatusCode.RESOURCE_EXHAUSTED if "space exceeded" in details:
-                return OutOfSpace(text)
+                return OutOfSpace(f"{text}: {FULL_HINT}")
             case grpc.StatusCode.RESOURCE_EXHAUSTED if "too many requests" in details:
                 return Again(text)
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
