@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from tests.fakes import Cluster, DeviceError, until, virtual
 from torus_actors.cli.blk import fenced_and_left
 from torus_actors.cli.common import Failed
-from torus_actors.errors import Fenced, LeaseNotFound, Locked, OutOfSpace
+from torus_actors.errors import Fenced, LeaseNotFound, Locked, OutcomeUnknown, OutOfSpace
+from torus_actors.metadata.faulty import FaultyStore
+from torus_actors.metadata.kv import Compare, Operation, Put, TxnResult
 from torus_actors.nbd.protocol import Errno
 
 SIZE = 1 << 20
@@ -114,8 +117,8 @@ async def test_a_lease_that_is_replaced_while_a_volume_is_opened_takes_no_lock_a
         client = await cluster.client()
         attach = client.meta.attach
 
-        async def unlucky(volume_id: int, holder: str, lease: int) -> int:
-            epoch = await attach(volume_id, holder, lease)
+        async def unlucky(volume_id: int, holder: str, lease: int, nonce: str) -> int:
+            epoch = await attach(volume_id, holder, lease, nonce)
             await cluster.meta.revoke_lease(lease)
             await asyncio.sleep(5.0)
             return epoch
@@ -138,8 +141,8 @@ async def test_who_opens_too_slowly_does_not_have_the_volume() -> None:
         slow, quick = await cluster.client(), await cluster.client()
         attach = slow.meta.attach
 
-        async def sleepy(volume_id: int, holder: str, lease: int) -> int:
-            epoch = await attach(volume_id, holder, lease)
+        async def sleepy(volume_id: int, holder: str, lease: int, nonce: str) -> int:
+            epoch = await attach(volume_id, holder, lease, nonce)
             await cluster.meta.revoke_lease(lease)
             await (await quick.open("v")).write(0, b"quick", fua=True)
             return epoch
@@ -256,6 +259,52 @@ async def test_who_dies_while_it_opens_a_volume_keeps_no_lock() -> None:
         assert seen == {(), (0,), (1,)}
         device = await (await cluster.client()).open("v")
         assert await device.read(0, 3) == b"two"
+
+
+class GoesDown(FaultyStore):
+    """Makes the next change of some key, and is away before it has said so."""
+
+    fatal = ""
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
+        """See FaultyStore."""
+        puts = [each.key for each in then if isinstance(each, Put)]
+        if self.fatal and any(self.fatal in key for key in puts) and not self.down:
+            await self.inner.txn(compare, then)
+            self.down, self.fatal = True, ""
+            raise OutcomeUnknown("died after the change")
+        return await super().txn(compare, then)
+
+
+@virtual
+@pytest.mark.parametrize("what", ["lock", "reader", "snapshot"])
+async def test_who_never_learns_that_a_volume_was_opened_keeps_nothing_of_it(what: str) -> None:
+    """The metadata goes away with the answer, for longer than opening waits.
+
+    The lease outlives that. Found by review: its lock, or what it reads, was kept by a process that
+    did not know of it, as long as that lived.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"x")
+        await device.flush()
+        await device.release()
+        await cluster.meta.create_snapshot(1, "s")
+        client = await cluster.client(lease_ttl_s=60, read_only=what != "lock")
+        client.store = client.meta.store = store = GoesDown(cluster.store)
+        store.fatal = "/locks/" if what == "lock" else "/readers/"
+        name = "v@s" if what == "snapshot" else "v"
+        with pytest.raises(OutcomeUnknown):
+            await client.open(name)
+        state = await cluster.meta.state()
+        assert state.locks or state.readers
+        store.down = False
+        await asyncio.sleep(10.0)
+        state = await cluster.meta.state()
+        assert not state.locks and not state.readers
+        if what == "lock":
+            await (await (await cluster.client()).open("v")).release()
+        await client.open(name)
 
 
 @virtual

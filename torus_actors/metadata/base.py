@@ -114,6 +114,10 @@ class MetadataBase:
             return asyncio.get_running_loop().time()
         return self._wall_clock()
 
+    def new_nonce(self) -> str:
+        """By which a record is known again: for those operations that take one."""
+        return self._nonce()
+
     def _nonce(self) -> str:
         return str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
 

@@ -20,10 +20,6 @@ EVERYTHING = (1 << 63) - 1
 class ReaderOperations(MetadataBase):
     """What somebody does who reads."""
 
-    def reader_nonce(self) -> str:
-        """Names a record before it is made, so that it can be ended whatever becomes of that."""
-        return self._nonce()
-
     async def begin_reading(
         self, volume_id: int, holder: str, lease: int, nonce: str = ""
     ) -> tuple[Reader, int]:

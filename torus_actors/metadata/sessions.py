@@ -23,13 +23,15 @@ R = TypeVar("R", bound=Record)
 class SessionOperations(MetadataBase):
     """What the one client that has a volume open does."""
 
-    async def attach(self, volume_id: int, holder: str, lease: int) -> int:
+    async def attach(self, volume_id: int, holder: str, lease: int, nonce: str = "") -> int:
         """Open a volume: take its lock, under a new epoch that fences all earlier sessions.
 
         Args:
             volume_id: the volume.
             holder: who, for people: host and process.
             lease: the lock lives as long.
+            nonce: of the lock; a call whose outcome is unknown may be repeated with the same one,
+                and finds out what became of it.
 
         Returns:
             The epoch of the new session.
@@ -41,7 +43,7 @@ class SessionOperations(MetadataBase):
         """
         lock_key = self.keys.of(table.LOCK, volume_id)
         epoch_key = self.keys.of(table.EPOCH, volume_id)
-        nonce = self._nonce()
+        nonce = nonce or self._nonce()
         attempts = self._attempts("attach the volume")
         while True:
             await attempts.next()
@@ -50,6 +52,8 @@ class SessionOperations(MetadataBase):
                 raise NotExist(f"there is no volume with id {volume_id}")
             lock, _ = await self._read(lock_key, Lock)
             if lock is not None:
+                if lock.nonce == nonce:
+                    return lock.epoch
                 raise held(await self._name_of(volume_id), lock)
             mine_epoch = Epoch(epoch.epoch + 1)
             new = Lock(holder, mine_epoch.epoch, self._now(), nonce)

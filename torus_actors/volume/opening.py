@@ -49,6 +49,9 @@ DETACH_PATIENCE_S = 5.0
 CLOSE_FLUSH_S = 60.0
 """How long the last flush of a volume may take."""
 
+_MAY_BE_DONE = (asyncio.CancelledError, OutcomeUnknown)
+"""After which what was to be put into the metadata may be there, or come yet."""
+
 
 async def open_session(
     system: ActorSystem,
@@ -106,7 +109,7 @@ async def open_session(
         else:
             kept = await meta.snapshot(record.id, snapshot)
             record = dataclasses.replace(record, size=kept.size or record.size)
-            nonce = meta.reader_nonce()
+            nonce = meta.new_nonce()
             begun = partial(meta.begin_reading_snapshot, kept, holder, nonce=nonce)
             begin = partial(_begin_reading, system, meta, record.id, nonce, begun)
             reader, lease = await _under_lease(system, begin)
@@ -186,7 +189,7 @@ async def _begin_reading(
     beginning = system.loop.create_task(begin(lease))
     try:
         return await asyncio.shield(beginning)
-    except (asyncio.CancelledError, OutcomeUnknown):
+    except _MAY_BE_DONE:
         end_reading_later(system, meta, volume_id, nonce, after=beginning)
         raise
 
@@ -207,7 +210,7 @@ async def _read_newest(
     end = loop.time() + RECOVER_PATIENCE_S
     backoff = Backoff(system.rng, first_s=0.02, max_s=1.0)
     reader: Reader | None = None
-    nonce = meta.reader_nonce()
+    nonce = meta.new_nonce()
     begin = partial(meta.begin_reading, volume_id, holder, nonce=nonce)
     try:
         while True:
@@ -268,14 +271,22 @@ async def attach(
     system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
 ) -> tuple[int, int]:
     """Take the lock; returns epoch and lease."""
+    nonce = ""
+
+    async def ask(lease: int) -> int:
+        nonlocal nonce
+        nonce = nonce or meta.new_nonce()
+        return await meta.attach(volume_id, holder, lease, nonce)
 
     async def take(lease: int) -> int:
-        attaching = asyncio.ensure_future(meta.attach(volume_id, holder, lease))
+        attaching = asyncio.ensure_future(ask(lease))
         try:
             return await asyncio.shield(attaching)
-        except asyncio.CancelledError:
-            # Whoever wanted the volume has died. A lock that is taken now would be nobody's.
-            _in_background(system, _undo_attach(meta, volume_id, attaching, system))
+        except _MAY_BE_DONE:
+            # Whoever wanted the volume has died, or is told that it is not open. A lock that has
+            # been taken, or is yet, would be nobody's.
+            undoing = _undo_attach(system, meta, volume_id, attaching, partial(ask, lease))
+            _in_background(system, undoing)
             raise
 
     return await _under_lease(system, take)
@@ -296,10 +307,30 @@ async def _under_lease(system: ActorSystem, put: Callable[[int], Awaitable[T]]) 
 
 
 async def _undo_attach(
-    meta: MetadataService, volume_id: int, attaching: asyncio.Future[int], system: ActorSystem
+    system: ActorSystem,
+    meta: MetadataService,
+    volume_id: int,
+    attaching: asyncio.Future[int],
+    ask_again: Callable[[], Awaitable[int]],
 ) -> None:
-    with contextlib.suppress(TorusError):
-        await detach(system, meta, volume_id, await attaching)
+    """Give up the lock of a call that nobody waits for, once it is known that there is one.
+
+    A request that may still be under way fails when a later one of the same call has an answer.
+    """
+    backoff = Backoff(system.rng)
+    attempt: Awaitable[int] = attaching
+    while True:
+        try:
+            epoch = await attempt
+            break
+        except (Again, OutcomeUnknown) as error:
+            if attempt is attaching and isinstance(error, Again):
+                return
+            await backoff.wait()
+            attempt = ask_again()
+        except TorusError:
+            return  # somebody else has it, or the lease has ended: no request can take it any more
+    await detach(system, meta, volume_id, epoch)
 
 
 async def detach(system: ActorSystem, meta: MetadataService, volume_id: int, epoch: int) -> None:
@@ -330,7 +361,7 @@ async def kept_head(
     system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
 ) -> AsyncIterator[Head | None]:
     """The volume's head, which leads to blocks that are not collected meanwhile."""
-    nonce = meta.reader_nonce()
+    nonce = meta.new_nonce()
     begun = partial(meta.begin_reading, volume_id, holder, nonce=nonce)
     begin = partial(_begin_reading, system, meta, volume_id, nonce, begun)
     (reader, _), lease = await _under_lease(system, begin)
