@@ -282,7 +282,7 @@ class Process:
         told = ""
         while True:
             try:
-                gmd = await self.meta.global_metadata()
+                gmd = await self.meta.bind()
                 data, _ = await self.meta.ring()
                 break
             except (Again, NoGlobalMetadata) as error:

@@ -171,6 +171,55 @@ def test_a_wipe_delayed_on_its_way_does_not_hit_the_next_cluster(backend: Backen
     run(backend, test)
 
 
+def test_who_belongs_to_a_cluster_that_was_wiped_does_nothing_in_the_next_one(
+    backend: Backend,
+) -> None:
+    """Though volumes and sessions have the same numbers there; and nothing is garbage by it.
+
+    Found by review: closing a volume unlocked that of a session in the new cluster, nodes
+    registered and entered its ring, and their blocks were compared with its volumes.
+    """
+
+    async def test(f: Fixture) -> None:
+        new = MetadataService(f.store, rng=random.Random(2))
+        assert await f.service.bind() == METADATA
+        volume = await f.service.create_volume("demo", GIB)
+        lease = await f.service.grant_lease(60)
+        epoch = await f.service.attach(volume.id, "vm1 pid 1", lease)
+
+        async def nothing_is_done() -> None:
+            before = await new.dump()
+            calls = [
+                f.service.commit_head(volume.id, epoch, 0, head_of(1, epoch)),
+                f.service.detach(volume.id, epoch),
+                f.service.mint_inode(volume.id),
+                f.service.register_peer(peer(), lease),
+                f.service.begin_reading(volume.id, "vm1 pid 1", lease),
+            ]
+            for call in calls:
+                with pytest.raises(Fenced if await new.volumes() else (Fenced, NotExist)):
+                    await call
+            with pytest.raises(Fenced):
+                await f.service.state()
+            assert await new.dump() == before
+
+        await new.wipe()
+        await nothing_is_done()
+        other = dataclasses.replace(METADATA, cluster_id=str(uuid.UUID(int=8)))
+        await new.init(other, b"ring 1")
+        assert (await new.create_volume("demo", GIB)).id == volume.id
+        assert await new.attach(volume.id, "vm2 pid 1", lease) == epoch
+        await nothing_is_done()
+        # A later version may write more about the same cluster.
+        more = METADATA.encode()[:-1] + b',"more":1}'
+        await f.store.txn([], [Put(new.keys.global_, more)])
+        await f.service.state()
+        await f.service.register_peer(peer(), lease)
+        await f.service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
+
+    run(backend, test)
+
+
 def test_a_ring_follows_the_stored_one(backend: Backend) -> None:
     """Version + 1 is taken, a jump is NonSequentialRing, a version that is taken CompareFailed."""
 

@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from torus_actors.errors import Again, OutcomeUnknown
+from torus_actors.errors import Again, Fenced, NoGlobalMetadata, OutcomeUnknown
 from torus_actors.metadata.keys import PREFIX, Keys
 from torus_actors.metadata.kv import Compare, KeyValueStore, Operation
 from torus_actors.metadata.patience import Backoff
-from torus_actors.metadata.records import Record
+from torus_actors.metadata.records import GlobalMetadata, Record
 from torus_actors.metadata.watching import POLL_S, Watch
 
 R = TypeVar("R", bound=Record)
@@ -51,10 +51,37 @@ class MetadataBase:
         self._rng = rng
         self._wall_clock = wall_clock
         self._resolve_s = resolve_s
+        self._cluster_id = ""
+        self._global = b""
 
     async def close(self) -> None:
         """Close the store."""
         await self.store.close()
+
+    async def bind(self) -> GlobalMetadata:
+        """Read what holds for the whole cluster, and from now on change that one only.
+
+        The cluster may be wiped and another made in its place, in which volumes and sessions begin
+        with the same numbers.
+
+        Raises:
+            NoGlobalMetadata: there is none.
+        """
+        found = await self.store.get(self.keys.global_)
+        if found is None:
+            raise NoGlobalMetadata("the cluster is not initialised: run torusctl init")
+        metadata = GlobalMetadata.decode(found.value)
+        self._cluster_id, self._global = metadata.cluster_id, found.value
+        return metadata
+
+    def _is_ours(self, stored: bytes | None) -> bool:
+        """Whether that is the global metadata of the cluster to which this is bound, if to any."""
+        if not self._cluster_id or stored == self._global:
+            return True
+        if stored is None or GlobalMetadata.decode(stored).cluster_id != self._cluster_id:
+            return False
+        self._global = stored  # it was written anew
+        return True
 
     def watch(self, prefix: str, *, poll_s: float = POLL_S) -> Watch:
         """Follow the keys under ``prefix`` (a full key prefix): see `Watch`."""
@@ -91,14 +118,26 @@ class MetadataBase:
         Raises:
             Again: nothing happened.
             OutcomeUnknown: the store did not come back in time to tell.
+            Fenced: the cluster was wiped.
         """
         until = asyncio.get_running_loop().time() + self._resolve_s
         backoff = Backoff(self._rng)
         unknown = False
         while True:
             try:
-                result = await self.store.txn(compare, then)
-                return result.revision if result.succeeded else await mine()
+                known = self._global
+                ours = [Compare(self.keys.global_, value=known)] if known else []
+                result = await self.store.txn([*ours, *compare], then)
+                if result.succeeded:
+                    return result.revision
+                made = await mine()
+                if made is None and known:
+                    found = await self.store.get(self.keys.global_)
+                    if not self._is_ours(None if found is None else found.value):
+                        raise Fenced("the cluster to which this process belongs was wiped")
+                    if self._global != known:
+                        continue
+                return made
             except (Again, OutcomeUnknown) as error:
                 unknown = unknown or isinstance(error, OutcomeUnknown)
                 if not unknown:

@@ -10,6 +10,7 @@ from torus_actors.errors import (
     CompareFailed,
     Corruption,
     Exists,
+    Fenced,
     NoGlobalMetadata,
     NonSequentialRing,
 )
@@ -198,8 +199,12 @@ class ClusterOperations(MetadataBase):
 
         Raises:
             Corruption: any record cannot be read; nothing is left out.
+            Fenced: the cluster was wiped, or it is another one's.
         """
         items, revision = await self.store.range(self.keys.prefix)
+        stored = next((item.value for item in items if item.key == self.keys.global_), None)
+        if not self._is_ours(stored):
+            raise Fenced("this is not the metadata of the cluster to which this process belongs")
         state = ClusterState(revision, {}, {}, {}, {}, {}, [], [], {})
         for item in items:
             row = self.keys.row_of(item.key)

@@ -398,7 +398,7 @@ def end_reading_later(
             try:
                 await meta.end_reading(volume_id, nonce)
                 return
-            except Closed:
+            except (Fenced, Closed):
                 return
             except (Again, OutcomeUnknown):
                 await backoff.wait()
