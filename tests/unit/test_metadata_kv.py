@@ -383,6 +383,21 @@ def test_a_poll_behind_the_history_is_told_so(backend: Backend) -> None:
     run(backend, test)
 
 
+def test_a_poll_ahead_of_the_history_is_told_so(backend: Backend) -> None:
+    """The store was restored from a backup: the reader has seen what is not any more.
+
+    Found by review: it then saw no change until the store had made as many again.
+    """
+
+    async def test(store: KeyValueStore) -> None:
+        revision = (await store.txn([], [Put("a", b"")])).revision
+        with pytest.raises(Compacted):
+            await store.events("a", revision + 1, 5.0)
+        assert await store.events("a", revision, 0.0) == ([], revision)
+
+    run(backend, test)
+
+
 def test_history_is_dropped_in_whole_transactions(backend: Backend) -> None:
     """From any revision a poll gives Compacted, or complete transactions: never a part of one."""
 

@@ -354,6 +354,10 @@ class _Poll:
                     raise Compacted(f"history before revision {answer.compact_revision} is gone")
                 if answer.canceled:
                     raise Again(f"etcd ended the watch: {answer.cancel_reason or 'no reason'}")
+                if answer.created and answer.header.revision < self._after_revision:
+                    # It was restored from a backup. A member that lags behind looks the same, and
+                    # has caught up when it answers the read that follows.
+                    raise Compacted(f"revision {self._after_revision} has not been made here")
                 if answer.events:
                     # Not the header's revision: a late watcher gets its history in pieces, and the
                     # header is then ahead of them.

@@ -243,7 +243,7 @@ class KeyValueStore(ABC):
         next; a revision's events are never split between two answers.
 
         Raises:
-            Compacted: that history is gone.
+            Compacted: that history is gone, or never was: the store was restored from a backup.
         """
 
     @abstractmethod

@@ -101,6 +101,8 @@ class MemoryStore(kv.KeyValueStore):
             seen = self._signal.count
             if after_revision < self._compacted:
                 raise Compacted(f"history before revision {self._compacted} is gone")
+            if after_revision > self._revision:
+                raise Compacted(f"revision {after_revision} has not been made here")
             found = [
                 event
                 for event in self._history

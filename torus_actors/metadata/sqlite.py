@@ -306,16 +306,18 @@ class Database:
             compacted = self._counter("compacted")
             if after_revision < compacted:
                 raise Compacted(f"history before revision {compacted} is gone")
+            revision = self._counter("revision")
+            if after_revision > revision:  # the file was restored from a backup
+                raise Compacted(f"revision {after_revision} has not been made here")
             rows = self._db.execute(
                 "SELECT kind, key, value, mod_revision FROM event"
                 f" WHERE mod_revision > ? AND {where} ORDER BY id",
                 (after_revision, *bounds),
             ).fetchall()
-            revision = self._counter("revision")
         found = [
             kv.Event(kv.EventKind(kind), key.decode(), value, at) for kind, key, value, at in rows
         ]
-        return found, max(revision, after_revision)
+        return found, revision
 
     def txn(
         self, compare: Sequence[kv.Compare], then: Sequence[kv.Operation]
