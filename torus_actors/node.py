@@ -99,6 +99,9 @@ METADATA_CLOSE_S = 10.0
 """A disk may stall under the last transaction. What is then not closed is let go of by the end of
 the process, and loses nothing."""
 
+METADATA_FILE = "metadata.sqlite"
+"""In the data directory of the node that keeps the metadata."""
+
 NODE_FILE = "node.json"
 """In the data directory: the node's id, and the cluster whose blocks are there."""
 
@@ -471,9 +474,23 @@ class StorageNode(Process):
         if self.embedded:
             from torus_actors.metadata.sqlite import SqliteStore
 
-            path = self.config.data_dir / "metadata.sqlite"
+            path = self.config.data_dir / METADATA_FILE
+            self._check_not_lost(path)
             return lambda: SqliteStore.open(path)
         return store_opener(self.metadata_url)
+
+    def _check_not_lost(self, path: Path) -> None:
+        """Refuse to keep the metadata of another cluster where the blocks of one are.
+
+        Raises:
+            Invalid: there are blocks, and the metadata that leads to them is not there.
+        """
+        owner = _read_node_file(self.config.machine.open_disk(self.config.data_dir)).get("cluster")
+        if owner is not None and not (path.exists() and path.stat().st_size):
+            raise Invalid(
+                f"{path} with the metadata of cluster {owner[:8]}, whose blocks are beside it, is "
+                "not there: put it back, or say with -C where the metadata is"
+            )
 
     async def _init_if_fresh(self) -> None:
         """A node that keeps the metadata for itself needs no ``torusctl init``."""

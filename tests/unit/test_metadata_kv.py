@@ -22,6 +22,7 @@ from tests.unit.runtime_harness import until as soon
 from torus_actors.actors import metadata
 from torus_actors.actors.metadata import ActorStore
 from torus_actors.errors import Closed, Compacted, Invalid, LeaseNotFound, OutcomeUnknown
+from torus_actors.machine import REAL_MACHINE
 from torus_actors.metadata import kv
 from torus_actors.metadata.kv import (
     Compare,
@@ -35,7 +36,15 @@ from torus_actors.metadata.kv import (
     TxnResult,
 )
 from torus_actors.metadata.sqlite import Database, SqliteStore
-from torus_actors.node import Process, store_opener
+from torus_actors.node import (
+    NodeConfig,
+    Process,
+    claim_data_dir,
+    load_node_id,
+    start_node,
+    store_opener,
+)
+from torus_actors.scenarios.processes import free_ports
 from torus_actors.wire.hello import Role
 
 Test = Callable[[KeyValueStore], Awaitable[None]]
@@ -516,6 +525,29 @@ async def test_what_is_kept_in_memory_outlives_the_actor_that_serves_it() -> Non
     assert await ActorStore(second.system.actor("metadata")).get("a") is None
     for each in (first, second):
         await each.stop()
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty file"])
+@on_uvloop
+async def test_metadata_that_was_lost_is_not_made_anew_over_the_blocks(
+    tmp_path: Path, left: str
+) -> None:
+    """A node that keeps it does not start as another cluster, and says what is missing.
+
+    Found by review: it made one, served it to the others, and then advised to remove the blocks.
+    """
+    disk = REAL_MACHINE.open_disk(tmp_path)
+    rng = random.Random(1)
+    load_node_id(disk, rng)
+    claim_data_dir(disk, str(uuid.UUID(int=5)))
+    path = tmp_path / "metadata.sqlite"
+    if left != "nothing":
+        path.touch()
+    address = ("127.0.0.1", free_ports(1))
+    config = NodeConfig(tmp_path, 1 << 20, address, metadata=f"torus://127.0.0.1:{address[1]}")
+    with pytest.raises(Invalid, match=r"metadata\.sqlite .* is not there"):
+        await start_node(config, rng)
+    assert not path.exists() or not path.stat().st_size
 
 
 @on_uvloop
