@@ -91,6 +91,15 @@ class MetadataBase:
         found = await self.store.get(key)
         return (None, 0) if found is None else (record.decode(found.value), found.mod_revision)
 
+    async def _revision_of(self, key: str, record: Record) -> int | None:
+        """The revision of a record that was read before; None if it is another by now.
+
+        A transaction compares that, and not the bytes: of another version, which knows more fields
+        or fewer, they are not those that this one writes.
+        """
+        stored, revision = await self._read(key, type(record))
+        return revision if stored == record else None
+
     async def _list(self, prefix: str, record: type[R]) -> list[R]:
         found, _ = await self.store.range(prefix)
         return [record.decode(item.value) for item in found]

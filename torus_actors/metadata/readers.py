@@ -66,8 +66,11 @@ class ReaderOperations(MetadataBase):
         """
         key = self.keys.snapshot(snapshot.volume_id, snapshot.name)
         nonce = nonce or self._nonce()
+        revision = await self._revision_of(key, snapshot)
         reader = Reader(snapshot.volume_id, snapshot.head, 0, holder, self._now(), nonce)
-        if not await self._put(reader, lease, Compare(key, value=snapshot.encode())):
+        if revision is None or not await self._put(
+            reader, lease, Compare(key, mod_revision=revision)
+        ):
             raise NotExist(f"there is no snapshot {snapshot.name}")
         return reader
 

@@ -1,8 +1,9 @@
 """What is stored under the metadata keys: frozen records, as JSON that a person can read in etcd.
 
 Unknown fields are ignored and missing ones take their default, so that versions can be mixed during
-an upgrade. Bytes are stored as hex. Encoding is canonical (sorted, no spaces): equal records are
-equal bytes, so a transaction may compare them by value.
+an upgrade. Bytes are stored as hex. Encoding is canonical (sorted, no spaces): equal records of one
+version are equal bytes. A transaction compares revisions, since another version may have written a
+record; an `Epoch`, whose one field never changes, is compared by value.
 """
 
 from __future__ import annotations

@@ -178,14 +178,15 @@ class SnapshotOperations(SessionOperations):
             stored, at = await self._read(key, Snapshot)
             return at if stored == snapshot else None
 
+        wanted = await self._revision_of(request_key, request)
         compare = [
             self._in_session(volume_id, epoch),
             Compare(head_key, mod_revision=head_revision),
-            Compare(request_key, value=request.encode()),
+            Compare(request_key, mod_revision=wanted),
             Compare(key, mod_revision=0),
         ]
         then: list[Operation] = [Put(key, snapshot.encode()), Delete(request_key)]
-        if await self._settle(compare, then, mine) is None:
+        if wanted is None or await self._settle(compare, then, mine) is None:
             await self._check_epoch(volume_id, epoch)
             raise CompareFailed(f"snapshot {name} is not wanted any more, or not of this head")
         return snapshot
@@ -198,16 +199,18 @@ class SnapshotOperations(SessionOperations):
         """
         key = self.keys.snapshot_request(request.volume_id, request.name)
         refused = dataclasses.replace(request, error=error)
-        await self.store.txn(
-            [Compare(key, value=request.encode())], [Put(key, refused.encode(), request.lease)]
-        )
+        revision = await self._revision_of(key, request)
+        if revision is not None:
+            await self.store.txn(
+                [Compare(key, mod_revision=revision)], [Put(key, refused.encode(), request.lease)]
+            )
 
     async def withdraw_request(self, request: SnapshotRequest) -> None:
         """Ask no longer; the snapshot may have been made before that."""
         key = self.keys.snapshot_request(request.volume_id, request.name)
-        present = await self.snapshot_request(request)
-        if present is not None:
-            await self.store.txn([Compare(key, value=present.encode())], [Delete(key)])
+        present, revision = await self._read(key, SnapshotRequest)
+        if present is not None and present.nonce == request.nonce:
+            await self.store.txn([Compare(key, mod_revision=revision)], [Delete(key)])
 
     async def restore_snapshot(
         self,
@@ -232,7 +235,10 @@ class SnapshotOperations(SessionOperations):
         """
         head_key = self.keys.of(table.HEAD, volume.id)
         volume_key = self.keys.of(table.VOLUME, volume.id)
+        snapshot_key = self.keys.snapshot(volume.id, snapshot.name)
         resized = dataclasses.replace(volume, size=snapshot.size or head.size)
+        volume_revision = await self._revision_of(volume_key, volume)
+        snapshot_revision = await self._revision_of(snapshot_key, snapshot)
 
         async def mine() -> int | None:
             stored, at = await self._read(head_key, Head)
@@ -241,10 +247,11 @@ class SnapshotOperations(SessionOperations):
         compare = [
             self._in_session(volume.id, epoch),
             Compare(head_key, mod_revision=expected_revision),
-            Compare(volume_key, value=volume.encode()),
-            Compare(self.keys.snapshot(volume.id, snapshot.name), value=snapshot.encode()),
+            Compare(volume_key, mod_revision=volume_revision),
+            Compare(snapshot_key, mod_revision=snapshot_revision),
         ]
         then = [Put(head_key, head.encode()), Put(volume_key, resized.encode())]
-        if await self._settle(compare, then, mine) is None:
+        same = volume_revision is not None and snapshot_revision is not None
+        if not same or await self._settle(compare, then, mine) is None:
             await self._check_epoch(volume.id, epoch)
             raise CompareFailed(f"the volume or its snapshot {snapshot.name} changed meanwhile")
