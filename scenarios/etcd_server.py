@@ -108,6 +108,20 @@ class EtcdServer:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
+    def ask_for_password(self) -> None:
+        """Switch its authentication on."""
+        # Imported here, after the etcd backend, which knows how to import etcd3 quietly.
+        import torus_actors.metadata.etcd  # noqa: F401, I001
+        import etcd3
+        from etcd3 import etcdrpc
+
+        with etcd3.client(self._host, self._port, timeout=5) as client:
+            auth = etcdrpc.AuthStub(client.channel)
+            auth.RoleAdd(etcdrpc.AuthRoleAddRequest(name="root"))
+            auth.UserAdd(etcdrpc.AuthUserAddRequest(name="root", password="secret"))
+            auth.UserGrantRole(etcdrpc.AuthUserGrantRoleRequest(user="root", role="root"))
+            auth.AuthEnable(etcdrpc.AuthEnableRequest())
+
     def compact(self, revision: int) -> None:
         """Forget the history before ``revision``."""
         # Imported here, after the etcd backend, which knows how to import etcd3 quietly.

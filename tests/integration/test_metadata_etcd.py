@@ -22,6 +22,7 @@ from torus_actors.errors import (
     OutcomeUnknown,
     OutOfSpace,
     Overloaded,
+    Unauthenticated,
 )
 from torus_actors.metadata import etcd as etcd_module
 from torus_actors.metadata.etcd import EtcdStore
@@ -198,6 +199,31 @@ def test_a_full_etcd_says_what_to_do(tmp_path: Path) -> None:
         run(test)
     finally:
         etcd.kill()
+
+
+def test_an_etcd_that_asks_for_a_password_is_not_ours_to_use(etcd: EtcdServer) -> None:
+    """Somebody switches its authentication on: that is no fault of what is asked.
+
+    Found by review: it counted as one, and flushes of attached volumes failed, which wait for
+    metadata that is away.
+    """
+
+    async def test() -> None:
+        async with service_at(etcd.endpoint) as service:
+            store = service.store
+            revision = (await store.txn([], [Put("a", b"1")])).revision
+            await asyncio.to_thread(etcd.ask_for_password)
+            for call in (
+                store.txn([], [Put("a", b"")]),
+                store.get("a"),
+                store.range(""),
+            ):
+                with pytest.raises(Unauthenticated, match="user name"):
+                    await call
+            with pytest.raises(Again):
+                await store.events("a", revision, 30)
+
+    run(test)
 
 
 def test_requests_to_a_dead_etcd_fail_at_once(etcd: EtcdServer) -> None:

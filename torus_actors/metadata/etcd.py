@@ -73,6 +73,9 @@ FULL_HINT = "compact and defragment it, then disarm its alarm (etcdctl)"
 """etcd keeps all history unless it is told not to (docs/metadata.md), and when it is full takes
 nothing until a person has seen to it."""
 
+NO_CREDENTIALS = ("etcdserver: user name is empty",)
+"""What an etcd says that asks for a password; not with the code that gRPC has for it."""
+
 Method = Callable[[Any], Any]
 """Picks a gRPC method from an `etcd3.Etcd3Client`."""
 
@@ -293,6 +296,8 @@ class _Connections:
                 return LeaseNotFound(text)
             case grpc.StatusCode.OUT_OF_RANGE:
                 return Compacted(text)
+            case grpc.StatusCode.INVALID_ARGUMENT if details in NO_CREDENTIALS:
+                return Unauthenticated(text)
             case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.FAILED_PRECONDITION:
                 return Invalid(text)
             case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
