@@ -21,8 +21,7 @@ from typing import Any
 
 from torus_actors.errors import TRANSIENT, ActorNotFound, Corruption, OutcomeUnknown, TorusError
 from torus_actors.runtime import ActorSystem, BlockingActor, LoopActor, Reply, expose
-from torus_actors.storage.direct import DirectWriter
-from torus_actors.storage.disk import Disk, RealDisk
+from torus_actors.storage.disk import Disk, DurableWriter
 from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_index import Ticket
@@ -67,7 +66,7 @@ class OpenJournal:
     """
 
     def __init__(
-        self, system: ActorSystem, store: JournalStore, direct: DirectWriter | None = None
+        self, system: ActorSystem, store: JournalStore, direct: DurableWriter | None = None
     ) -> None:
         self.system = system
         self.store = store
@@ -76,8 +75,6 @@ class OpenJournal:
         self._under_way: asyncio.Future[None] | None = None
         """Done when a write without a thread has ended; None while there is none."""
         self._paused = False
-        if direct is not None:
-            system.loop.add_reader(direct.notify_fd, direct.reap)
 
     @classmethod
     def open(
@@ -89,13 +86,7 @@ class OpenJournal:
     ) -> OpenJournal:
         """Open or begin the journal in a directory; blocks, before the node does anything else."""
         store = JournalStore.open(disk, limits=limits, rng=rng)
-        direct: DirectWriter | None = None
-        if isinstance(disk, RealDisk):
-            try:
-                direct = DirectWriter(disk.root)
-            except OSError as error:
-                log.info("the journal writes by a thread: %s", error)
-        return cls(system, store, direct)
+        return cls(system, store, disk.direct_writer(system.loop))
 
     def submit(self, ticket: Ticket | None, waiter: Callable[[Exception | None], None]) -> None:
         """See to it that a ticket is settled; ``waiter`` gets the outcome.
@@ -212,8 +203,6 @@ class OpenJournal:
     def close(self) -> None:
         """Close the files; blocks."""
         if self._direct is not None:
-            if not self.system.loop.is_closed():
-                self.system.loop.remove_reader(self._direct.notify_fd)
             self._direct.close()
         self.store.close()
 

@@ -10,6 +10,7 @@ the caller has to write in a thread as ever.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from torus_actors.model.buffers import aligned
 from torus_actors.model.checksums import PAGE_SIZE, Buffer
 from torus_actors.storage.aio import WRITE, AioQueue, Transfer
+from torus_actors.storage.disk import DurableWriter
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +43,20 @@ _NOT_STARTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN)
 Ended = Callable[[OSError | None], None]
 
 
-class DirectWriter:
-    """Writes to the files of one directory, one at a time; on the loop's thread.
+class DirectWriter(DurableWriter):
+    """See the module.
 
     Args:
         folder: the directory.
+        loop: has ``reap`` called when a write has ended; without it the owner sees to that.
 
     Raises:
         OSError: this machine cannot do it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._folder = folder
+        self._loop = loop
         self._queue = AioQueue(1)
         self._memory = aligned(WRITE_BYTES_MAX)
         self._files: dict[str, int] = {}
@@ -61,21 +65,11 @@ class DirectWriter:
         self._slow = 0
         self._works = True
         self._rests_until = 0.0
+        if loop is not None:
+            loop.add_reader(self._queue.notify_fd, self.reap)
 
     def start(self, name: str, buffers: Sequence[Buffer], offset: int, ended: Ended) -> bool:
-        """Start a write, if that is possible.
-
-        Args:
-            name: of a file in the directory.
-            buffers: whole pages in all; copied.
-            offset: bytes, whole pages; the range was written before.
-            ended: called by ``reap`` with None when it is durable, or with what went wrong: an
-                error with the number EAGAIN says that nothing is known to have been written, and
-                that the same write may be done another way.
-
-        Returns:
-            Whether it was started; if not, nothing was done.
-        """
+        """See `DurableWriter.start`; ``ended`` is called by ``reap``."""
         length = sum(map(len, buffers))
         if not self._works or self._ended is not None or length > WRITE_BYTES_MAX:
             return False
@@ -140,8 +134,10 @@ class DirectWriter:
         return self._ended is not None
 
     def close(self) -> None:
-        """Close the files; waits for the write that is under way."""
+        """See `DurableWriter.close`."""
         self._works = False
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._queue.notify_fd)
         self._queue.close()
         for file in self._files.values():
             os.close(file)

@@ -17,15 +17,19 @@ answer to it but to stop using that file.
 from __future__ import annotations
 
 import abc
+import asyncio
 import contextlib
 import errno
 import fcntl
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torus_actors.errors import Closed, Invalid, Locked, NotExist, OutOfSpace, TorusError
 from torus_actors.model.buffers import aligned
+
+log = logging.getLogger(__name__)
 
 SECTOR_SIZE = 512
 """The largest write that is taken to be atomic."""
@@ -122,6 +126,36 @@ class File(abc.ABC):
         self.pwritev([data], offset)
 
 
+class DurableWriter(abc.ABC):
+    """Writes to the files of one directory, one at a time; on the loop's thread."""
+
+    @abc.abstractmethod
+    def start(
+        self,
+        name: str,
+        buffers: Sequence[ReadBuffer],
+        offset: int,
+        ended: Callable[[OSError | None], None],
+    ) -> bool:
+        """Start a write, if that is possible.
+
+        Args:
+            name: of a file in the directory.
+            buffers: whole pages in all; copied.
+            offset: bytes, whole pages; the range was written before.
+            ended: called later with None when it is durable, or with what went wrong: an error with
+                the number EAGAIN says that nothing is known to have been written, and that the same
+                write may be done another way.
+
+        Returns:
+            Whether it was started; if not, nothing was done.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close the files; waits for the write that is under way."""
+
+
 class DiskLock(abc.ABC):
     """An exclusive lock on a data directory; ends with its process."""
 
@@ -186,6 +220,17 @@ class Disk(abc.ABC):
     @abc.abstractmethod
     def free_bytes(self) -> int:
         """Room left for this user on the file system."""
+
+    def direct_writer(self, loop: asyncio.AbstractEventLoop) -> DurableWriter | None:
+        """Make what writes small pieces durably without a thread.
+
+        Args:
+            loop: on which they are started and end.
+
+        Returns:
+            None where the machine cannot do it.
+        """
+        return None
 
     @abc.abstractmethod
     def lock(self, path: str = "lock") -> DiskLock:
@@ -445,6 +490,16 @@ class RealDisk(Disk):
     def free_bytes(self) -> int:
         stat = os.statvfs(self._root)
         return stat.f_bavail * stat.f_frsize
+
+    def direct_writer(self, loop: asyncio.AbstractEventLoop) -> DurableWriter | None:
+        # Not above: it is one of those that this module describes.
+        from torus_actors.storage.direct import DirectWriter
+
+        try:
+            return DirectWriter(self._root, loop)
+        except OSError as error:
+            log.info("%s: writes go by a thread: %s", self._root, error)
+            return None
 
     def lock(self, path: str = "lock") -> DiskLock:
         full = str(self._root / path)

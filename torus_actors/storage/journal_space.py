@@ -112,7 +112,8 @@ class JournalLimits:
         if size_bytes is None:
             return cls()
         least = SEGMENTS_MIN * SEGMENT_BYTES
-        return cls(journal_bytes_max=max(least, min(size_bytes // NODE_SHARE, JOURNAL_BYTES_MAX)))
+        most = min(size_bytes // NODE_SHARE, JOURNAL_BYTES_MAX)
+        return cls(SEGMENT_BYTES, max(least, most))
 
     @property
     def segments_max(self) -> int:
