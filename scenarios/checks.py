@@ -1,11 +1,13 @@
 """What must hold for the cluster as a whole, looked at from outside: by reading its memory.
 
 While a scenario runs: epochs, heads and rings only grow, and a lock is never of an epoch that is
-over. What a new head leads to is on a disk, would be there after a power cut, and could not be
-taken for garbage before. No block that a head or snapshot leads to is deleted by one of its owners,
-nor by another node before good copies are safe elsewhere; the latter holds for a while after no
-head leads to it any more. When its faults are over: every such block has all its
-copies, right to the last byte, on its owners; and nothing else is stored anywhere.
+over. After a flush every member of the journal that runs has the last record on its disk. What a
+new head leads to is on a disk, would be there after a power cut, and could not be taken for garbage
+before. No block that a head or snapshot leads to is deleted by one of its owners, nor by another
+node before good copies are safe elsewhere; the latter holds for a while after no head leads to it
+any more. When its faults are over: every such block has all its copies, right to the last byte, on
+its owners, where a power cut leaves them; and nothing else is stored anywhere: no other block, no
+record of a journal, no slot that nobody uses or can use, no lock or request.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from crc32c import crc32c
+
 from torus_actors.actors.collector import GRACE_S
-from torus_actors.errors import TorusError
+from torus_actors.errors import Corruption, NotExist, TorusError
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.keys import Keys
 from torus_actors.metadata.kv import Delete, DeletePrefix, Operation, Put
-from torus_actors.metadata.records import Epoch, Head, Lock, RingRecord, Snapshot
+from torus_actors.metadata.records import Epoch, Head, Journal, Lock, RingRecord, Snapshot
 from torus_actors.model import rings
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.checksums import root_of, sums_of, sums_size
@@ -27,6 +31,7 @@ from torus_actors.model.inode_tree_walk import PageNeeded, PageVisit
 from torus_actors.model.refs import BLOCK_REF_SIZE, ZERO_BLOCK, BlockRef, BlockType
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.storage import index
+from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
 from torus_actors.storage.store import BlockStore
 
@@ -85,6 +90,9 @@ class Checker:
         """Root of each block that was reachable once, and until when it was."""
         cluster.store.watchers.append(self._on_change)
         cluster.node_watchers.append(self._watch_node)
+        cluster.flush_watchers.append(self._on_flush)
+        self.records_seen = 0
+        """Copies of records that were found on disks after a flush."""
 
     # -- while it runs -----------------------------------------------------------------------------
 
@@ -230,6 +238,22 @@ class Checker:
         self._named.update(reachable)
         self._oldest_open[key] = head.inode
 
+    def _on_flush(self, client: Host, name: str) -> None:
+        """Look whether all members that run have the last record that counts as stored."""
+        session = client.tree.system.heirlooms["sessions"].get(name)
+        if session is None or not session.journal.active:
+            return
+        seq, homes = session.journal.stored, session.journal.homes
+        if len(homes) < self.cluster.shape.replication:
+            self.cluster.fail(f"the journal of {name} has only {len(homes)} members")
+        for host in self.cluster.nodes:
+            home = homes.get(host.node_id) if host.up else None
+            if home is None or host.tree.journal.store.identity != home.identity:
+                continue
+            if seq and not _has_record(host, session.volume_id, session.epoch, seq):
+                self.cluster.fail(f"{host.name} lacks record {seq} of {name} after a flush")
+            self.records_seen += bool(seq)
+
     # -- reachable blocks --------------------------------------------------------------------------
 
     def _roots_changed(self) -> None:
@@ -312,6 +336,8 @@ class Checker:
                     lacking.append(f"{ref} on {owner[:8]}, which is not up")
                 elif problem := _problem(host, ref, root, deep):
                     lacking.append(f"{ref} on {host.name}: {problem}")
+                elif deep and not is_durable(host, ref, root):
+                    lacking.append(f"{ref} on {host.name}: it is not on the disk")
         return lacking
 
     async def garbage(self) -> list[Excess | str]:
@@ -333,6 +359,27 @@ class Checker:
                         found.append(Excess(ref, host.name, "is garbage"))
                     elif host.node_id not in owners_of(ring, ref, replication):
                         found.append(Excess(ref, host.name, "is not its own"))
+        return found
+
+    async def leavings(self) -> list[str]:
+        """What clients that are gone have left behind, other than blocks."""
+        found = []
+        for item in (await self.cluster.store.range(""))[0]:
+            row = self._keys.row_of(item.key)
+            if row in (table.LOCK, table.READER, table.SNAPSHOT_REQUEST):
+                found.append(f"{item.key} is there, and nobody uses it")
+            elif row is table.JOURNAL and Journal.decode(item.value).ensemble:
+                found.append(f"{item.key} has members, and its volume was closed in order")
+        for host in self.cluster.nodes:
+            if not host.up:
+                continue
+            if records := host.tree.journal.store.stats().records:
+                found.append(f"the journal of {host.name} keeps {records} records")
+            for store in host.tree.stores.stores:
+                stats = store.stats()
+                for what in ("reserved", "limbo", "pending"):
+                    if count := getattr(stats, what):
+                        found.append(f"{count} slots on {host.name} are {what}")
         return found
 
 
@@ -381,6 +428,24 @@ def is_durable(host: Host, ref: BlockRef, root: int) -> bool:
     sums = disk.durable(DATA_PATH, start, sums_size(location.length))
     data = disk.durable(DATA_PATH, start + layout.sums_room, location.length)
     return entry == ref and root_of(sums) == root and sums_of(data) == sums
+
+
+def _has_record(host: Host, volume: int, epoch: int, seq: int) -> bool:
+    """Whether a journal has a record where a power cut leaves it, or needs it no more."""
+    journal = host.tree.journal.store
+    try:
+        _, step = journal.locate(volume, epoch, seq, 1)
+    except NotExist:
+        return True  # cut
+    except Corruption:
+        return False
+    journal.release(step)
+    if not step.items:
+        return False
+    _, _, stored, segment = step.items[0]
+    disk = host.disks[f"/{host.name}/journal"]
+    data = disk.durable(segment_name(segment.index), stored.offset, stored.length)
+    return bool(crc32c(data) == stored.crc)
 
 
 def _problem(host: Host, ref: BlockRef, root: int, deep: bool) -> str:

@@ -19,6 +19,7 @@ from torus_actors.actors.evictor import REMOVE_AFTER_S
 from torus_actors.errors import Invalid, TorusError
 from torus_actors.machine import Machine
 from torus_actors.metadata import kv
+from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata
 from torus_actors.metadata.service import MetadataService
@@ -36,7 +37,7 @@ from torus_actors.node import (
 from torus_actors.scenarios.simloop import SimLoop, SimProcess
 from torus_actors.scenarios.simnet import SimNetwork
 from torus_actors.scenarios.trace import Trace
-from torus_actors.storage.simdisk import Operation, PowerCut, SimDisk
+from torus_actors.storage.simdisk import DirectPauses, Operation, PowerCut, SimDisk
 from torus_actors.volume.session import CacheSizes
 from torus_actors.wire.hello import Role
 
@@ -77,6 +78,7 @@ class Shape:
         miss_percent: reads that find nothing in a node's page cache.
         lease_ttl_s: of nodes and clients.
         remove_after_s: after which nodes take one that is gone out of the ring.
+        direct_writes: whether small records of the journal are written without a thread.
     """
 
     nodes: int = 3
@@ -90,6 +92,7 @@ class Shape:
     miss_percent: int = 20
     lease_ttl_s: int = 6
     remove_after_s: float = REMOVE_AFTER_S
+    direct_writes: bool = False
 
 
 @dataclass(eq=False)
@@ -103,6 +106,7 @@ class Host:
         boots: processes started so far.
         wanted: whether the program shall run; a program that is wanted and not there is restarted.
         cut_after: so many more operations of its disks, and it dies in the next.
+        cut_in: only these count: kind, and a part of the path of disk and file; None is all.
         cut_kills: the program is killed then; otherwise the power fails.
     """
 
@@ -117,6 +121,7 @@ class Host:
     wanted: bool = False
     starting: bool = False
     cut_after: int | None = None
+    cut_in: tuple[str, str] | None = None
     cut_kills: bool = False
 
     @property
@@ -156,6 +161,8 @@ class Cluster:
             for i in range(shape.clients)
         ]
         self.store = ObservedStore(MemoryStore())
+        self.served = FaultyStore(self.store)
+        """The same, as the host of the metadata has it for others."""
         self.meta = MetadataService(self.store, rng=self.rng("driver"), wall_clock=self.wall_clock)
         """The driver's own way to the metadata: never down."""
         self._ring: tuple[bytes, rings.Ring] | None = None
@@ -164,6 +171,8 @@ class Cluster:
         """Done with the first of them."""
         self.node_watchers: list[Callable[[Host], None]] = []
         """Called with each storage node that has started."""
+        self.flush_watchers: list[Callable[[Host, str], None]] = []
+        """Called with the client's host and the volume of each flush that was acknowledged."""
         self.expendable: set[str] = set()
         """Names of client processes that a fault hit, whose operations may fail, of any volume."""
         self.may_leave: set[str] = set()
@@ -236,6 +245,11 @@ class Cluster:
                     random.Random(f"{self.seed}/{host.name}{path}"),
                     miss_percent=self.shape.miss_percent,
                 )
+                if self.shape.direct_writes:
+                    disk.direct = DirectPauses(
+                        random.Random(f"{self.seed}/{host.name}{path}/direct"),
+                        lambda: DISK_S["sync"] * host.disk_factor,
+                    )
                 self._watch_disk(host, str(path), disk)
             return disk
 
@@ -257,7 +271,7 @@ class Cluster:
 
         def seen(operation: Operation) -> None:
             self.trace.point(self.loop.time(), host.name, path, operation.kind)
-            if host.cut_after is not None:
+            if host.cut_after is not None and _is_aimed_at(host.cut_in, path, operation):
                 host.cut_after -= 1
                 if host.cut_after < 0:
                     host.cut_after = None
@@ -284,7 +298,7 @@ class Cluster:
         process = self._new_process(host)
 
         async def opened() -> kv.KeyValueStore:
-            return self.store
+            return self.served
 
         async def run() -> Process:
             tree = Process(
@@ -426,6 +440,10 @@ class Cluster:
     def members_up(self) -> list[Host]:
         """Nodes that run and are not paused."""
         return [h for h in self.nodes if h.up and h.process is not None and not h.process.paused]
+
+
+def _is_aimed_at(aim: tuple[str, str] | None, directory: str, operation: Operation) -> bool:
+    return aim is None or (operation.kind == aim[0] and aim[1] in f"{directory}/{operation.path}")
 
 
 async def _started(coroutine: Coroutine[Any, Any, Any]) -> Any:

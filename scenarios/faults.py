@@ -15,8 +15,17 @@ from typing import Any
 from torus_actors.errors import TorusError
 from torus_actors.metadata.ring_changes import change_ring
 from torus_actors.model import rings
+from torus_actors.model.checksums import sums_size
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime.cell import State
+from torus_actors.scenarios.aimed_faults import (
+    AIMS,
+    break_after_reading,
+    cut_at,
+    metadata_unsure,
+    rot_index,
+    tear_node,
+)
 from torus_actors.scenarios.client_faults import (
     crash_at_flush,
     crash_client,
@@ -28,10 +37,10 @@ from torus_actors.scenarios.client_faults import (
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
 from torus_actors.scenarios.field import Cut, Field, ways_of
 from torus_actors.scenarios.snapshots import take_snapshots
-from torus_actors.storage.index import DATA_OFFSET, Layout
+from torus_actors.storage.index import Layout
 from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import NAME_PREFIX, segment_name
-from torus_actors.storage.mfile_open import DATA_PATH
+from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
 
 EVICTED_S_MAX = 90.0
 """Faults may interrupt the counting: a lost node leaves the ring within thrice the time-out and
@@ -307,6 +316,10 @@ async def wipe_leases(field: Field) -> None:
     await asyncio.sleep(1.0)
 
 
+SUMS_SHARE = 0.15
+"""Of the blocks that rot it is their checksum list: a few bytes, which chance would never meet."""
+
+
 async def rot(field: Field) -> None:
     """A byte of a stored block or record changes, always on the same node: one copy at most is bad.
 
@@ -320,7 +333,10 @@ async def rot(field: Field) -> None:
     if not host.up or field.copies_missing:
         return
     area = rng.choice(("blocks", "blocks", "inodes", "journal"))
-    found = await _in_journal(host, rng) if area == "journal" else _in_store(host, area, rng)
+    if area == "journal":
+        found = await _in_journal(host, rng)
+    else:
+        found = _in_store(host, area, rng, field.rng_of("sums").random() < SUMS_SHARE)
     if found is not None and not field.copies_missing:
         path, at, what = found
         field.records_rotted |= area == "journal"
@@ -328,8 +344,8 @@ async def rot(field: Field) -> None:
         host.disks[f"/{host.name}/{area}"].rot(path, at)
 
 
-def _in_store(host: Host, area: str, rng: random.Random) -> tuple[str, int, str] | None:
-    """File, place and name of a byte of a stored block."""
+def _in_store(host: Host, area: str, rng: random.Random, sums: bool) -> tuple[str, int, str] | None:
+    """File, place and name of a byte of a stored block, or of its checksum list."""
     store = host.tree.stores.stores[("blocks", "inodes").index(area)]
     refs, _ = store.refs_from(0, 1 << 20)
     if not refs:
@@ -337,8 +353,10 @@ def _in_store(host: Host, area: str, rng: random.Random) -> tuple[str, int, str]
     ref = BlockRef(rng.choice(refs))
     location = store.locate(ref)
     layout = Layout(store.block_size)
-    at = DATA_OFFSET + location.slot * layout.slot_size + rng.randrange(location.length)
-    return DATA_PATH, at, f"block {ref}"
+    at = rng.randrange(location.length)
+    at = at % sums_size(location.length) if sums else layout.sums_room + at
+    what = f"the checksums of block {ref}" if sums else f"block {ref}"
+    return DATA_PATH, layout.slot_offset(location.slot) + at, what
 
 
 async def _in_journal(host: Host, rng: random.Random) -> tuple[str, int, str] | None:
@@ -401,8 +419,15 @@ async def disk_errors(field: Field) -> None:
     rng = field.rng
     area, kind = rng.choice(AREAS), rng.choice(("read", "write", "sync"))
     disk = host.disks[f"/{host.name}/{area}"]
-    field.say(f"the disk of {host.name} fails to {kind} {area}")
-    disk.inject(kind, errno.EIO, times=rng.randint(1, 5))
+    path, error = None, errno.EIO
+    apart = field.rng_of("disk_errors")
+    if area != "journal" and kind != "read" and apart.random() < 0.5:
+        path = INDEX_PATH  # what is written to the data file comes first, and hides it
+    if kind != "read" and apart.random() < 0.25:
+        error = errno.ENOSPC  # as on a thin volume or under a quota
+    where = f"{area}{'' if path is None else ', the index'}"
+    field.say(f"the disk of {host.name} fails to {kind} {where}: {errno.errorcode[error]}")
+    disk.inject(kind, error, path=path, times=rng.randint(1, 5))
     await asyncio.sleep(rng.uniform(1.0, 5.0))
     disk.heal()
     await restart_if_failed(field.cluster, host)
@@ -465,6 +490,10 @@ async def power_cut(field: Field) -> None:
         if driver.host.process is not None:
             field.cluster.expendable.add(driver.host.process.name)
     wanted = [host for host in cluster.nodes if host.wanted]
+    apart = field.rng_of("power_cut")
+    first = [host for host in wanted if host.up]
+    if first:
+        await cut_at(apart.choice(first), apart.choice(AIMS))
     # It fails everywhere within moments, in an operation of the disk where there is one.
     await asyncio.gather(
         *[_cut_in_operation(host, field.rng.randrange(3), False, 0.02) for host in wanted]
@@ -597,13 +626,25 @@ FAULTS: dict[str, Fault] = {
     "kill_actor": kill_actor,
     "collect_now": collect_now,
     "take_snapshots": take_snapshots,
+    "tear_node": tear_node,
+    "rot_index": rot_index,
+    "metadata_unsure": metadata_unsure,
+    "break_after_reading": break_after_reading,
 }
 
-DAMAGING = {"rot", "disk_errors"}
+DAMAGING = {"rot", "rot_index", "disk_errors"}
 """Those that damage what is stored, which nobody finds before it is read: the scrubber must."""
 
-OVERLAPPING = {"crash_node", "cut_peers", "cut_one_way", "freeze_node", "slow_disk", "disk_errors"}
+OVERLAPPING = {
+    "crash_node",
+    "tear_node",
+    "cut_peers",
+    "cut_one_way",
+    "freeze_node",
+    "slow_disk",
+    "disk_errors",
+}
 """Those of which one may begin before the last has ended: each takes a node that is not broken."""
 
-COPIES_LOST = {"lose_node", "rot", "disk_errors"}
+COPIES_LOST = {"lose_node", "rot", "rot_index", "disk_errors"}
 """Those after which a copy that was durable may be so no more."""

@@ -54,10 +54,15 @@ class Field:
         self.snapshots = Snapshots(cluster)
         self.only = rng.choice(cluster.nodes) if one_victim else None
         self._changing = asyncio.Lock()
+        self._rngs: dict[str, random.Random] = {}
 
     def say(self, text: str) -> None:
         """Note it in the trace."""
         self.cluster.say(text)
+
+    def rng_of(self, what: str) -> random.Random:
+        """A generator of its own for a fault, or a part of one, that was added later."""
+        return self._rngs.setdefault(what, self.cluster.rng(f"apart/{what}"))
 
     def victim(self) -> Host | None:
         """A node to break now, or None if enough are broken. Give it back with `whole`."""

@@ -43,6 +43,26 @@ _STORE = (
         hunted_in=("one_bad_node",),
     ),
     _mutant(
+        "slot_reserved_for_ever",
+        "A slot that a put had taken is free again when the put has failed",
+        Edit(
+            "actors.block_store:OpenStores._put",
+            "    except BaseException:\n        store.abandon(ticket)\n        raise\n",
+            "    except BaseException:\n        raise\n",
+        ),
+        hunted_in=("one_bad_node",),
+    ),
+    _mutant(
+        "synced_only_when_asked",
+        "What nobody flushes is durable soon all the same, also what a rebalancer sent",
+        Edit(
+            "actors.block_store:OpenStores.flush_later",
+            "if self._idle_flush is None:",
+            "if False:",
+        ),
+        hunted_in=("ring_change", "node_crash"),
+    ),
+    _mutant(
         "incarnation_not_checked",
         "A flush counts only if the very run of the store confirms it that took the blocks",
         Edit(
@@ -114,6 +134,26 @@ _COLLECTOR = (
             "        fetched = [page for page in fetched if isinstance(page, _Page)]\n",
         ),
         hunted_in=("isolated_node",),
+    ),
+    _mutant(
+        "clone_of_the_dead_is_dead",
+        "Blocks of a volume that was deleted stay as long as a clone leads to them",
+        Edit(
+            "actors.collector:Collector._pass",
+            "and ref not in live\n",
+            "and (volume in tombs or ref not in live)\n",
+        ),
+        hunted_in=("calm", "node_crash"),
+    ),
+    _mutant(
+        "records_stay_for_ever",
+        "A node forgets the records of sessions that nobody will ask for",
+        Edit(
+            "actors.collector:Collector._trim_journals",
+            "await journal.cut.remote(volume, epoch, needless)",
+            "pass",
+        ),
+        hunted_in=("node_crash", "journal_members"),
     ),
     _mutant(
         "no_second_pass",
@@ -190,6 +230,16 @@ _SESSIONS = (
         hunted_in=("handover",),
     ),
     _mutant(
+        "fenced_session_flushes",
+        "No flush of a session succeeds that knows that it is over",
+        Edit(
+            "volume.flushing:Flusher._flush",
+            "raise session.file.failure",
+            "return",
+        ),
+        hunted_in=("zombie_client", "partition_client"),
+    ),
+    _mutant(
         "zombie_renews_its_lock",
         "A lock that its lease took along is taken back only by the newest session",
         Edit(
@@ -224,6 +274,29 @@ _JOURNAL = (
             ")",
         ),
         hunted_in=("journal_members",),
+    ),
+    _mutant(
+        "journal_of_one",
+        "A journal has as many members as copies are wanted, or there is none",
+        Edit(
+            "volume.journal:SessionJournal.form",
+            "if not wanted or len(up) < wanted:",
+            "if not wanted:",
+        ),
+        hunted_in=("crashes_everywhere", "many_crashes"),
+    ),
+    _mutant(
+        "direct_write_not_repeated",
+        "A record that could not be written without a thread is written by one",
+        Edit(
+            "actors.journal:OpenJournal._start_direct",
+            "if error is not None and error.errno == errno.EAGAIN:",
+            "if error is not None and error.errno == errno.EAGAIN:\n"
+            "            self._end(step, None)\n"
+            "            self.kick()\n"
+            "        elif False:",
+        ),
+        hunted_in=("crashes_everywhere", "many_crashes"),
     ),
     _mutant(
         "acknowledged_by_one_record",

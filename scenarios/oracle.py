@@ -3,7 +3,8 @@
 For each sector of 512 bytes it keeps the last durable value and every later one that somebody tried
 to write. The rules:
 
-- A client reads what it wrote last. After a write that failed or was not answered, either value.
+- A client reads what it wrote last. After a write that failed or was not answered, either value;
+  but not the old one any more once the new one was read.
 - An acknowledged flush makes durable what was acknowledged when the flush was asked for.
 - After a crash, the next client reads, for each sector, the durable value or any later one: what it
   reads is the truth from then on.
@@ -142,6 +143,8 @@ class VolumeOracle:
         """Values tried since, oldest first."""
         self.acked: dict[int, int] = {}
         """The last acknowledged of those."""
+        self.seen: dict[int, int] = {}
+        """Those that were read while an older one might have been."""
         self.session: Session | None = None
         self.takings: list[Taking] = []
         """Snapshots that are being made."""
@@ -162,6 +165,8 @@ class VolumeOracle:
             return session
         if before is not None:
             before.fenced = True
+            if before.verified:
+                before.unflushed = dict(self.acked)
         self.session = session
         return session
 
@@ -185,10 +190,10 @@ class VolumeOracle:
         later = self.later.get(sector)
         if later is None:
             return [self.durable.get(sector, 0)]
-        acked = self.acked.get(sector)
-        if acked is None:
+        oldest = self.seen.get(sector, self.acked.get(sector))
+        if oldest is None:
             return [self.durable.get(sector, 0), *later]
-        return later[later.index(acked) :]
+        return later[later.index(oldest) :]
 
     def after_crash(self, sector: int) -> list[int]:
         """What the next client may read."""
@@ -209,7 +214,8 @@ class VolumeOracle:
             sector = (offset + at) // SECTOR
             content = data[at : at + SECTOR]
             candidates = allowed(sector)
-            for sequence in candidates:
+            # Of several zeros the newest: nobody can tell which they are.
+            for sequence in reversed(candidates):
                 if content == stamp(self.number, sector, sequence):
                     found.append(sequence)
                     break
@@ -230,6 +236,7 @@ class Session:
         fenced: another client has opened the volume since.
         verified: all of it was read.
         flushing: flushes under way.
+        unflushed: what it had been acknowledged, and not flushed, when it was fenced.
         found_after: by sector, what that client found, and all it might have found, in order.
     """
 
@@ -242,6 +249,7 @@ class Session:
         self.fenced = False
         self.verified = False
         self.flushing = 0
+        self.unflushed: dict[int, int] = {}
         self.found_after: dict[int, tuple[int, list[int]]] = {}
 
     def verify(self, offset: int, data: bytes) -> None:
@@ -251,11 +259,15 @@ class Session:
             return
         values = oracle.check(offset, data, oracle.after_crash, f"{self.name} on opening")
         for sector, sequence in enumerate(values, offset // SECTOR):
-            if self._before is not None:
-                self._before.found_after[sector] = (sequence, oracle.after_crash(sector))
+            # Those before it too, if nobody has looked at the sector since.
+            before = self._before
+            found = (sequence, oracle.after_crash(sector))
+            while before is not None and before.found_after.setdefault(sector, found) is found:
+                before = before._before
             oracle.durable[sector] = sequence
             oracle.later.pop(sector, None)
             oracle.acked.pop(sector, None)
+            oracle.seen.pop(sector, None)
         self.verified = offset + len(data) == oracle.size
 
     def begin_write(self, offset: int, length: int, zeros: bool = False) -> Write:
@@ -291,18 +303,28 @@ class Session:
             return
         oracle = self._oracle
         oracle.acked.update(dict.fromkeys(range(write.first, write.last), write.sequence))
+        if oracle.seen:
+            for sector in range(write.first, write.last):
+                oracle.seen.pop(sector, None)
         for taking in oracle.takings:
             taking.acked(write)
 
     def check_read(self, offset: int, data: bytes) -> None:
         """Data was read."""
-        if not self.fenced:
-            self._oracle.check(offset, data, self._oracle.live, self.name)
+        oracle = self._oracle
+        if self.fenced:
+            return
+        found = oracle.check(offset, data, oracle.live, self.name)
+        for sector, sequence in enumerate(found, offset // SECTOR):
+            # Of zeros nobody can tell which they are.
+            unsure = sequence > 0 and sequence != oracle.acked.get(sector)
+            if unsure and sequence in oracle.later.get(sector, ()):
+                oracle.seen[sector] = sequence
 
     def begin_flush(self) -> Flush:
         """A flush is about to be sent."""
         if self.fenced:
-            return Flush({}, self._wrote_in_vain)
+            return Flush(dict(self.unflushed), self._wrote_in_vain)
         return Flush(dict(self._oracle.acked), False)
 
     def flush_done(self, flush: Flush) -> None:
@@ -310,9 +332,13 @@ class Session:
         if self.fenced:
             self._late_flush(flush)
             return
+        self._flushed(flush.covered)
+
+    def _flushed(self, covered: dict[int, int]) -> None:
+        """So much is durable."""
         oracle = self._oracle
         later, acked, durable = oracle.later, oracle.acked, oracle.durable
-        for sector, sequence in flush.covered.items():
+        for sector, sequence in covered.items():
             tried = later.get(sector)
             if tried is None:
                 continue  # another flush, answered before, covered more
@@ -325,13 +351,18 @@ class Session:
             durable[sector] = sequence
             if acked.get(sector) == sequence:
                 del acked[sector]
+            if oracle.seen and oracle.seen.get(sector) not in later.get(sector, ()):
+                oracle.seen.pop(sector, None)
 
     def _late_flush(self, flush: Flush) -> None:
-        """Acknowledged after another client came: that one must have found what it covers."""
+        """Acknowledged after another client came: that one must find what it covers."""
         if flush.doomed:
             self._oracle.violated(f"a flush of {self.name} succeeded after it had been fenced")
-        for sector, sequence in flush.covered.items():
-            found, history = self.found_after.get(sector, (0, []))
+        covered, found_after = flush.covered, self.found_after
+        # Where that one has not looked yet, it is to find this or something later.
+        self._flushed({n: covered[n] for n in covered if n not in found_after})
+        for sector, sequence in covered.items():
+            found, history = found_after.get(sector, (0, []))
             if sequence in history and history.index(found) < history.index(sequence):
                 self._oracle.violated(
                     f"{self.name} was told that write {sequence} of sector {sector} is "

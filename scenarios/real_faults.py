@@ -544,5 +544,9 @@ NOT_REAL = {
     "collect_now": "there is no command that starts a collection",
     "crash_client_and_member": "which nodes have a volume's journal is not known here",
     "isolate_node": "a cut here is between a host and the others, the metadata with them",
+    "tear_node": "no power is switched off here",
+    "rot_index": "only on the simulated disk is it known what a byte of an index stands for",
+    "metadata_unsure": "etcd answers whatever reaches it",
+    "break_after_reading": "nothing here breaks single connections",
 }
 """Faults without a real form, and why."""

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import pykka
 
 from torus_actors.scenarios.checks import Checker, Excess
+from torus_actors.scenarios.clones import look_at, part_with
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.faults import (
     COPIES_LOST,
@@ -113,7 +114,7 @@ def _run(
     loop = SimLoop()
     began, cpu = loop.time(), time.process_time()
     play = _Play(loop, scenario, seed, drawn, trace, result)
-    with _knobs({**KNOBS, **scenario.knobs}), _logs_into(play.cluster), _own_actors():
+    with _knobs({**KNOBS, **drawn.knobs}), _logs_into(play.cluster), _own_actors():
         try:
             loop.run_until_complete(play.until_failure() if one_failure else play.all())
         except Stuck as error:
@@ -210,7 +211,10 @@ class _Play:
         for task in work:
             task.result()
         await self._last_look()
+        clone = await part_with(cluster, self.drivers, self.field.snapshots, cluster.rng("clones"))
         await self._converge()
+        if clone is not None:
+            await look_at(cluster, cluster.clients[0], clone)
 
     async def _faults(self) -> None:
         end = self.loop.time() + self.drawn.duration_s
@@ -286,12 +290,14 @@ class _Play:
         end = loop.time() + CONVERGE_S_MAX
         lacking: list[str] = []
         garbage: list[Excess | str] = []
+        leavings: list[str] = []
         while loop.time() < end:
             await asyncio.sleep(2.0)
             garbage = await checker.garbage()
+            leavings = await checker.leavings()
             # Every byte is read once the rest is as it should be.
             lacking = await checker.lacking(deep=False)
-            if not lacking and not garbage:
+            if not lacking and not garbage and not leavings:
                 lacking = await checker.lacking()
                 if not lacking:
                     return
@@ -303,6 +309,8 @@ class _Play:
         if garbage:
             told = "; ".join(map(str, garbage[:3]))
             self.cluster.fail(f"{len(garbage)} blocks too many: {told}")
+        if leavings:
+            self.cluster.fail(f"{len(leavings)} things left behind: {'; '.join(leavings[:3])}")
 
     def finish(self) -> None:
         """Count."""

@@ -308,6 +308,8 @@ class SimTransport(asyncio.Transport):
         self._closing = False
         self._lost = False
         self._reader_set = False
+        self.breaks_at: int | None = None
+        """The connection breaks when this end has read so many bytes in one piece."""
 
     # -- the transport's interface -----------------------------------------------------------------
 
@@ -493,6 +495,10 @@ class SimTransport(asyncio.Transport):
             sender._unread -= size
             trace.data(now, there, here, views, size)
             self._deliver(views)
+            if self.breaks_at is not None and size >= self.breaks_at:
+                self.breaks_at = None
+                network.reset(self)
+                return
         if sender._writing_paused:
             sender.maybe_resume()
 

@@ -66,6 +66,8 @@ class Snapshots:
     read: int = 0
     asked: set[str] = field(default_factory=set)
     """Nonces of requests: a snapshot with one of them was made by a session."""
+    restored: dict[str, bytes] = field(default_factory=dict)
+    """What volumes have that went back to a snapshot."""
     unsure: set[str] = field(default_factory=set)
     """Names of which nobody knows whether they were made."""
 
@@ -128,7 +130,7 @@ class Snapshots:
             must: whether it must be readable now.
         """
         try:
-            content = await _read(host, kept.export)
+            content = await read_all(host, kept.export)
         except TorusError as error:
             if must:
                 self.cluster.fail(f"snapshot {kept.export} cannot be read: {error!r}")
@@ -166,15 +168,16 @@ class Snapshots:
                     block_size=cluster.shape.block_size,
                     block_spec="crc,base",
                 )
-                content = await _read(host, kept.driver.name)
+                content = await read_all(host, kept.driver.name)
             except TorusError as error:
                 cluster.fail(f"{kept.driver.name} cannot go back to {kept.name}: {error!r}")
                 continue
             if content != kept.content:
                 cluster.fail(f"{kept.driver.name} has gone back to {kept.name}, and is not like it")
+            self.restored[kept.driver.name] = content
 
 
-async def _read(host: Host, export: str) -> bytes:
+async def read_all(host: Host, export: str) -> bytes:
     """All of a volume or snapshot."""
     system = host.tree.system
     _, size, _, _ = await system.actor("volumes").open.remote(export, timeout_s=60.0)

@@ -37,6 +37,19 @@ KNOBS: dict[str, Any] = {
 large enough for the load of it."""
 
 
+SMALL_JOURNALS: dict[str, Any] = {
+    "torus_actors.storage.journal_space.SEGMENT_BYTES": 64 << 10,
+    "torus_actors.storage.journal_space.JOURNAL_BYTES_MAX": 512 << 10,
+    "torus_actors.volume.change_log.RECORD_BYTES": 8 << 10,
+}
+"""Journals whose segments are full after some flushes: they are reused, and what is still needed in
+them is moved."""
+
+DRAWN_APART = {"tear_node", "rot_index", "metadata_unsure", "break_after_reading"}
+"""Faults that were added to scenarios later: how often they strike is drawn by generators of their
+own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """One kind of trouble.
@@ -59,6 +72,8 @@ class Scenario:
         full_copies: whether each new head finds all copies of what it leads to on the disks.
         remove_after_s: after which nodes take one that is gone out of the ring.
         knobs: further constants to set, by dotted name.
+        small_journals: share of the runs with `SMALL_JOURNALS`.
+        direct_writes: and of those whose nodes write small records without a thread, as on Linux.
     """
 
     name: str
@@ -82,6 +97,8 @@ class Scenario:
     full_copies: bool = False
     remove_after_s: Range = (REMOVE_AFTER_S, REMOVE_AFTER_S)
     knobs: dict[str, Any] = field(default_factory=dict)
+    small_journals: float = 0.0
+    direct_writes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +110,7 @@ class Drawn:
     faults: dict[str, float]
     workload: Workload
     broken_max: int
+    knobs: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
         """In a few lines, for the start of a report."""
@@ -106,6 +124,10 @@ class Drawn:
             f"{shape.write_cache_bytes >> 10}/{shape.read_cache_bytes >> 10} KiB, "
             f"{shape.miss_percent} % cold reads, {self.duration_s:.0f} s of faults",
         ]
+        if SMALL_JOURNALS.items() <= self.knobs.items():
+            lines.append("journals of a few small segments")
+        if shape.direct_writes:
+            lines.append("small records are written without a thread")
         if self.faults:
             kinds = ", ".join(f"{kind} every {s:.1f} s" for kind, s in self.faults.items())
             lines.append(f"faults (at most {self.broken_max} nodes broken at once): {kinds}")
@@ -144,6 +166,7 @@ def draw(scenario: Scenario, seed: int) -> Drawn:
         miss_percent=rng.choice((0, 20, 80)),
         remove_after_s=_own_rng(scenario, seed, "remove").uniform(*scenario.remove_after_s),
         lease_ttl_s=scenario.lease_ttl_s,
+        direct_writes=_own_rng(scenario, seed, "direct").random() < scenario.direct_writes,
     )
     load = scenario.workload
     workload = Workload(
@@ -159,9 +182,16 @@ def draw(scenario: Scenario, seed: int) -> Drawn:
         span=load.span,
         fast=load.fast,
     )
-    faults = {kind: rng.uniform(*bounds) for kind, bounds in scenario.faults.items()}
+    faults = {
+        kind: (_own_rng(scenario, seed, kind) if kind in DRAWN_APART else rng).uniform(*bounds)
+        for kind, bounds in scenario.faults.items()
+    }
     broken_max = replication - 1 if scenario.broken_max is None else scenario.broken_max
-    return Drawn(shape, rng.uniform(*scenario.duration_s), faults, workload, broken_max)
+    knobs = dict(scenario.knobs)
+    if _own_rng(scenario, seed, "journals").random() < scenario.small_journals:
+        knobs |= SMALL_JOURNALS
+    duration_s = rng.uniform(*scenario.duration_s)
+    return Drawn(shape, duration_s, faults, workload, broken_max, knobs)
 
 
 _LIST = (
@@ -198,10 +228,12 @@ _LIST = (
     Scenario(
         "many_crashes",
         "However many nodes crash, what was flushed is there when they are back",
-        {"crash_node": (0.5, 2), "freeze_node": (4, 10)},
+        {"crash_node": (0.5, 2), "freeze_node": (4, 10), "tear_node": (2, 6)},
         errors_allowed=True,
         broken_max=9,
         op_s_max=OUTAGE_S_MAX,
+        small_journals=0.5,
+        direct_writes=0.5,
     ),
     Scenario(
         "node_lost",
@@ -261,7 +293,7 @@ _LIST = (
     Scenario(
         "metadata_outage",
         "Without the metadata, I/O on attached volumes goes on",
-        {"metadata_out": (2, 6)},
+        {"metadata_out": (2, 6), "metadata_unsure": (1, 4)},
         duration_s=(25, 40),
     ),
     Scenario(
@@ -280,7 +312,7 @@ _LIST = (
     Scenario(
         "lease_wiped",
         "Leases that end unasked for are made again",
-        {"wipe_leases": (2, 6)},
+        {"wipe_leases": (2, 6), "metadata_unsure": (1, 4)},
     ),
     Scenario(
         "disk_full",
@@ -296,13 +328,14 @@ _LIST = (
     Scenario(
         "bit_rot",
         "A copy that rots is never given to a client, and is repaired from another",
-        {"rot": (0.1, 0.5), "crash_client": (5, 15)},
+        {"rot": (0.1, 0.5), "crash_client": (5, 15), "rot_index": (3, 10)},
         clients=(1, 2),
     ),
     Scenario(
         "disk_errors",
         "A disk that fails now and then costs no client an error",
         {"disk_errors": (1, 4)},
+        direct_writes=0.5,
     ),
     Scenario(
         "slow_disk",
@@ -314,6 +347,8 @@ _LIST = (
         "torn_write",
         "When all power fails at once, what was flushed is there afterwards",
         {"power_cut": (4, 8)},
+        small_journals=0.5,
+        direct_writes=0.5,
         errors_allowed=True,
     ),
     Scenario(
@@ -340,7 +375,7 @@ _LIST = (
     Scenario(
         "handover",
         "What a client that is cut off gets acknowledged is what the next one finds",
-        {"cut_client": (2, 5), "slow_network": (1, 4)},
+        {"cut_client": (2, 5), "slow_network": (1, 4), "metadata_unsure": (1, 4)},
         clients=(2, 3),
         errors_allowed=True,
         lease_ttl_s=2,
@@ -402,6 +437,7 @@ _LIST = (
         errors_allowed=True,
         duration_s=(20, 35),
         knobs={"torus_actors.volume.flushing.FORESEE_AFTER": 0},
+        direct_writes=0.5,
     ),
     Scenario(
         "flush_beside_commit",
@@ -449,10 +485,12 @@ _LIST = (
     Scenario(
         "crashes_everywhere",
         "However many nodes crash, and clients too, what was flushed is there",
-        {"crash_node": (0.5, 3), "crash_at_flush": (3, 8)},
+        {"crash_node": (0.5, 3), "crash_at_flush": (3, 8), "tear_node": (2, 6)},
         clients=(1, 2),
         lease_ttl_s=2,
         workload=Workload(flush=2.0),
+        small_journals=0.7,
+        direct_writes=0.5,
         errors_allowed=True,
         broken_max=9,
         duration_s=(25, 40),
@@ -484,6 +522,7 @@ _LIST = (
             "crash_node": (6, 20),
             "kill_actor": (2, 10),
             "metadata_out": (15, 40),
+            "metadata_unsure": (2, 6),
         },
         clients=(1, 2),
         volume_bytes=(256 << 10, 1 << 20),
@@ -507,7 +546,7 @@ _LIST = (
     Scenario(
         "bad_network",
         "Slow and breaking connections cost no client an error",
-        {"reset_connections": (0.5, 3), "slow_network": (1, 4)},
+        {"reset_connections": (0.5, 3), "slow_network": (1, 4), "break_after_reading": (0.5, 3)},
         op_s_max=BROKEN_S_MAX,
     ),
     Scenario(
@@ -539,6 +578,8 @@ _LIST = (
             "rot": (5, 20),
             "disk_errors": (5, 30),
         },
+        small_journals=0.3,
+        direct_writes=0.4,
         nodes=(3, 5),
         replication=(2, 3),
         clients=(1, 3),

@@ -253,11 +253,13 @@ class Driver:
         volume = system.actor(f"volume:{self.name}")
         try:
             if await self._verify(volume, session):
-                # A new head, under which all that earlier sessions left behind is garbage.
-                write = session.begin_write(0, min(4096, self.oracle.size))
-                await volume.write.remote(0, write.data, timeout_s=OP_S_MAX)
-                session.write_done(write)
-                await self._flush(volume, session, who)
+                # A new head, under which all that earlier sessions left behind is garbage; and a
+                # record, which is none of it any more once the volume is closed.
+                for _ in range(2):
+                    write = session.begin_write(0, min(4096, self.oracle.size))
+                    await volume.write.remote(0, write.data, timeout_s=OP_S_MAX)
+                    session.write_done(write)
+                    await self._flush(volume, session, who)
             await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
         except TorusError as error:
             self.cluster.fail(f"{who}: the last session of {self.name} failed: {error!r}")
@@ -293,12 +295,14 @@ class Driver:
         failures = 0
         while offset < self.oracle.size:
             length = min(VERIFY_BYTES, self.oracle.size - offset)
+            began = self.cluster.loop.time()
             try:
                 data = await volume.read.remote(offset, length, timeout_s=OP_S_MAX)
+                self._took(began, "the first read", session.name, session)
             except TorusError as error:
-                self.errors += 1
                 failures += 1
-                if session.fenced or isinstance(error, SESSION_ENDS):
+                going = self._failed("the first read", error, session.name, session, began)
+                if session.fenced or not going:
                     return False
                 if failures > 10:
                     self.cluster.fail(f"{session.name} cannot read {self.name}: {error!r}")
@@ -373,6 +377,10 @@ class Driver:
             session.flushing -= 1
         session.flush_done(flush)
         self.flushes += 1
+        host = next((h for h in self.hosts if h.up and h.process and h.process.name == who), None)
+        if host is not None and not session.fenced:
+            for watcher in self.cluster.flush_watchers:
+                watcher(host, self.name)
         self._took(began, "flush", who, session)
         self.note("flush acknowledged")
         if beside_another:

@@ -171,3 +171,81 @@ def test_who_slept_while_it_opened_is_fenced_from_the_start(judged: Judged) -> N
     assert len(judged.complaints) == 1 and "fenced" in judged.complaints[0]
     first.check_read(SECTOR, new)
     assert len(judged.complaints) == 1
+
+
+def test_what_was_read_is_not_taken_back(judged: Judged) -> None:
+    """After a write without an answer: once the new value was read, the old one is wrong."""
+    session = judged.open("a")
+    old = write(session, 1)
+    lost, later = (write(session, 1, done=False) for _ in range(2))
+    session.check_read(SECTOR, old)
+    session.check_read(SECTOR, lost)
+    session.check_read(SECTOR, later)
+    assert judged.complaints == []
+    session.check_read(SECTOR, lost)
+    session.check_read(SECTOR, old)
+    assert len(judged.complaints) == 2
+    flush(session)
+    session.check_read(SECTOR, later)
+    session.check_read(SECTOR, write(session, 1))
+    flush(session)
+    assert len(judged.complaints) == 2
+    judged.open("b", content(s1=later))
+    assert len(judged.complaints) == 3, "it was overwritten, and that was flushed"
+
+
+def test_a_crash_may_take_back_what_was_read(judged: Judged) -> None:
+    """It was not flushed."""
+    session = judged.open("a")
+    old = write(session, 1)
+    flush(session)
+    lost = write(session, 1, done=False)
+    session.check_read(SECTOR, lost)
+    judged.open("b", content(s1=old)).check_read(SECTOR, old)
+    assert judged.complaints == []
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_flush_of_a_fenced_client_stands_for_what_it_wrote_before(found: bool) -> None:
+    """Asked for after another client came, it succeeds only if that one has found all of it."""
+    judged = Judged()
+    first = judged.open("a")
+    value = write(first, 1)
+    judged.open("b", content(s1=value) if found else content())
+    flush(first)
+    assert len(judged.complaints) == (not found)
+
+
+def test_a_late_answer_counts_where_nobody_has_looked_yet(judged: Judged) -> None:
+    """A flush answered while the next client reads what it has opened: that one must find it."""
+    first = judged.open("a")
+    value = write(first, 1)
+    begun = first.begin_flush()
+    second = judged.oracle.open("b")
+    first.flush_done(begun)
+    second.verify(0, content())
+    assert len(judged.complaints) == 1 and "sector 1 read by b" in judged.complaints[0]
+    second.check_read(SECTOR, bytes(SECTOR))
+    assert value != bytes(SECTOR)
+
+
+def test_a_late_answer_must_be_true_for_the_client_after_the_next(judged: Judged) -> None:
+    """The next one died before it had looked: what the one after it finds counts."""
+    first = judged.open("a")
+    write(first, 1)
+    begun = first.begin_flush()
+    judged.oracle.open("b")
+    judged.open("c")
+    assert judged.complaints == []
+    first.flush_done(begun)
+    assert len(judged.complaints) == 1
+
+
+def test_zeros_over_zeros_are_the_newest(judged: Judged) -> None:
+    """A trim that is told late to be durable, of what was zeros before, is no complaint."""
+    first = judged.open("a")
+    first.write_done(first.begin_write(SECTOR, SECTOR, zeros=True))
+    begun = first.begin_flush()
+    judged.open("b")
+    first.flush_done(begun)
+    assert judged.complaints == []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
-from torus_actors.errors import Again, OutcomeUnknown, TorusError
+from torus_actors.errors import Again, LeaseNotFound, OutcomeUnknown, TorusError
 from torus_actors.metadata import kv
 
 
@@ -38,7 +39,11 @@ class FaultyStore(kv.KeyValueStore):
     async def arrive(self) -> list[kv.TxnResult]:
         """Let the delayed requests reach the store now; returns what became of them."""
         delayed, self._delayed = self._delayed, []
-        return [await self.inner.txn(compare, then) for compare, then in delayed]
+        results = []
+        for compare, then in delayed:
+            with contextlib.suppress(LeaseNotFound):
+                results.append(await self.inner.txn(compare, then))
+        return results
 
     async def get(self, key: str) -> kv.KeyValue | None:
         """See `kv.KeyValueStore.get`."""

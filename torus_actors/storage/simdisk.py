@@ -7,7 +7,8 @@ It models what Linux and a disk with a volatile cache promise, and nothing above
   any subset of the writes since, each whole or torn at sectors of 512 bytes. Names behave likewise
   under `fsync_dir`.
 - A failed `fdatasync` loses any subset of what it covered, yet leaves it in the page cache, marked
-  clean: a later successful one does not bring it back. (As ext4 and XFS do since Linux 4.13.)
+  clean: a later successful one does not bring it back. (As ext4 and XFS do since Linux 4.13.) The
+  kernel may let go of such pages at any time, so of some the old content is read from then on.
 
 Everything random comes from the injected generator, so a seed replays a run exactly.
 """
@@ -16,6 +17,7 @@ Everything random comes from the injected generator, so a seed replays a run exa
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import os
@@ -28,6 +30,7 @@ from torus_actors.storage.disk import (
     SECTOR_SIZE,
     Disk,
     DiskLock,
+    DurableWriter,
     File,
     ReadBuffer,
     WriteBuffer,
@@ -200,10 +203,25 @@ class _Inode:
         self.dirty.clear()
         self.pending.clear()
 
+    def let_go(self, pages: list[int], rng: random.Random) -> None:
+        """Take some of these pages, which are clean, out of the cache."""
+        for number in pages:
+            if rng.randrange(2):
+                self.cache.pop(number, None)
+
     def forget_cache(self) -> None:
         self.cache.clear()
         self._cut(self.durable, self.durable_size)
         self.size = self.durable_size
+
+    def settle(self, write: _Write) -> None:
+        """Make one write durable, and no other."""
+        if not any(each is write for each in self.pending):
+            return  # a sync came first
+        self.pending = [each for each in self.pending if each is not write]
+        for at in range(0, len(write.data), SECTOR_SIZE):
+            self._store_sector(write.start + at, write.data[at : at + SECTOR_SIZE])
+        self.durable_size = max(self.durable_size, write.end)
 
     def flip(self, offset: int) -> None:
         """Change one byte where it lies, on the disk and in the cache."""
@@ -272,7 +290,9 @@ class SimFile(File):
         try:
             self._begin("sync")
         except OSError:
+            pages = sorted(self._inode.dirty)
             self._inode.lose(self._disk.rng)
+            self._inode.let_go(pages, self._disk.rng)
             raise
         self._inode.sync()
 
@@ -313,6 +333,108 @@ class SimFile(File):
         return done
 
 
+class SimWriter(DurableWriter):
+    """Writes that are durable when they end, a little later.
+
+    Some cannot be started, and some end with EAGAIN, as on a real machine.
+    """
+
+    def __init__(
+        self, disk: SimDisk, loop: asyncio.AbstractEventLoop, pauses: DirectPauses
+    ) -> None:
+        self._disk = disk
+        self._loop = loop
+        self._pauses = pauses
+        self._busy = False
+
+    def start(
+        self,
+        name: str,
+        buffers: Sequence[ReadBuffer],
+        offset: int,
+        ended: Callable[[OSError | None], None],
+    ) -> bool:
+        disk, inode = self._disk, self._disk.inode_of(name)
+        if self._busy or inode is None or self._pauses.refuses():
+            return False
+        self._busy = True
+        error: OSError | None = None
+        write: _Write | None = None
+        data = b"".join(buffers)
+        try:
+            disk.begin("write", name)
+        except PowerCut:
+            return True  # and nobody is left to hear of it
+        except OutOfSpace:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        except OSError as failed:
+            error = failed
+        if error is None and self._pauses.fails():
+            error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), name)
+            data = data[: disk.rng.randrange(len(data) + 1)]
+        if data and (error is None or error.errno == errno.EAGAIN):
+            inode.write(offset, data)
+            last = inode.pending[-1]
+            write = last if error is None and isinstance(last, _Write) else None
+        self._loop.call_later(self._pauses.next_s(), self._end, name, inode, write, error, ended)
+        return True
+
+    def _end(
+        self,
+        name: str,
+        inode: _Inode,
+        write: _Write | None,
+        error: OSError | None,
+        ended: Callable[[OSError | None], None],
+    ) -> None:
+        try:
+            self._disk.begin("sync", name)
+        except PowerCut:
+            return
+        except (OSError, OutOfSpace) as failed:
+            number = failed.errno if isinstance(failed, OSError) else errno.ENOSPC
+            error = error or OSError(number, str(failed), name)
+        else:
+            if write is not None:
+                inode.settle(write)
+        self._busy = False
+        ended(error)
+
+    def close(self) -> None:
+        pass
+
+
+class DirectPauses:
+    """How long the writes of a `SimWriter` take, and which it cannot do.
+
+    Args:
+        rng: decides.
+        mean_s: of a write; asked each time.
+        refused, failed: shares of those that are not started, and that end with EAGAIN.
+    """
+
+    def __init__(
+        self,
+        rng: random.Random,
+        mean_s: Callable[[], float],
+        refused: float = 0.05,
+        failed: float = 0.02,
+    ) -> None:
+        self._rng = rng
+        self._mean_s = mean_s
+        self._refused = refused
+        self._failed = failed
+
+    def next_s(self) -> float:
+        return self._mean_s() * (0.2 + 1.6 * self._rng.random())
+
+    def refuses(self) -> bool:
+        return self._rng.random() < self._refused
+
+    def fails(self) -> bool:
+        return self._rng.random() < self._failed
+
+
 class _SimLock(DiskLock):
     def __init__(self, held: set[str], path: str) -> None:
         self._held = held
@@ -344,6 +466,8 @@ class SimDisk(Disk):
         self.rng = rng
         self.capacity_bytes = capacity_bytes
         self.miss_percent = miss_percent
+        self.direct: DirectPauses | None = None
+        """Where there are writes without a thread; outlives the process and the power."""
         self.operations = 0
         """Changing operations begun so far; what `cut_before` counts."""
         self.on_operation: Callable[[Operation], None] | None = None
@@ -490,6 +614,13 @@ class SimDisk(Disk):
         self._check_alive()
         return max(0, self.capacity_bytes - sum(inode.size for inode in self._names.values()))
 
+    def direct_writer(self, loop: asyncio.AbstractEventLoop) -> DurableWriter | None:
+        return None if self.direct is None else SimWriter(self, loop, self.direct)
+
+    def inode_of(self, path: str) -> _Inode | None:
+        """For `SimWriter`: what has a name now."""
+        return self._names.get(path)
+
     def lock(self, path: str = "lock") -> DiskLock:
         self._check_alive()
         if path in self._locks:
@@ -542,6 +673,7 @@ class SimDisk(Disk):
         )
         # Faults belong to the medium: they outlive the process and the power.
         after._faults = self._faults
+        after.direct = self.direct
         return after
 
     def _check_alive(self) -> None:

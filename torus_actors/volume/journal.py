@@ -179,6 +179,16 @@ class SessionJournal:
         return tuple(self._homes)
 
     @property
+    def homes(self) -> dict[str, _Home]:
+        """Of the members: their journals."""
+        return self._homes
+
+    @property
+    def stored(self) -> int:
+        """Number of the last record that all members have, or that a head covers."""
+        return self._stored
+
+    @property
     def is_large(self) -> bool:
         """Whether it is due to be folded into blocks for its size."""
         return self.size > self.size_wanted
