@@ -157,6 +157,35 @@ async def test_a_reserved_slot_is_given_back_whatever_happens() -> None:
 
 
 @virtual
+async def test_a_slot_that_may_still_be_written_to_is_set_aside() -> None:
+    """A write that nobody waits for any more may come late: no other block gets its slot."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        assert node.opened is not None
+        data = b"a" * BLOCK
+        sums = sums_of(data)
+        writing = asyncio.ensure_future(
+            node.opened._put(ref_of(1), root_of(sums), sums, False, data)
+        )
+        await asyncio.sleep(0)
+        assert node.stores[0].stats().reserved == 1
+        writing.cancel()
+        await asyncio.sleep(1.0)
+        stats = node.stores[0].stats()
+        assert (stats.used, stats.reserved, stats.quarantined) == (0, 0, 1)
+        await put(node, ref_of(1), b"a" * BLOCK)
+        assert node.stores[0].get(ref_of(1)) == b"a" * BLOCK
+
+
+@virtual
+async def test_a_store_that_there_is_not_is_refused() -> None:
+    """Another node may ask for anything."""
+    async with Cluster(nodes=1) as cluster:
+        with pytest.raises(Invalid):
+            await cluster.node(0).actor("block_store").list_blocks.remote(2, 0, 10)
+
+
+@virtual
 async def test_torus_401_a_full_store_says_so_and_works_again_after_deletes() -> None:
     """Regression, coreos/torus#401: a full store says so, as OutOfSpace on a put.
 

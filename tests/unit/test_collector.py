@@ -362,6 +362,68 @@ async def test_what_an_open_session_has_not_committed_is_safe() -> None:
 
 
 @virtual
+async def test_what_the_journal_names_is_safe_for_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first blocks after a head have its very INode number, and no commit comes for hours."""
+    monkeypatch.setattr("torus_actors.volume.session.COMMIT_AGE_S", 1e6)
+    monkeypatch.setattr("torus_actors.volume.session.COMMIT_AGE_S_MAX", 1e6)
+    async with Cluster(nodes=1, replication=1, collect_s=1e6, journals=True) as cluster:
+        watched = Watched(cluster)
+        device = await cluster.volume(SIZE)
+        await device.write(0, bytes([1]) * SIZE)
+        await device.flush()
+        await device.write(0, bytes([2]) * BLOCK * 4)
+        await device.flush()
+        head, _ = await cluster.meta.head(1)
+        assert head is not None
+        assert sum(ref.inode == head.inode for ref in watched.node.refs()) == 4
+        await watched.start()
+        await asyncio.sleep(6 * GRACE_S)
+        assert (await cluster.meta.head(1))[0] == head
+        await device.client.crash()
+        await asyncio.sleep(GRACE_S)
+        again = await (await cluster.client()).open("v")
+        assert await again.read(0, SIZE) == bytes([2]) * BLOCK * 4 + bytes([1]) * BLOCK * 4
+
+
+@virtual
+async def test_the_journal_forgets_a_volume_that_was_deleted() -> None:
+    """Also one whose session died: nobody will ask for its records."""
+    async with Cluster(nodes=1, replication=1, collect_s=1e6, journals=True) as cluster:
+        watched = Watched(cluster)
+        device = await cluster.volume(SIZE)
+        for _ in range(2):
+            await device.write(0, b"x")
+            await device.flush()
+        store = watched.node.journal.store
+        assert store.stats().records
+        await device.client.crash()
+        await asyncio.sleep(GRACE_S)
+        await cluster.meta.delete_volume("v")
+        await watched.start()
+        await asyncio.sleep(2 * GRACE_S)
+        assert store.volumes() == [] and not store.stats().records
+
+
+@virtual
+async def test_pages_that_no_head_has_are_not_remembered() -> None:
+    """A collector reads each page once, and forgets it with the last head that leads to it."""
+    async with one_node() as cluster:
+        watched = Watched(cluster)
+        device = await cluster.volume(SIZE)
+        await watched.start()
+        for n in range(5):
+            await device.write(0, bytes([n]) * SIZE)
+            await commit(device)
+            await asyncio.sleep(2 * GRACE_S)
+        assert watched.node.system is not None
+        collector = watched.node.system.cells["watched"].actor
+        assert isinstance(collector, Collector)
+        assert len(collector._pages) == 1
+
+
+@virtual
 async def test_a_clone_keeps_what_it_shares() -> None:
     """The origin is overwritten and then deleted: the clone reads what it was made of.
 

@@ -13,6 +13,7 @@ import pytest
 from tests.fakes import Client, Cluster, StorageNode, until, virtual
 from tests.unit.test_replicator import Block
 from torus_actors.actors.rebalancer import (
+    CONFIRMED_S,
     RATE_BYTES_S,
     SENDS_MAX,
     SHARED_RATE_BYTES_S,
@@ -310,6 +311,46 @@ async def test_a_copy_goes_only_after_the_owners_copy_is_durable() -> None:
         await until(lambda: holders(cluster, block.ref) == {owner})
         await cluster.nodes[owner].restart()
         assert holders(cluster, block.ref) == {owner}
+
+
+async def with_extra_copy(cluster: Cluster) -> tuple[Block, str, StorageNode]:
+    """A block, its owner, and a node that has a copy too many."""
+    await started(cluster)
+    block = Block(1)
+    owner = cluster.ring.owners(block.ref)[0]
+    extra = next(node for node in cluster.nodes.values() if node.node_id != owner)
+    for node in (cluster.nodes[owner], extra):
+        node.stores[0].put(block.ref, block.data)
+    return block, owner, extra
+
+
+@virtual
+async def test_an_old_word_of_an_owner_counts_no_more() -> None:
+    """It promised to keep its copy for a while, and the answer took longer than that."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        block, owner, extra = await with_extra_copy(cluster)
+        cluster.network.delay_s[owner] = CONFIRMED_S + 1
+        passes = (await status(extra))["passes"]
+        await extra.actor("rebalancer").start_pass.remote()
+        await asyncio.sleep(3 * CONFIRMED_S)
+        assert (await status(extra))["passes"] > passes
+        assert holders(cluster, block.ref) == {owner, extra.node_id}
+        cluster.network.heal()
+        await extra.actor("rebalancer").start_pass.remote()
+        await until(lambda: holders(cluster, block.ref) == {owner})
+
+
+@virtual
+async def test_a_copy_stays_that_becomes_an_owners_while_the_others_are_asked() -> None:
+    """The ring changes while the owner confirms its copy: this node is the owner now."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        block, owner, extra = await with_extra_copy(cluster)
+        cluster.network.delay_s[owner] = 2.0
+        await extra.actor("rebalancer").start_pass.remote()
+        await asyncio.sleep(3.0)
+        extra.view.ring = cluster.ring.without_peer(owner)
+        await asyncio.sleep(20.0)
+        assert holders(cluster, block.ref) == {owner, extra.node_id}
 
 
 @pytest.mark.parametrize("victim", ["rebalancer", "block_store", "disk_reader"])

@@ -683,3 +683,35 @@ def test_no_sync_is_tried_after_one_that_failed(
     assert store.failure is not None
     with pytest.raises(Closed):
         store.begin_flush()
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_of_two_copies_the_newer_one_counts(lower: bool) -> None:
+    """A bad copy was replaced, and of that flush the zeroed entry of the old one was lost.
+
+    The new one counts, whether its slot comes first or last, and the old entry is gone for good.
+    """
+    disk = new_disk()
+    store = filled(disk, 20, 3)
+    if lower:
+        store.delete([ref(1)])
+        store.flush()
+    old = store.locate(ref(2)).slot
+    at = ENTRIES_OFFSET + old * ENTRY_SIZE
+    index = disk.open(INDEX_PATH)
+    entry = index.pread(ENTRY_SIZE, at)
+    disk.rot(DATA_PATH, LAYOUT.slot_offset(old) + LAYOUT.sums_room)
+    assert store.mark_corrupt(ref(2))
+    store.put(ref(2), block(2))
+    new = store.locate(ref(2)).slot
+    assert (new < old) == lower
+    store.flush()
+    index.pwrite(entry, at)
+    index.fdatasync()
+    disk = disk.kill()
+    for _ in range(2):
+        store = start(disk)
+        assert store.locate(ref(2)).slot == new
+        assert store.get(ref(2)) == block(2)
+        disk = disk.crash()
+    assert disk.open(INDEX_PATH).pread(ENTRY_SIZE, at) == bytes(ENTRY_SIZE)

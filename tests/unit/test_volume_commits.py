@@ -16,7 +16,7 @@ from torus_actors.metadata.records import Head
 from torus_actors.runtime import ChildSpec
 from torus_actors.volume import journal
 from torus_actors.volume.change_log import ChangeLog, Replay
-from torus_actors.volume.file import File
+from torus_actors.volume.file import DISCARD_S, File
 
 BLOCK = 16 << 10
 SIZE = 100 * BLOCK
@@ -451,3 +451,111 @@ async def test_a_volume_that_opens_when_nobody_waits_any_more_is_given_back(
         assert info.size == SIZE
         await exports.release("v")
         assert "v" not in system.heirlooms["open_volumes"]
+
+
+@virtual
+async def test_a_record_puts_no_older_block_over_what_the_head_has() -> None:
+    """A flush while a commit writes out names a block that is replaced before the map is cut.
+
+    The record stays, since it is newer than those that the head covers; what it names is older than
+    what the head has, and the next flush counts on that.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await overwritten(cluster)
+        session: Any = device.client.session("v")
+        await device.write(0, b"1" * BLOCK)
+        there, go_on = hold_write_out(session)
+        committed = begin_commit(session)
+        await there.wait()
+        await device.write(0, b"2" * BLOCK)
+        records = session.log.seq
+        await device.flush()
+        assert session.log.seq == records + 1
+        await device.write(0, b"3" * BLOCK)
+        await until(lambda: not session.file.layers.dirty and not session.file.layers.frozen)
+        go_on.set()
+        assert await committed is None
+        await device.flush()
+        head, _ = await cluster.meta.head(1)
+        assert head is not None and head.journal_seq <= records
+        assert head.map_seq == records + 1, "no block that it names is replayed"
+        again = await reopened(device)
+        assert await again.read(0, BLOCK) == b"3" * BLOCK
+
+
+@virtual
+async def test_a_block_that_a_record_names_is_not_discarded() -> None:
+    """It is overwritten while its flush waits for it, and the client dies before the next one."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await overwritten(cluster)
+        session: Any = device.client.session("v")
+        make_durable, there, go_on = (
+            session.committer.make_durable,
+            asyncio.Event(),
+            asyncio.Event(),
+        )
+
+        async def held(pending: Any) -> None:
+            there.set()
+            await go_on.wait()
+            await make_durable(pending)
+
+        await device.write(0, b"1" * BLOCK)
+        session.committer.make_durable = held
+        flush = asyncio.ensure_future(device.flush())
+        await there.wait()
+        await device.write(0, b"2" * BLOCK)
+        await until(lambda: not session.file.layers.dirty and not session.file.layers.frozen)
+        await asyncio.sleep(2 * DISCARD_S)
+        go_on.set()
+        await flush
+        again = await reopened(device)
+        assert await again.read(0, BLOCK) == b"1" * BLOCK
+
+
+@virtual
+async def test_a_head_is_owed_no_longer_than_the_metadata_is_away_after_a_replay() -> None:
+    """A session that has replayed and committed is like any other."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await overwritten(cluster)
+        await device.write(0, b"1" * 512)
+        await device.flush()
+        again = await reopened(device)
+        session: Any = again.client.session("v")
+        assert session.replayed
+        for _ in range(2):
+            await again.write(BLOCK, b"2" * 512)
+            await again.flush()
+        assert await begin_commit(session) is None
+        again.client.store.down = True
+        await again.write(2 * BLOCK, b"3" * 512)
+        await again.flush()
+        assert await begin_commit(session) is None
+        assert session.heads.owed is not None
+        again.client.store.down = False
+        await until(lambda: session.heads.owed is None)
+
+
+@virtual
+async def test_zeros_wait_for_the_commit_after_one_that_failed() -> None:
+    """No record tells them, and the head that was to do so was not recorded."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await overwritten(cluster)
+        session: Any = device.client.session("v")
+        await device.zero(0, 80 * BLOCK)
+        write_out = session.committer.write_out
+
+        async def failing(*_: Any) -> None:
+            raise BlockUnavailable("no peer takes a block")
+
+        session.committer.write_out = failing
+        assert isinstance(await begin_commit(session), BlockUnavailable)
+        session.committer.write_out = write_out
+        there, go_on = hold_heads(session)
+        await device.write(90 * BLOCK, b"y" * 512)
+        assert not await is_acknowledged(device)
+        assert there.is_set()
+        go_on.set()
+        await device.flush()
+        again = await reopened(device)
+        assert await again.read(0, BLOCK) == bytes(BLOCK)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes import Cluster, Device, until, virtual
 from tests.unit.test_volume_flush import reopened
-from torus_actors.errors import BlockUnavailable
+from torus_actors.errors import BlockUnavailable, OutcomeUnknown
 from torus_actors.volume import change_log, commit, flushing, journal
 from torus_actors.volume.audit import Audit, audit_volume, explain
 from torus_actors.volume.file import PUTS_BESIDE_FLUSHES, PUTS_MAX
@@ -165,6 +165,61 @@ async def test_a_member_dies_between_the_records_of_a_flush(
         assert session.journal.members != before
         await flushed(device, 0, bytes(PAGE))
         await assert_scattered(device)
+
+
+@virtual
+async def test_no_journal_has_fewer_members_than_copies_are_wanted() -> None:
+    """With one of two nodes away flushes are commits; once it is back they are records again."""
+    async with Cluster(nodes=2, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        await cluster.node(0).crash()
+        for n in range(3):
+            await flushed(device, n * PAGE, b"alone")
+            assert not session.journal.active
+        await cluster.node(0).start()
+        await until(lambda: not device.client.system.transport.is_down(cluster.ids[0]))
+        for n in range(2):
+            await flushed(device, n * PAGE, b"again")
+        assert session.journal.active and len(session.journal.members) == 2
+
+
+@virtual
+async def test_an_ensemble_is_the_one_that_the_metadata_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A change whose answer was lost for good names another one: none is used then.
+
+    The next client would ask its members only, which have none of the records.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        first, second = session.journal.members
+        set_journal = session._meta.set_journal
+        lost: list[tuple[Any, ...]] = []
+
+        async def unknown(*args: Any) -> int:
+            lost.append(args)
+            raise OutcomeUnknown("the answer is lost, and what was asked is late")
+
+        monkeypatch.setattr(session._meta, "set_journal", unknown)
+        await cluster.nodes[second].crash()
+        await flushed(device, 0, b"1")
+        await until(lambda: bool(lost))
+        assert not session.journal.active
+        await set_journal(*lost[0])
+        monkeypatch.undo()
+        (third,) = set(lost[0][3].ensemble) - {first}
+        await cluster.nodes[second].start()
+        await cluster.nodes[third].crash()
+        await until(lambda: not device.client.system.transport.is_down(second))
+        for n in range(6):
+            await flushed(device, n * PAGE, b"2")
+            found, _ = await cluster.meta.journal(session.volume_id)
+            assert found is not None
+            assert not session.journal.active or found.ensemble == session.journal.members
+        assert session.journal.active and set(session.journal.members) == {first, second}
 
 
 async def foreseen(device: Device) -> None:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from tests.fakes import Cluster, DeviceError, until, virtual
 from torus_actors.cli.blk import fenced_and_left
 from torus_actors.cli.common import Failed
-from torus_actors.errors import Fenced, LeaseNotFound, Locked, OutcomeUnknown, OutOfSpace
+from torus_actors.errors import (
+    Again,
+    Fenced,
+    LeaseNotFound,
+    Locked,
+    OutcomeUnknown,
+    OutOfSpace,
+    TorusError,
+)
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.kv import Compare, Operation, Put, TxnResult
 from torus_actors.nbd.protocol import Errno
@@ -70,6 +79,36 @@ async def test_torus_132_a_lease_that_ran_out_is_made_again_with_what_hung_on_it
             await other.open("v")
         await device.flush()
         assert await device.read(0, 20) == b"x" * 20
+
+
+@pytest.mark.parametrize("error", [Again, OutcomeUnknown])
+@virtual
+async def test_a_lock_that_could_not_be_taken_along_at_once_is_taken_along(
+    error: type[TorusError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metadata is away again just when a new lease is there, and the lock does not hang on it.
+
+    Otherwise anybody else could open the volume for as long as the new lease lives.
+    """
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        heartbeat = device.client.system.cells["heartbeat"].actor
+        renew = heartbeat._meta.renew_lock
+        failures = 2
+
+        async def unlucky(*args: Any) -> None:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise error("just now")
+            await renew(*args)
+
+        monkeypatch.setattr(heartbeat._meta, "renew_lock", unlucky)
+        await cluster.store.lease_revoke(await device.client.actor("heartbeat").lease.remote())
+        await asyncio.sleep(10.0)
+        assert failures < 0
+        lock, epoch = await cluster.meta.lock_status(device.client.session("v").volume_id)
+        assert lock is not None and lock.epoch == epoch
 
 
 @virtual
