@@ -1036,6 +1036,26 @@ def test_a_late_attach_does_not_take_a_lock_that_was_made_again(backend: Backend
     run(backend, test)
 
 
+def test_a_late_attach_does_not_begin_an_epoch_that_there_was(backend: Backend) -> None:
+    """An attach that arrives after another session has come and gone fails.
+
+    Two sessions of one epoch could not be told apart, and neither would fence the other.
+    """
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        lease, other = await service.grant_lease(60), await service.grant_lease(60)
+        await given_up(f, lambda late: late.attach(volume.id, "vm2 pid 1", other))
+        epoch = await service.attach(volume.id, "vm1 pid 1", lease)
+        await service.revoke_lease(lease)
+        assert [result.succeeded for result in await f.store.arrive()] == [False]
+        assert await service.lock_status(volume.id) == (None, epoch)
+        assert await service.attach(volume.id, "vm2 pid 1", other) == epoch + 1
+
+    run(backend, test)
+
+
 def test_a_late_renewal_does_not_bring_back_a_lock_that_was_given_up(backend: Backend) -> None:
     """A renewal that arrives after the detach of the same session fails."""
 
