@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from torus_actors.scenarios.cluster import META_ADDRESS
-from torus_actors.scenarios.field import Cut, Field, ways_of
+from torus_actors.scenarios.cuts import Cut, ways_of
+from torus_actors.scenarios.field import Field
 
 
 async def cut_client(field: Field) -> None:

@@ -69,6 +69,7 @@ class Shape:
     Attributes:
         nodes: storage nodes.
         clients: hosts that run clients.
+        spares: hosts for other programs: readers, or tools.
         replication: copies of a block.
         block_size: bytes.
         store_bytes: disk that each node takes.
@@ -83,6 +84,7 @@ class Shape:
 
     nodes: int = 3
     clients: int = 1
+    spares: int = 0
     replication: int = 2
     block_size: int = 16 << 10
     store_bytes: int = 32 << 20
@@ -104,6 +106,7 @@ class Host:
         process: the latest process; it may be dead.
         disk_factor: how much slower than usual its disk is.
         boots: processes started so far.
+        read_only: a client there only reads.
         wanted: whether the program shall run; a program that is wanted and not there is restarted.
         cut_after: so many more operations of its disks, and it dies in the next.
         cut_in: only these count: kind, and a part of the path of disk and file; None is all.
@@ -118,6 +121,7 @@ class Host:
     tree: Any = None
     disk_factor: float = 1.0
     boots: int = 0
+    read_only: bool = False
     wanted: bool = False
     starting: bool = False
     cut_after: int | None = None
@@ -159,6 +163,9 @@ class Cluster:
         self.clients = [
             Host(f"client{i}", f"10.0.2.{i + 1}", self.rng(f"client{i}"))
             for i in range(shape.clients)
+        ]
+        self.spares = [
+            Host(f"spare{i}", f"10.0.3.{i + 1}", self.rng(f"spare{i}")) for i in range(shape.spares)
         ]
         self.store = ObservedStore(MemoryStore())
         self.served = FaultyStore(self.store)
@@ -367,10 +374,14 @@ class Cluster:
         host.wanted = True
         process = self._new_process(host)
         shape = self.shape
+        # What a reader has in its cache would hide from it that a block is gone.
+        read_cache_bytes = 0 if host.read_only else shape.read_cache_bytes
         config = ClientConfig(
             metadata=f"torus://{META_ADDRESS}:{PORT}",
             nbd=NbdConfig(
-                listen=(), caches=CacheSizes(shape.read_cache_bytes, shape.write_cache_bytes)
+                listen=(),
+                read_only=host.read_only,
+                caches=CacheSizes(read_cache_bytes, shape.write_cache_bytes),
             ),
             lease_ttl_s=shape.lease_ttl_s,
             machine=self._machine(host),

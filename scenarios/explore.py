@@ -31,7 +31,7 @@ def run_safely(name: str, seed: int) -> Result:
 def scenario_of(seed: int, names: Sequence[str] = ()) -> str:
     """Which scenario a seed plays: every fourth `everything`, between them the others in turn.
 
-    So any 200 seeds in a row try each scenario at least four times. With ``names``, those take
+    So any 200 seeds in a row try each scenario at least three times. With ``names``, those take
     turns.
     """
     if names:

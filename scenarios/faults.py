@@ -35,7 +35,10 @@ from torus_actors.scenarios.client_faults import (
     second_client,
 )
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
-from torus_actors.scenarios.field import Cut, Field, ways_of
+from torus_actors.scenarios.cuts import Cut, ways_of
+from torus_actors.scenarios.field import Field
+from torus_actors.scenarios.readers import crash_reader, cut_reader, end_lease, read_beside
+from torus_actors.scenarios.resizes import resize
 from torus_actors.scenarios.snapshots import take_snapshots
 from torus_actors.storage.index import Layout
 from torus_actors.storage.journal import JournalStore
@@ -226,7 +229,8 @@ async def isolate_node(field: Field) -> None:
     if host is None:
         return
     cluster, rng = field.cluster, field.rng
-    others = [h.address for h in [*cluster.nodes, *cluster.clients] if h is not host]
+    everybody = [*cluster.nodes, *cluster.clients, *cluster.spares]
+    others = [h.address for h in everybody if h is not host]
     field.say(f"{host.name} is cut off from all but the metadata")
     ways = [(host.address, o) for o in others] + [(o, host.address) for o in others]
     with Cut(cluster, ways):
@@ -254,7 +258,7 @@ async def cut_one_way(field: Field) -> None:
 
 def _others(cluster: Cluster, host: Host) -> list[str]:
     """All other addresses, that of the metadata included."""
-    hosts = [*cluster.nodes, *cluster.clients, cluster.meta_host]
+    hosts = [*cluster.nodes, *cluster.clients, *cluster.spares, cluster.meta_host]
     return [other.address for other in hosts if other is not host]
 
 
@@ -288,6 +292,7 @@ async def _without_metadata(field: Field, pause: float) -> None:
     cluster, rng = field.cluster, field.rng
     how = rng.choice(("killed", "cut off", "frozen"))
     field.say(f"the metadata is {how} for {pause:.1f} s")
+    field.readers.leases_end()
     host = cluster.meta_host
     if how == "killed":
         cluster.kill(host)
@@ -311,6 +316,7 @@ async def wipe_leases(field: Field) -> None:
     store = field.cluster.store
     leases = sorted({item.lease for item in (await store.range(""))[0] if item.lease})
     field.say(f"{len(leases)} leases end at once")
+    field.readers.leases_end()
     for lease in leases:
         await store.lease_revoke(lease)
     await asyncio.sleep(1.0)
@@ -485,7 +491,7 @@ async def power_cut(field: Field) -> None:
     """All hosts lose power at once, in the middle of whatever they do; then all come back."""
     cluster = field.cluster
     field.say("the power fails")
-    everybody = [*cluster.nodes, *cluster.clients]
+    everybody = [*cluster.nodes, *cluster.clients, *cluster.spares]
     for driver in field.drivers:
         if driver.host.process is not None:
             field.cluster.expendable.add(driver.host.process.name)
@@ -520,7 +526,7 @@ async def reset_connections(field: Field) -> None:
 async def slow_network(field: Field) -> None:
     """All that one host sends or gets takes longer, by a random time each."""
     cluster, rng = field.cluster, field.rng
-    host = rng.choice([*cluster.nodes, *cluster.clients, cluster.meta_host])
+    host = rng.choice([*cluster.nodes, *cluster.clients, *cluster.spares, cluster.meta_host])
     extra = rng.choice((0.002, 0.02, 0.2))
     field.say(f"packets of {host.name} take up to {extra * 1000:g} ms more")
     ways, _ = ways_of(host.address, _others(cluster, host))
@@ -569,7 +575,7 @@ async def change_replication(field: Field) -> None:
 async def kill_actor(field: Field) -> None:
     """An actor anywhere dies; its supervisor sees to the rest."""
     cluster, rng = field.cluster, field.rng
-    hosts = [h for h in [*cluster.nodes, *cluster.clients] if h.up]
+    hosts = [h for h in [*cluster.nodes, *cluster.clients, *cluster.spares] if h.up]
     if not hosts:
         return
     host = rng.choice(hosts)
@@ -630,6 +636,11 @@ FAULTS: dict[str, Fault] = {
     "rot_index": rot_index,
     "metadata_unsure": metadata_unsure,
     "break_after_reading": break_after_reading,
+    "read_beside": read_beside,
+    "crash_reader": crash_reader,
+    "cut_reader": cut_reader,
+    "end_lease": end_lease,
+    "resize": resize,
 }
 
 DAMAGING = {"rot", "rot_index", "disk_errors"}
@@ -643,8 +654,10 @@ OVERLAPPING = {
     "freeze_node",
     "slow_disk",
     "disk_errors",
+    "read_beside",
 }
-"""Those of which one may begin before the last has ended: each takes a node that is not broken."""
+"""Those of which one may begin before the last has ended: each takes a node that is not broken, or
+a host on which nobody reads."""
 
 COPIES_LOST = {"lose_node", "rot", "rot_index", "disk_errors"}
 """Those after which a copy that was durable may be so no more."""

@@ -1,4 +1,4 @@
-"""What the faults of a scenario share: the cluster, who is broken now, and ways that are cut."""
+"""What the faults of a scenario share: the cluster, and who is broken now."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import msgpack
 
 from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import Cluster, Host
+from torus_actors.scenarios.readers import Readers
+from torus_actors.scenarios.resizes import Resizes
 from torus_actors.scenarios.snapshots import Snapshots
 from torus_actors.scenarios.workload import Driver
 
@@ -52,6 +54,10 @@ class Field:
         """Whether a node is being lost, or was and its copies are not all there again: another copy
         that rots now may be the last one."""
         self.snapshots = Snapshots(cluster)
+        self.readers = Readers(cluster)
+        self.resizes = Resizes(cluster, drivers)
+        self.ends_at = 0.0
+        """When the last fault may begin."""
         self.only = rng.choice(cluster.nodes) if one_victim else None
         self._changing = asyncio.Lock()
         self._rngs: dict[str, random.Random] = {}
@@ -144,28 +150,3 @@ class Field:
             if not any(h.tree.journal.store.identity == identities[h.node_id] for h in others):
                 return False
         return True
-
-
-class Cut:
-    """Ways that are blocked while it lasts."""
-
-    def __init__(self, cluster: Cluster, ways: list[tuple[str, str]]) -> None:
-        self._network = cluster.network
-        self._ways = ways
-
-    def __enter__(self) -> None:
-        for way in self._ways:
-            self._network.block(*way)
-
-    def __exit__(self, *_: object) -> None:
-        for way in self._ways:
-            self._network.unblock(*way)
-
-
-def ways_of(here: str, others: list[str], only: str = "") -> tuple[list[tuple[str, str]], str]:
-    """The ways between a host and others, or only out of it or into it; and which, in words."""
-    out = [(here, other) for other in others]
-    into = [(other, here) for other in others]
-    if not only:
-        return out + into, ""
-    return (out, ": it cannot be heard") if only == "out" else (into, ": it hears nobody")

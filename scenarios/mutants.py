@@ -483,6 +483,162 @@ _SNAPSHOTS = (
     ),
 )
 
+_READERS = (
+    _mutant(
+        "collector_forgets_readers",
+        "What the head leads to that somebody reads is not garbage",
+        Edit(
+            "actors.collector:Collector._read_metadata",
+            "heads += [] if seen is None else [seen]",
+            "pass",
+        ),
+        hunted_in=("readers",),
+    ),
+    _mutant(
+        "collector_forgets_what_journals_named",
+        "What the journal named beyond the head that somebody reads is not garbage",
+        Edit(
+            "actors.collector:Collector._pass",
+            "and not _is_within(ref.inode, read.get(volume, ()))",
+            "",
+        ),
+        hunted_in=("readers",),
+    ),
+    _mutant(
+        "reader_keeps_too_little",
+        "A reader keeps all that the journal named beyond its head",
+        Edit(
+            "volume.opening:_read_newest",
+            "upto=replay.newest_inode",
+            "upto=0",
+        ),
+        hunted_in=("readers",),
+    ),
+    _mutant(
+        "deleted_snapshot_is_garbage",
+        "A snapshot that is deleted stays for those who have it open",
+        Edit(
+            "metadata.readers:ReaderOperations.begin_reading_snapshot",
+            "snapshot.head, 0,",
+            'b"", 0,',
+        ),
+        hunted_in=("readers",),
+    ),
+    _mutant(
+        "reader_not_put_back",
+        "What is read is kept under a new lease too",
+        Edit(
+            "actors.heartbeat:Heartbeat._begin_lease",
+            "await self._meta.keep_reading(reader, lease)",
+            "pass",
+        ),
+        hunted_in=("readers",),
+    ),
+    _mutant(
+        "reader_never_ends",
+        "What nobody reads any more is collected",
+        Edit(
+            "volume.opening:close_session",
+            "detaching = end_reading_later(session.system, meta, reader.volume_id, reader.nonce)",
+            "pass",
+        ),
+        hunted_in=("readers",),
+    ),
+    _mutant(
+        "reader_mixes_moments",
+        "A reader takes no head with the journal of another moment",
+        Edit(
+            "volume.opening:_read_newest",
+            "if (head_now, journal_now) == (revision, journal_revision):",
+            "if True:",
+        ),
+        hunted_in=("readers",),
+    ),
+    _mutant(
+        "reader_without_the_journal",
+        "A reader has what was flushed and is in no head yet",
+        Edit(
+            "volume.opening:_read_newest",
+            "return record, reader, lease, head, replay",
+            "return record, reader, lease, head, Replay()",
+        ),
+        hunted_in=("readers",),
+    ),
+)
+
+_RESIZES = (
+    _mutant(
+        "cut_off_blocks_stay",
+        "The map of a volume that was cut names nothing behind the end",
+        Edit(
+            "volume.file:File.truncate",
+            "partial(self.blockset.truncate, nblocks)",
+            "partial(self.blockset.truncate, max(nblocks, self.blockset.length))",
+        ),
+        hunted_in=("resizes",),
+    ),
+    _mutant(
+        "cut_off_part_comes_back",
+        "The block that is cut in the middle has zeros behind the cut when the volume grows",
+        Edit("volume.file:File.truncate", "if size > before and tail:", "if False:"),
+        hunted_in=("resizes",),
+    ),
+    _mutant(
+        "cut_does_not_fence",
+        "Making a volume smaller fences the session before",
+        Edit(
+            "volume.opening:open_session",
+            "recover(system, meta, record.id, epoch, head)",
+            "recover(system, meta, record.id, 0 if shrink_to else epoch, head)",
+        ),
+        hunted_in=("resizes",),
+    ),
+    _mutant(
+        "cut_without_the_journal",
+        "Making a volume smaller keeps what its journal has before the cut",
+        Edit(
+            "volume.opening:open_session",
+            "await _apply(session, replay)",
+            "await _apply(session, Replay() if shrink_to else replay)",
+        ),
+        hunted_in=("resizes",),
+    ),
+    _mutant(
+        "size_after_the_head",
+        "The head without the end is recorded with the volume's size, in one transaction",
+        Edit(
+            "metadata.sessions:SessionOperations.commit_head",
+            "return await self._commit(volume_id, epoch, expected_revision, key, head, also)",
+            "revision = await self._commit(volume_id, epoch, expected_revision, key, head)\n"
+            "    await self.store.txn([also[0]], [also[1]])\n"
+            "    return revision",
+        ),
+        hunted_in=("resizes",),
+    ),
+    _mutant(
+        "cut_by_the_record_alone",
+        "A volume is made smaller by a head that has nothing behind the end",
+        Edit(
+            "metadata.volumes:VolumeOperations.resize_volume",
+            "if size < volume.size:",
+            "if False:",
+        ),
+        Edit(
+            "volume.resizing:shrink_volume",
+            "    session = await open_session(",
+            "    await meta.resize_volume(name, size)\n    return\n"
+            "    session = await open_session(",
+        ),
+        hunted_in=("resizes",),
+    ),
+    _mutant(
+        "cut_said_too_early",
+        "Who makes a volume smaller is told so only when the head is recorded",
+        Edit("volume.resizing:shrink_volume", "if session.heads.resizing:", "if False:"),
+        hunted_in=("resizes",),
+    ),
+)
+
 _CACHE = (
     _mutant(
         "writes_into_a_frozen_layer",
@@ -532,6 +688,8 @@ MUTANTS: dict[str, Mutant] = {
         *_SESSIONS,
         *_JOURNAL,
         *_SNAPSHOTS,
+        *_READERS,
+        *_RESIZES,
         *_CACHE,
     )
 }

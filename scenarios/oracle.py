@@ -10,6 +10,8 @@ to write. The rules:
   reads is the truth from then on.
 - Once a volume was opened anew, nothing that the earlier client writes may ever be seen, and none
   of its flushes may succeed for what was not there when the volume was opened.
+- What was cut off a volume is gone: should it grow again, there are zeros. Nothing else is gone.
+- Who only reads has the volume of one moment of the time in which it was opened: see `Reading`.
 
 Every write fills each of its sectors with a stamp of its own (volume, sector, sequence number), so
 that a sector says which write it is from.
@@ -91,6 +93,9 @@ class Taking:
         self.acked_at: dict[int, int] = {}
         self._events = 0
 
+    def hardened(self, covered: dict[int, int]) -> None:
+        """A flush has made these writes durable, by sector."""
+
     def begun(self, write: Write) -> None:
         """A write is about to be sent."""
         self._events += 1
@@ -123,6 +128,77 @@ class Taking:
         return begun[begun.index(number) + 1 :] if number in begun else begun
 
 
+class Reading(Taking):
+    """A volume that somebody opens to read it, without the lock: what may be read there.
+
+    That is the volume of one moment of the time in which it was opened. What was durable by then is
+    in it, or was overwritten by what is in it; nothing is in it that was begun after that. Of what
+    was not durable it may have some, and not the rest. A sector that was read stays as it was.
+    """
+
+    def __init__(self, oracle: VolumeOracle) -> None:
+        super().__init__(oracle)
+        self._oracle = oracle
+        self._hardened: list[tuple[int, dict[int, int]]] = []
+        self._moment = 0
+        """The last write that was found was begun then: the volume is of no earlier moment."""
+        self._least: dict[int, int] = {}
+        """By sector, what was durable at that moment, if it has become so in this time."""
+        self._content: dict[int, bytes] = {}
+        self._found: dict[int, list[int]] = {}
+        """By sector, the writes that this may be: several only where it is zeros."""
+
+    def hardened(self, covered: dict[int, int]) -> None:
+        """A flush has made these writes durable, by sector."""
+        self._events += 1
+        self._hardened.append((self._events, covered))
+
+    def check(self, offset: int, data: bytes, who: str) -> None:
+        """Data was read."""
+        new: list[int] = []
+        for at in range(0, len(data), SECTOR):
+            sector, content = (offset + at) // SECTOR, data[at : at + SECTOR]
+            before = self._content.setdefault(sector, content)
+            if before is not content:
+                if before != content:
+                    self._oracle.violated(
+                        f"sector {sector} read by {who} is {describe(content)}, and was "
+                        f"{describe(before)}"
+                    )
+                continue
+            number, candidates = self._oracle.number, self.loose(sector)
+            match = [n for n in candidates if content == stamp(number, sector, n)]
+            if not match:
+                self._oracle.violated(
+                    f"sector {sector} read by {who} is {describe(content)}; allowed are "
+                    f"{candidates}"
+                )
+                continue
+            self._found[sector] = match
+            new.append(sector)
+        # With two clients nobody can tell what was durable in between.
+        if new and not self.crossed:
+            self._check_moment(new, who)
+
+    def _check_moment(self, new: list[int], who: str) -> None:
+        """Whether what was found is of one moment; some sectors are new."""
+        begun_at = self.begun_at
+        for sector in new:
+            self._moment = max(self._moment, min(begun_at.get(n, 0) for n in self._found[sector]))
+        to_check = set(new)
+        while self._hardened and self._hardened[0][0] < self._moment:
+            _, covered = self._hardened.pop(0)
+            self._least.update(covered)
+            to_check.update(covered)
+        for sector in sorted(to_check & self._found.keys() & self._least.keys()):
+            order, least = self.loose(sector), self._least[sector]
+            if max(map(order.index, self._found[sector])) < order.index(least):
+                self._oracle.violated(
+                    f"{who} reads a write that was begun after write {least} of sector {sector} "
+                    f"was durable, and not that one, but {self._found[sector]}"
+                )
+
+
 class VolumeOracle:
     """One volume.
 
@@ -135,6 +211,10 @@ class VolumeOracle:
     def __init__(self, number: int, size: int, fail: Callable[[str], None]) -> None:
         self.number = number
         self.size = size
+        self.sizes = [size]
+        """All that it has had, the present one last."""
+        self._cut_in = 0
+        """Epoch of the session that made it smaller last."""
         self._fail = fail
         self._sequence = 0
         self.durable: dict[int, int] = {}
@@ -147,20 +227,21 @@ class VolumeOracle:
         """Those that were read while an older one might have been."""
         self.session: Session | None = None
         self.takings: list[Taking] = []
-        """Snapshots that are being made."""
+        """Snapshots that are being made, and readers that are opening it."""
         self.reported = 0
 
-    def open(self, name: str, epoch: int = 0) -> Session:
+    def open(self, name: str, epoch: int = 0, size: int | None = None) -> Session:
         """A client has the volume open now; whoever had it before is fenced.
 
         Unless that was in a later epoch: one who slept from when its session had begun until it
         looked at what it had opened is fenced already. It may read what was there, and no more.
+        With ``size`` bytes, if it is not what the volume has now: that has grown since.
         """
         before = self.session
-        session = Session(self, name, epoch, before)
+        session = Session(self, name, epoch, before, self.size if size is None else size)
         for taking in self.takings:
             taking.crossed = True
-        if before is not None and before.epoch > epoch:
+        if epoch < self._cut_in or (before is not None and before.epoch > epoch):
             session.fenced = True
             return session
         if before is not None:
@@ -179,6 +260,34 @@ class VolumeOracle:
     def end_snapshot(self, taking: Taking) -> None:
         """It was made, or was not."""
         self.takings.remove(taking)
+
+    def begin_reading(self) -> Reading:
+        """Somebody is about to open it, only to read."""
+        reading = Reading(self)
+        self.takings.append(reading)
+        return reading
+
+    def end_reading(self, reading: Reading) -> None:
+        """It is open, or will not be; may be told twice."""
+        if reading in self.takings:
+            self.takings.remove(reading)
+
+    def resize(self, size: int, epoch: int) -> None:
+        """It has another size from now on.
+
+        Args:
+            size: bytes. What lies behind a smaller one is gone.
+            epoch: of the session that made it smaller; all before it are fenced.
+        """
+        if size < self.size:
+            for table in (self.durable, self.later, self.acked, self.seen):
+                for sector in [each for each in table if each >= size // SECTOR]:
+                    del table[sector]
+            self._cut_in = epoch
+            if self.session is not None:
+                self.session.fenced = True
+        self.size = size
+        self.sizes.append(size)
 
     def next_sequence(self) -> int:
         """A number for a write."""
@@ -233,19 +342,23 @@ class Session:
 
     Attributes:
         epoch: number of the session, as the client has it.
-        fenced: another client has opened the volume since.
+        size: bytes, as the client has it.
+        fenced: another client has opened the volume since, or cut it.
         verified: all of it was read.
         flushing: flushes under way.
         unflushed: what it had been acknowledged, and not flushed, when it was fenced.
         found_after: by sector, what that client found, and all it might have found, in order.
     """
 
-    def __init__(self, oracle: VolumeOracle, name: str, epoch: int, before: Session | None) -> None:
+    def __init__(
+        self, oracle: VolumeOracle, name: str, epoch: int, before: Session | None, size: int
+    ) -> None:
         self._oracle = oracle
         self._before = before
         self._wrote_in_vain = False
         self.name = name
         self.epoch = epoch
+        self.size = size
         self.fenced = False
         self.verified = False
         self.flushing = 0
@@ -268,7 +381,7 @@ class Session:
             oracle.later.pop(sector, None)
             oracle.acked.pop(sector, None)
             oracle.seen.pop(sector, None)
-        self.verified = offset + len(data) == oracle.size
+        self.verified = offset + len(data) == self.size
 
     def begin_write(self, offset: int, length: int, zeros: bool = False) -> Write:
         """A write is about to be sent; returns it, with its data."""
@@ -338,6 +451,7 @@ class Session:
         """So much is durable."""
         oracle = self._oracle
         later, acked, durable = oracle.later, oracle.acked, oracle.durable
+        hardened: dict[int, int] = {}
         for sector, sequence in covered.items():
             tried = later.get(sector)
             if tried is None:
@@ -348,11 +462,13 @@ class Session:
                 del tried[: tried.index(sequence) + 1]
             else:
                 continue
-            durable[sector] = sequence
+            durable[sector] = hardened[sector] = sequence
             if acked.get(sector) == sequence:
                 del acked[sector]
             if oracle.seen and oracle.seen.get(sector) not in later.get(sector, ()):
                 oracle.seen.pop(sector, None)
+        for taking in oracle.takings:
+            taking.hardened(hardened)
 
     def _late_flush(self, flush: Flush) -> None:
         """Acknowledged after another client came: that one must find what it covers."""

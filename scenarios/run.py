@@ -217,7 +217,7 @@ class _Play:
             await look_at(cluster, cluster.clients[0], clone)
 
     async def _faults(self) -> None:
-        end = self.loop.time() + self.drawn.duration_s
+        end = self.field.ends_at = self.loop.time() + self.drawn.duration_s
         tasks = [
             self.loop.create_task(self._strike(kind, every_s, end))
             for kind, every_s in self.drawn.faults.items()
@@ -249,7 +249,7 @@ class _Play:
         cluster = self.cluster
         cluster.say("no more faults")
         cluster.network.heal()
-        hosts: list[Host] = [cluster.meta_host, *cluster.nodes, *cluster.clients]
+        hosts = [cluster.meta_host, *cluster.nodes, *cluster.clients, *cluster.spares]
         for host in hosts:
             host.disk_factor = 1.0
             host.cut_after = None
@@ -282,6 +282,9 @@ class _Play:
                 task = cluster.run_on(host, snapshots.last_look(host, again))
                 await cluster.finish(host, task, LAST_SESSION_S_MAX)
             await cluster.stop(host)
+            if not again:
+                await self.field.resizes.grow_all()
+            await self.field.readers.last_look(self.drivers, again)
 
     async def _converge(self) -> None:
         """All copies are made, and all garbage goes."""

@@ -58,7 +58,7 @@ class Scenario:
         name: for the command line.
         why: which promise it is about.
         faults: by name, the mean seconds between two of a kind.
-        nodes, replication, volumes, clients: how many.
+        nodes, replication, volumes, clients, spares: how many.
         volume_bytes, store_bytes: sizes.
         write_cache_bytes: one of these.
         lease_ttl_s: of nodes and clients.
@@ -83,6 +83,7 @@ class Scenario:
     replication: Range = (2, 2)
     volumes: Range = (1, 2)
     clients: Range = (1, 1)
+    spares: Range = (0, 0)
     volume_bytes: Range = (256 << 10, 2 << 20)
     store_bytes: Range = (160 << 20, 160 << 20)
     write_cache_bytes: tuple[int, ...] = (64 << 10, 256 << 10, 1 << 20)
@@ -119,7 +120,7 @@ class Drawn:
         lines = [
             f"{shape.nodes} nodes of {shape.store_bytes >> 10} KiB, {shape.replication} copies, "
             f"blocks of {shape.block_size >> 10} KiB, {shape.clients} client hosts, "
-            f"volumes of {sizes}",
+            f"{shape.spares} spare ones, volumes of {sizes}",
             f"{load.workers} workers a volume, a pause of {load.pause_s * 1000:.0f} ms, caches "
             f"{shape.write_cache_bytes >> 10}/{shape.read_cache_bytes >> 10} KiB, "
             f"{shape.miss_percent} % cold reads, {self.duration_s:.0f} s of faults",
@@ -157,6 +158,7 @@ def draw(scenario: Scenario, seed: int) -> Drawn:
     shape = Shape(
         nodes=max(count(scenario.nodes), replication + 1),
         clients=count(scenario.clients),
+        spares=_own_rng(scenario, seed, "spares").randint(*map(int, scenario.spares)),
         replication=replication,
         block_size=block_size,
         store_bytes=count(scenario.store_bytes),
@@ -548,6 +550,53 @@ _LIST = (
         "Slow and breaking connections cost no client an error",
         {"reset_connections": (0.5, 3), "slow_network": (1, 4), "break_after_reading": (0.5, 3)},
         op_s_max=BROKEN_S_MAX,
+    ),
+    Scenario(
+        "readers",
+        "Who only reads has the volume or snapshot of one moment, for as long as it likes",
+        {
+            "read_beside": (1, 4),
+            "take_snapshots": (3, 10),
+            "collect_now": (2, 5),
+            "crash_node": (6, 20),
+            "crash_client": (8, 25),
+            "crash_reader": (10, 30),
+            "cut_reader": (10, 40),
+            "end_lease": (4, 12),
+            "kill_actor": (4, 15),
+            "metadata_out": (20, 60),
+        },
+        clients=(1, 2),
+        spares=(2, 4),
+        volume_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=3,
+        workload=Workload(flush=2.0, pause_s=0.1, whole_blocks=0.5),
+        errors_allowed=True,
+        duration_s=(30, 45),
+        op_s_max=OUTAGE_S_MAX,
+        knobs={
+            "torus_actors.volume.session.COMMIT_AGE_S_MAX": 3.0,
+        },
+    ),
+    Scenario(
+        "resizes",
+        "What is cut off a volume is gone for good, and nothing else is, whoever dies meanwhile",
+        {
+            "resize": (0.5, 3),
+            "crash_client": (10, 30),
+            "crash_node": (6, 20),
+            "metadata_out": (15, 40),
+            "slow_network": (4, 15),
+            "collect_now": (4, 12),
+        },
+        clients=(1, 2),
+        spares=(1, 1),
+        volume_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, pause_s=0.1, whole_blocks=0.4),
+        errors_allowed=True,
+        duration_s=(30, 45),
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "everything",

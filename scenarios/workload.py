@@ -142,6 +142,10 @@ class Driver:
         self.slowest_s = 0.0
         self.slowest = ""
         self.stopping = False
+        self.held = False
+        """No session is begun meanwhile."""
+        self.closing = False
+        """The session there is ends in order."""
         self._rng = rng
         self._busy: list[tuple[int, int]] = []
         self._moved = asyncio.Event()
@@ -156,6 +160,9 @@ class Driver:
         """Use the volume until told to stop; sessions that die are followed by others."""
         while not self.stopping:
             host = self.host
+            if self.held:
+                await asyncio.sleep(0.1)
+                continue
             if not await self._ensure_client(host):
                 await asyncio.sleep(0.5)
                 continue
@@ -182,6 +189,13 @@ class Driver:
         """Open the volume on another host, whatever becomes of the session there is."""
         self.host = host
         self._moved.set()
+
+    async def wait_closed(self, timeout_s: float) -> None:
+        """Wait until the present client has closed the volume, but not for too long."""
+        process = self.host.process
+        task = self._tasks.get(process.name) if process is not None and process.alive else None
+        if task is not None:
+            await asyncio.wait([task], timeout=timeout_s)
 
     async def wait_for(self, moment: str, timeout_s: float) -> None:
         """Wait until something has happened to the volume, but not for too long."""
@@ -212,9 +226,10 @@ class Driver:
         assert host.process is not None
         who = host.process.name
         system = host.tree.system
-        if not await self._open(system, who):
+        size = await self._open(system, who)
+        if size is None:
             return
-        session = self.oracle.open(who, self._epoch(system))
+        session = self.oracle.open(who, self._epoch(system), size)
         self.session = session
         self.sessions += 1
         self._busy = []
@@ -237,7 +252,7 @@ class Driver:
         """Mostly a write and a flush, so that there is something for later crashes to threaten."""
         if self._rng.random() < 0.3:
             return True
-        length = min(self.cluster.shape.block_size, self.oracle.size)
+        length = min(self.cluster.shape.block_size, session.size)
         written = await self._operate("write", volume, session, who, 0, length)
         return written and await self._flush(volume, session, who)
 
@@ -246,9 +261,10 @@ class Driver:
         assert host.process is not None
         who = host.process.name
         system = host.tree.system
-        if not await self._open(system, who):
+        size = await self._open(system, who)
+        if size is None:
             return
-        session = self.oracle.open(who, self._epoch(system))
+        session = self.oracle.open(who, self._epoch(system), size)
         self.errors_allowed = False
         volume = system.actor(f"volume:{self.name}")
         try:
@@ -256,7 +272,7 @@ class Driver:
                 # A new head, under which all that earlier sessions left behind is garbage; and a
                 # record, which is none of it any more once the volume is closed.
                 for _ in range(2):
-                    write = session.begin_write(0, min(4096, self.oracle.size))
+                    write = session.begin_write(0, min(4096, session.size))
                     await volume.write.remote(0, write.data, timeout_s=OP_S_MAX)
                     session.write_done(write)
                     await self._flush(volume, session, who)
@@ -269,32 +285,40 @@ class Driver:
         session = system.heirlooms["sessions"].get(self.name)
         return session.epoch if session is not None else 0
 
-    async def _open(self, system: Any, who: str) -> bool:
+    async def _open(self, system: Any, who: str) -> int | None:
+        """Open the volume; returns its size, or None if that is not to be."""
         loop = self.cluster.loop
         end = loop.time() + OPEN_S_MAX
         told = ""
         while True:
+            had = len(self.oracle.sizes)
+            size: int
             try:
-                await system.actor("volumes").open.remote(self.name, timeout_s=60.0)
+                _, size, _, _ = await system.actor("volumes").open.remote(self.name, timeout_s=60.0)
                 self.cluster.say(f"{who} has {self.name} open")
-                return True
+                sizes = self.oracle.sizes[had - 1 :]
+                if size not in sizes:
+                    self.oracle.violated(f"it was opened with {size} bytes, and had {sizes}")
+                return size
             except TorusError as error:
                 if self.host.process is None or who != self.host.process.name:
-                    return False
+                    return None
                 if str(error) != told and not isinstance(error, Locked):
                     told = str(error)
                     self.cluster.say(f"{who} cannot open {self.name} yet: {error!r}")
                 if loop.time() > end:
                     self.cluster.fail(f"{who} could not open {self.name}: {error!r}")
-                    return False
+                    return None
+                if self.held:
+                    return None
                 await asyncio.sleep(0.5)
 
     async def _verify(self, volume: Any, session: Session) -> bool:
         """Read all of the volume; whether that worked."""
         offset = 0
         failures = 0
-        while offset < self.oracle.size:
-            length = min(VERIFY_BYTES, self.oracle.size - offset)
+        while offset < session.size:
+            length = min(VERIFY_BYTES, session.size - offset)
             began = self.cluster.loop.time()
             try:
                 data = await volume.read.remote(offset, length, timeout_s=OP_S_MAX)
@@ -317,14 +341,14 @@ class Driver:
         load, rng, busy = self.workload, self._rng, self._busy
         kinds = ("write", "read", "trim", "flush")
         weights = (load.write, load.read, load.trim, load.flush)
-        while not self.stopping:
+        while not (self.stopping or self.closing):
             later = PAUSE_S_LATER if self.operations > load.fast else 0.0
             await asyncio.sleep(max(load.pause_s, later) * (0.5 + rng.random()))
             kind = rng.choices(kinds, weights)[0]
             if kind == "flush":
                 going = await self._flush(volume, session, who)
             else:
-                offset, length = self._choose(kind)
+                offset, length = self._choose(kind, session.size)
                 end = offset + length
                 if any(first < end and offset < last for first, last in busy):
                     continue
@@ -337,9 +361,8 @@ class Driver:
             if not going:
                 return
 
-    def _choose(self, kind: str) -> tuple[int, int]:
-        block = self.cluster.shape.block_size
-        return choose(kind, self.workload, self._rng, block, self.oracle.size)
+    def _choose(self, kind: str, size: int) -> tuple[int, int]:
+        return choose(kind, self.workload, self._rng, self.cluster.shape.block_size, size)
 
     async def _operate(
         self, kind: str, volume: Any, session: Session, who: str, offset: int, length: int

@@ -26,6 +26,8 @@ QUICK = {
     "head_without_epoch": 3,
     "last_record_not_replayed": 4,
     "lost_journal_is_empty": 4,
+    "reader_without_the_journal": 1,
+    "cut_off_blocks_stay": 1,
 }
 """Mutants that are found within so many runs."""
 

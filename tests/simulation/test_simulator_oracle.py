@@ -18,8 +18,8 @@ class Judged:
         self.complaints: list[str] = []
         self.oracle = VolumeOracle(3, SIZE, self.complaints.append)
 
-    def open(self, name: str, content: bytes = bytes(SIZE)) -> Session:
-        session = self.oracle.open(name)
+    def open(self, name: str, content: bytes = bytes(SIZE), epoch: int = 0) -> Session:
+        session = self.oracle.open(name, epoch)
         session.verify(0, content)
         return session
 
@@ -148,6 +148,25 @@ def test_a_late_answer_to_a_flush_must_be_true(judged: Judged) -> None:
         assert len(judged.complaints) == complaints
 
 
+@pytest.mark.parametrize("way", ["opened", "cut"])
+def test_an_answer_to_a_flush_must_be_true_also_before_somebody_looks(way: str) -> None:
+    """The client was fenced when the flush was answered; the next one reads the volume later."""
+    for found, complaints in ((1, 0), (0, 1)):
+        judged = Judged()
+        first = judged.open("a")
+        value = write(first, 1)
+        begun = first.begin_flush()
+        if way == "cut":
+            judged.oracle.resize(SIZE // 2, 1)
+            first.flush_done(begun)
+        second = judged.oracle.open("b", 2)
+        if way == "opened":
+            first.flush_done(begun)
+        assert judged.complaints == []
+        second.verify(0, content(s1=value)[: second.size] if found else bytes(second.size))
+        assert len(judged.complaints) == complaints
+
+
 def test_stamps_differ_by_volume_sector_and_write() -> None:
     """A sector in the wrong place, or of another volume, is not taken for the right one."""
     made = {stamp(v, s, n) for v in range(3) for s in range(3) for n in range(1, 4)}
@@ -249,3 +268,143 @@ def test_zeros_over_zeros_are_the_newest(judged: Judged) -> None:
     judged.open("b")
     first.flush_done(begun)
     assert judged.complaints == []
+
+
+# -- readers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sequence", [2, 3, 4])
+def test_a_reader_has_what_was_durable_or_anything_later(judged: Judged, sequence: int) -> None:
+    """Acknowledged before it began to open the volume, or begun before it had done so."""
+    session = judged.open("a")
+    write(session, 1)
+    write(session, 1)
+    flush(session)
+    write(session, 1)
+    reading = judged.oracle.begin_reading()
+    write(session, 1, done=False)
+    judged.oracle.end_reading(reading)
+    judged.oracle.end_reading(reading)
+    write(session, 1)
+    reading.check(SECTOR, stamp(3, 1, sequence), "r")
+    assert judged.complaints == []
+
+
+@pytest.mark.parametrize("sequence", [1, 4, 5])
+def test_a_reader_has_nothing_else(judged: Judged, sequence: int) -> None:
+    """Neither what was overwritten and flushed, nor what was begun later, nor anything else."""
+    session = judged.open("a")
+    write(session, 1)
+    write(session, 1)
+    flush(session)
+    reading = judged.oracle.begin_reading()
+    judged.oracle.end_reading(reading)
+    write(session, 2)
+    write(session, 1)
+    reading.check(SECTOR, stamp(3, 1, sequence), "r")
+    assert len(judged.complaints) == 1 and "allowed are [2]" in judged.complaints[0]
+
+
+def test_what_a_reader_reads_stays(judged: Judged) -> None:
+    """Also where it might have been another value in the beginning."""
+    session = judged.open("a")
+    values = [write(session, 1) for _ in range(2)]
+    reading = judged.oracle.begin_reading()
+    judged.oracle.end_reading(reading)
+    reading.check(0, bytes(SECTOR) + values[0], "r")
+    reading.check(SECTOR, values[0], "r")
+    assert judged.complaints == []
+    reading.check(SECTOR, values[1], "r")
+    assert len(judged.complaints) == 1 and "and was write 1" in judged.complaints[0]
+
+
+@pytest.mark.parametrize("later_first", [False, True])
+def test_what_a_reader_reads_is_of_one_moment(later_first: bool) -> None:
+    """With a write it has all that was durable when that was begun, in whatever order it reads."""
+    for older in (False, True):
+        judged = Judged()
+        session = judged.open("a")
+        reading = judged.oracle.begin_reading()
+        first = write(session, 1)
+        flush(session)
+        second = write(session, 2)
+        judged.oracle.end_reading(reading)
+        parts = [(1, bytes(SECTOR) if older else first), (2, second)]
+        for sector, data in reversed(parts) if later_first else parts:
+            reading.check(sector * SECTOR, data, "r")
+        assert len(judged.complaints) == older
+
+
+def test_a_reader_may_have_any_part_of_what_was_not_durable(judged: Judged) -> None:
+    """A write without an earlier one; and zeros, which do not say whose they are."""
+    session = judged.open("a")
+    reading = judged.oracle.begin_reading()
+    write(session, 1)
+    second = write(session, 2)
+    begun = session.begin_write(3 * SECTOR, SECTOR, zeros=True)
+    session.write_done(begun)
+    flush(session)
+    judged.oracle.end_reading(reading)
+    reading.check(0, content(s2=second), "r")
+    assert judged.complaints == []
+
+
+def test_of_two_clients_nobody_knows_what_was_durable_in_between(judged: Judged) -> None:
+    """A reader that opened the volume meanwhile may have seen either; but nothing else."""
+    session = judged.open("a")
+    first = write(session, 1)
+    reading = judged.oracle.begin_reading()
+    second = judged.open("b", content(s1=first))
+    flush(second)
+    later = write(second, 2)
+    judged.oracle.end_reading(reading)
+    reading.check(0, content(s2=later), "r")
+    assert judged.complaints == []
+    reading.check(SECTOR, later, "r")
+    assert len(judged.complaints) == 1
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def test_what_is_cut_off_is_gone_and_nothing_else(judged: Judged) -> None:
+    """When the volume has grown again there are zeros, of what was durable and of what was not."""
+    session = judged.open("a")
+    kept, gone = write(session, 1), write(session, 12)
+    flush(session)
+    write(session, 13)
+    judged.oracle.resize(SIZE // 2, 1)
+    judged.oracle.resize(SIZE, 1)
+    assert judged.oracle.sizes == [SIZE, SIZE // 2, SIZE]
+    judged.open("b", content(s1=kept), epoch=2)
+    assert judged.complaints == []
+    judged.open("c", content(s1=kept, s12=gone), epoch=3)
+    assert len(judged.complaints) == 1
+    judged.open("d", content(), epoch=4)
+    assert len(judged.complaints) == 2
+
+
+def test_who_had_a_volume_open_that_was_cut_is_fenced(judged: Judged) -> None:
+    """And whoever opened it before that, and looks at it only now."""
+    session = judged.oracle.open("a", 1)
+    session.verify(0, bytes(SIZE))
+    judged.oracle.resize(SIZE // 2, 3)
+    late = judged.oracle.open("b", 2, SIZE)
+    assert session.fenced and late.fenced
+    write(session, 1)
+    flush(session)
+    assert len(judged.complaints) == 1 and "fenced" in judged.complaints[0]
+    assert not judged.oracle.open("c", 4).fenced
+
+
+def test_a_session_has_the_size_that_the_volume_had(judged: Judged) -> None:
+    """It grows while somebody has it open, who sees that only when they open it again."""
+    session = judged.oracle.open("a", 1)
+    judged.oracle.resize(2 * SIZE, 0)
+    session.verify(0, bytes(SIZE))
+    assert session.verified and not session.fenced
+    data = write(session, 1)
+    flush(session)
+    again = judged.oracle.open("b", 2)
+    again.verify(0, content(s1=data) + bytes(SIZE))
+    assert again.verified and judged.complaints == []
