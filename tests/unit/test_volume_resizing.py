@@ -262,3 +262,27 @@ async def test_a_session_has_the_size_that_the_volume_has_under_its_lock(
         await device.release()
         expected = pattern(1) + bytes(size - SIZE)
         assert await content(cluster, "v", size) == expected[:-4096] + b"Z" * 4096
+
+
+@virtual
+async def test_a_head_of_a_part_does_not_bring_back_what_was_cut_off() -> None:
+    """A full cluster has one recorded before the first whole one of a session that is larger.
+
+    Found by review: the rest of the block that was cut in two was there again after a crash.
+    """
+    async with Cluster(journals=True) as cluster:
+        await written(cluster)
+        client = await cluster.client()
+        await shrink(client, HALF + 100)
+        await cluster.meta.resize_volume("v", SIZE)
+        for _ in range(2):
+            device = await client.open("v")
+            await device.write(0, pattern(2)[:BLOCK])
+            await device.client.session("v").committer._checkpoint()
+            await client.crash()
+            await asyncio.sleep(10.0)
+            client = await cluster.client()
+        found = await content(cluster, "v")
+        assert found[BLOCK:] == pattern(1)[BLOCK : HALF + 100] + bytes(HALF - 100)
+        head, _ = await cluster.meta.head(1)
+        assert head is not None and head.size == SIZE

@@ -143,6 +143,7 @@ async def open_session(
             ),
         )
         if head is not None and head.size != record.size:
+            session.covered_size = min(head.size, record.size)
             session.file.size = head.size
             await session.file.truncate(record.size)
         session.heads.resizing = shrink_to is not None

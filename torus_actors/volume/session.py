@@ -144,6 +144,10 @@ class Session:
         self.covered_seq = 0
         """Number of the last record that is known to be in a head."""
         self._covering_seq = 0
+        self.covered_size = record.size
+        """Bytes of the volume that are known to be in a head. What it has been made larger by is
+        zeros, and some of them may be in the layers alone: over the rest of a block, which still
+        has what was cut off before."""
         self.committer = Committer(
             system, self.file, self._inode_ref, self._next_inode, self._record_head
         )
@@ -385,6 +389,7 @@ class Session:
         finally:
             changes.committing = False
         self.covered_seq = self._covering_seq
+        self.covered_size = self.size
         self.replaying = None
         if journal.active:
             journal.cut(self.covered_seq, covering_bytes)
@@ -410,7 +415,7 @@ class Session:
             inode=inode,
             root=bytes(plan.root.ref),
             root_crc=plan.root.crc,
-            size=self.size,
+            size=self.size if complete else self.covered_size,
             epoch=self.epoch,
             extra=self.file.blockset.marshal(plan.root),
             journal_seq=self._covering_seq if complete else self.covered_seq,
