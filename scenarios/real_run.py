@@ -33,7 +33,7 @@ from torus_actors.scenarios.real_faults import (
     RealField,
 )
 from torus_actors.scenarios.real_workload import RealDriver
-from torus_actors.scenarios.spec import Drawn, Scenario, draw
+from torus_actors.scenarios.spec import DRAWN_APART, Drawn, Scenario, draw
 
 REST_S = 2.0
 """Load goes on for so long after the last fault."""
@@ -88,7 +88,8 @@ def not_real(scenario: Scenario) -> str:
     """Why a scenario cannot run on real processes; nothing if it can."""
     if any(name.startswith(SIZE_KNOBS) for name in scenario.knobs):
         return "it needs nodes that are smaller than real ones can be"
-    lacking = [kind for kind in scenario.faults if kind not in REAL_FAULTS]
+    # Those that were added later are not what the scenario is about.
+    lacking = [kind for kind in scenario.faults if kind not in REAL_FAULTS.keys() | DRAWN_APART]
     if lacking and scenario.name not in IN_PART:
         return f"{lacking[0]}: {NOT_REAL[lacking[0]]}"
     return ""
@@ -115,7 +116,7 @@ def draw_real(scenario: Scenario, seed: int, seconds: float | None) -> Drawn:
     drawn = draw(scenario, seed)
     faults = {kind: every_s for kind, every_s in drawn.faults.items() if kind in REAL_FAULTS}
     duration_s = drawn.duration_s if seconds is None else min(seconds, drawn.duration_s)
-    return dataclasses.replace(drawn, faults=faults, duration_s=duration_s)
+    return dataclasses.replace(drawn, faults=faults, duration_s=duration_s, knobs={})
 
 
 @contextlib.contextmanager
