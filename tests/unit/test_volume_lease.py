@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import Cluster, DeviceError, until, virtual
+from tests.fakes import Cluster, DeviceError, VirtualLoop, until, virtual
 from torus_actors.cli.blk import fenced_and_left
 from torus_actors.cli.common import Failed
 from torus_actors.errors import (
@@ -109,6 +109,32 @@ async def test_a_lock_that_could_not_be_taken_along_at_once_is_taken_along(
         assert failures < 0
         lock, epoch = await cluster.meta.lock_status(device.client.session("v").volume_id)
         assert lock is not None and lock.epoch == epoch
+
+
+@virtual
+async def test_no_lease_ends_because_who_keeps_them_stood_still() -> None:
+    """A machine that is paused or overloaded, and keeps the metadata: nobody could renew meanwhile.
+
+    Found by review: all locks and registrations were gone when it went on, and clients that waited
+    took volumes from those that had them.
+    """
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        lease = await device.client.actor("heartbeat").lease.remote()
+        other = await cluster.meta.create_volume("w", SIZE)
+        await cluster.meta.attach(other.id, "died", await cluster.meta.grant_lease(6))
+        await asyncio.sleep(5.0)
+        loop.now += 60.0
+        for volume_id in (1, other.id):
+            lock, _ = await cluster.meta.lock_status(volume_id)
+            assert lock is not None
+        await asyncio.sleep(6.1)
+        lock, _ = await cluster.meta.lock_status(other.id)
+        assert lock is None
+        await asyncio.sleep(20.0)
+        assert await device.client.actor("heartbeat").lease.remote() == lease
 
 
 @virtual

@@ -16,6 +16,9 @@ HISTORY_EVENTS_MAX = 4096
 HISTORY_BYTES_MAX = 16 << 20
 """The same in bytes of values, so that a few large ones cannot fill the memory."""
 
+STALL_S = 1.0
+"""A timer that is later than this means that the process did not run: paused, or overloaded."""
+
 TIMER_S_MIN = 0.05
 """An injected clock may lag behind the loop's; do not spin until it has caught up."""
 
@@ -27,6 +30,9 @@ def loop_clock() -> float:
 
 class LeaseDeadlines:
     """When each lease ends, with one loop timer for the earliest.
+
+    Nobody can renew while this process does not run, so then every lease starts anew, as it does
+    when the process was restarted.
 
     Args:
         clock: the store's clock.
@@ -41,6 +47,7 @@ class LeaseDeadlines:
         self._timer: asyncio.TimerHandle | None = None
 
     def __contains__(self, lease: int) -> bool:
+        self._allow_for_stall()
         return lease in self._deadline and self._deadline[lease] > self._clock()
 
     def grant(self, lease: int, ttl_s: int) -> None:
@@ -67,6 +74,7 @@ class LeaseDeadlines:
 
     def due(self) -> list[int]:
         """Leases that have ended, in order of id."""
+        self._allow_for_stall()
         now = self._clock()
         return sorted(lease for lease, end in self._deadline.items() if end <= now)
 
@@ -75,6 +83,16 @@ class LeaseDeadlines:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _allow_for_stall(self) -> None:
+        # Asked before the timer can tell: what came in meanwhile may be handled ahead of it.
+        if self._timer is None:
+            return
+        if asyncio.get_running_loop().time() - self._timer.when() > STALL_S:
+            now = self._clock()
+            self._deadline = {lease: now + ttl_s for lease, ttl_s in self._ttl_s.items()}
+            self.stop()
+            self._arm()
 
     def _arm(self) -> None:
         # A renewed lease only moves its deadline back, so a timer that is set is never too late
@@ -91,7 +109,8 @@ class LeaseDeadlines:
         self._timer = loop.call_later(delay, self._fire)
 
     def _fire(self) -> None:
-        self._timer = None
+        self._allow_for_stall()
+        self.stop()
         self._on_due()
         self._arm()
 
