@@ -74,8 +74,8 @@ class Resizes:
         elif row is table.VOLUME:
             record = VolumeRecord.decode(operation.value)
             self._ids[record.name] = volume
-            oracle = next(each.oracle for each in self.drivers if each.name == record.name)
-            if record.size != oracle.size:
+            oracle = next((each.oracle for each in self.drivers if each.name == record.name), None)
+            if oracle is not None and record.size != oracle.size:  # and it is no clone
                 self.cluster.say(f"{record.name} has {record.size} bytes now")
                 self.cuts[record.name] = self.cuts.get(record.name, 0) + (record.size < oracle.size)
                 oracle.resize(record.size, self._epochs.get(volume, 0))
