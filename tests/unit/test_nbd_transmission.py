@@ -118,6 +118,19 @@ def test_bulk_payload_is_received_in_place() -> None:
     assert write.data.obj is room.obj
 
 
+@pytest.mark.parametrize("length", [512, 4096, tr.BULK_BYTES - 1])
+def test_a_small_payload_is_the_devices_own(length: int) -> None:
+    """What arrives later goes into the same memory, and the device may hold a payload for long."""
+    tx = machine()
+    writes = []
+    for value in range(1, 6):
+        data = bytes([value]) * length
+        writes += feed(tx, command(Cmd.WRITE, 0, length, cookie=value, data=data))
+    assert [bytes(write.data or b"") for write in writes] == [
+        bytes([value]) * length for value in range(1, 6)
+    ]
+
+
 def test_bulk_payload_is_not_reused_while_held() -> None:
     """A device may keep a payload, or a slice of it, while later ones arrive."""
     tx = machine()
