@@ -169,6 +169,7 @@ class _Play:
                 drawn.workload,
                 cluster.rng(f"workload{oracle.number}"),
                 scenario.errors_allowed,
+                scenario.blocks_may_lack,
                 scenario.op_s_max,
             )
             for oracle in self.oracles

@@ -50,6 +50,10 @@ DRAWN_APART = {"tear_node", "rot_index", "metadata_unsure", "break_after_reading
 own."""
 
 
+MANY_BROKEN = {"power_cut", "disk_full", "crash_client_and_member", "lose_journal"}
+"""Faults that hit more nodes than there are copies less one, or leave no room on them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """One kind of trouble.
@@ -65,7 +69,8 @@ class Scenario:
         duration_s: how long faults strike; virtual.
         calm_s: before the first fault.
         workload: what is done to each volume.
-        errors_allowed: whether clients that no fault hit may see an operation fail.
+        errors_allowed: whether clients that no fault hit may see a session end; and an operation
+            fail, where more is broken than that copies are left: see ``blocks_may_lack``.
         op_s_max: the liveness bound: how long an operation of a client that no fault hit may take.
         broken_max: nodes broken at a time; None is one fewer than there are copies.
         one_victim: nodes break one at a time, and always the same one.
@@ -100,6 +105,13 @@ class Scenario:
     knobs: dict[str, Any] = field(default_factory=dict)
     small_journals: float = 0.0
     direct_writes: float = 0.0
+
+    @property
+    def blocks_may_lack(self) -> bool:
+        """Whether there may be times when a block, or room for one, is nowhere to be had."""
+        return self.errors_allowed and (
+            self.broken_max is not None or bool(MANY_BROKEN & set(self.faults))
+        )
 
 
 @dataclass(frozen=True, slots=True)

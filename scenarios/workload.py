@@ -111,7 +111,8 @@ class Driver:
         hosts: client hosts it may be used from.
         workload: what to do.
         rng: what to do next.
-        errors_allowed: whether an operation may fail; a fenced session always may.
+        errors_allowed: whether a session may end unasked for; a fenced one always may.
+        blocks_may_lack: whether an operation may fail because no node has a block, or room for it.
         op_s_max: how long an operation may take; of a client that a fault hit, up to its deadline.
     """
 
@@ -124,6 +125,7 @@ class Driver:
         workload: Workload,
         rng: random.Random,
         errors_allowed: bool,
+        blocks_may_lack: bool,
         op_s_max: float = OP_S_MAX,
     ) -> None:
         self.cluster = cluster
@@ -133,6 +135,7 @@ class Driver:
         self.host = hosts[0]
         self.workload = workload
         self.errors_allowed = errors_allowed
+        self.blocks_may_lack = blocks_may_lack
         self.op_s_max = op_s_max
         self.session: Session | None = None
         self.operations = 0
@@ -265,7 +268,7 @@ class Driver:
         if size is None:
             return
         session = self.oracle.open(who, self._epoch(system), size)
-        self.errors_allowed = False
+        self.errors_allowed = self.blocks_may_lack = False
         volume = system.actor(f"volume:{self.name}")
         try:
             if await self._verify(volume, session):
@@ -435,6 +438,6 @@ class Driver:
             self.cluster.say(f"{who}: {what} of {self.name}: {error!r}")
             return False
         expected = isinstance(error, (BlockUnavailable, OutOfSpace))
-        if not ended and not (expected and self.errors_allowed):
+        if not ended and not (expected and self.blocks_may_lack):
             self.cluster.fail(f"{who}: {what} of {self.name} failed: {error!r}")
         return True
