@@ -372,15 +372,16 @@ class Session:
             return
         values = oracle.check(offset, data, oracle.after_crash, f"{self.name} on opening")
         for sector, sequence in enumerate(values, offset // SECTOR):
-            # Those before it too, if nobody has looked at the sector since.
-            before = self._before
-            found = (sequence, oracle.after_crash(sector))
-            while before is not None and before.found_after.setdefault(sector, found) is found:
-                before = before._before
+            if sector in oracle.later:
+                # Those before it too, if nobody has looked at the sector since.
+                before = self._before
+                found = (sequence, oracle.after_crash(sector))
+                while before is not None and before.found_after.setdefault(sector, found) is found:
+                    before = before._before
+                del oracle.later[sector]
+                oracle.acked.pop(sector, None)
+                oracle.seen.pop(sector, None)
             oracle.durable[sector] = sequence
-            oracle.later.pop(sector, None)
-            oracle.acked.pop(sector, None)
-            oracle.seen.pop(sector, None)
         self.verified = offset + len(data) == self.size
 
     def begin_write(self, offset: int, length: int, zeros: bool = False) -> Write:
