@@ -3,9 +3,9 @@
 Walks the blocks stored here. What one of a block's owners misses is sent to it, by the first of
 those that have it: the others look again soon, and send it if nothing comes of that. A copy that
 this node holds without being an owner is dropped once every owner has confirmed, by reading it, a
-durable copy with the same checksum, and has promised to keep it. Messages in: ``start_pass``,
-``status``; out: to the block stores of the owners. Its death costs the pass under way, which begins
-anew.
+durable copy with the same checksum, and has promised to keep it. What an owner has no room for is
+kept by the next node in the ring's order that has. Messages in: ``start_pass``, ``status``; out: to
+the block stores of other nodes. Its death costs the pass under way, which begins anew.
 """
 
 from __future__ import annotations
@@ -297,12 +297,18 @@ class Rebalancer(LoopActor):
         roots = await self._roots(me, refs)
         there = await self._ask_all(wanted)
         yielded: set[BlockRef] = set()
+        refused: dict[BlockRef, int] = {}
         for peer, found in there.items():
             missing = [r for r in wanted[peer] if r in roots and found.get(r) != roots[r]]
             others = [ref for ref in missing if self._is_for_another(ref, roots[ref], there)]
             p.yielded += len(others)
             yielded.update(others)
-            await self._send_all(peer, [ref for ref in missing if ref not in yielded], roots)
+            mine = [ref for ref in missing if ref not in yielded]
+            for ref in await self._send_all(peer, mine, roots):
+                if (peer, ref.block_type) in self._refusing:
+                    refused[ref] = refused.get(ref, 0) + 1
+        if refused:
+            await self._place_elsewhere(refused, roots)
         foreign = [ref for ref in foreign if ref not in yielded]
         if foreign:
             await self._drop(foreign, roots)
@@ -320,6 +326,38 @@ class Rebalancer(LoopActor):
             if there.get(peer, {}).get(ref) == root:
                 return True
         return False
+
+    async def _place_elsewhere(
+        self, refused: dict[BlockRef, int], roots: dict[BlockRef, int]
+    ) -> None:
+        """Have other nodes keep what owners do not take, full for one, as writers have.
+
+        Args:
+            refused: for each block how many of its owners do not take it.
+            roots: checksums of what is here.
+        """
+        me = self.system.node_id
+        transport: Any = self.system.transport
+        by_peer: dict[str, list[BlockRef]] = {}
+        for ref, copies in refused.items():
+            owners = self._owners(ref)
+            if me not in owners:
+                copies -= 1  # the one that is here
+            others = [
+                peer
+                for peer in self._view.ring.permutation(ref)
+                if peer not in owners
+                and peer != me
+                and (transport is not None and transport.is_up(peer))
+                and not self._is_left_alone(peer)
+                and (peer, ref.block_type) not in self._refusing
+            ]
+            for peer in others[:copies]:
+                by_peer.setdefault(peer, []).append(ref)
+        there = await self._ask_all(by_peer)
+        for peer, found in there.items():
+            missing = [ref for ref in by_peer[peer] if found.get(ref) != roots[ref]]
+            await self._send_all(peer, missing, roots)
 
     def _is_left_alone(self, peer: str) -> bool:
         return self._late.get(peer, 0) >= LATE_MAX
@@ -366,17 +404,23 @@ class Rebalancer(LoopActor):
                 there[peer] = answer
         return there
 
-    async def _send_all(self, peer: str, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
+    async def _send_all(
+        self, peer: str, refs: list[BlockRef], roots: dict[BlockRef, int]
+    ) -> list[BlockRef]:
+        """Send blocks to a peer; returns those that it did not get."""
         p = self._progress
+        lacking = []
         results = await asyncio.gather(
             *[self._send(peer, ref, roots[ref]) for ref in refs], return_exceptions=True
         )
-        for result in results:
+        for ref, result in zip(refs, results, strict=True):
             if isinstance(result, TorusError):
+                lacking.append(ref)
                 p.failed += 1
                 log.debug("sending to peer %s: %s", peer[:8], result)
             elif isinstance(result, BaseException):
                 raise result
+        return lacking
 
     async def _send(self, peer: str, ref: BlockRef, root: int) -> None:
         async with self._shared_room if self._busy else self._room:

@@ -19,6 +19,7 @@ from torus_actors.actors.rebalancer import (
     SHARED_RATE_BYTES_S,
     Rebalancer,
 )
+from torus_actors.model import rings
 from torus_actors.model.peers import Peer
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
@@ -540,3 +541,36 @@ async def test_a_slow_disk_of_an_owner_keeps_no_copies_elsewhere(stuck: bool) ->
         owner.opened.verify = verify_slowly  # type: ignore[method-assign]
         await extra.actor("rebalancer").start_pass.remote()
         await until(lambda: extra.refs() == ({blocks[7].ref} if stuck else set()))
+
+
+@virtual
+async def test_what_a_full_owner_cannot_take_has_its_copies_elsewhere() -> None:
+    """A node is lost, and one that should have its blocks now is full: the next ones take them.
+
+    As a write would have done. They leave again when the owner has room.
+    """
+    async with Cluster(nodes=4, replication=2) as cluster:
+        client = await started(cluster)
+        small = await cluster.add_node(blocks=4, rebalancer=True)
+        peers = [Peer(each, 1 << 30) for each in cluster.ids]
+        ring = rings.make_ring("ketama", peers, version=2, replication=2)
+        cluster.set_ring(ring.without_peer(small.node_id))
+        blocks = [Block(n) for n in range(40)]
+        for block in blocks:
+            await block.put(client)
+        await client.actor("replicator").flush.remote(cluster.ids)
+        lost = cluster.node(0)
+        await lost.crash()
+        cluster.set_ring(ring.without_peer(lost.node_id))
+        await asyncio.sleep(30)
+        for _ in range(2):
+            assert {len(holders(cluster, block.ref)) for block in blocks} == {2}
+            assert len(small.refs()) < sum(
+                small.node_id in cluster.ring.owners(block.ref) for block in blocks
+            )
+            await asyncio.sleep(200)
+        small.blocks = 100
+        await small.stop()
+        await small.start(rebalancer=True)
+        await asyncio.sleep(200)
+        assert settled(cluster, blocks)
