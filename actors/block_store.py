@@ -35,6 +35,7 @@ from torus_actors.errors import (
     DeadlineExceeded,
     Exists,
     Invalid,
+    OutOfSpace,
     TorusError,
 )
 from torus_actors.model.buffers import BufferPool
@@ -205,6 +206,9 @@ class OpenStores:
         if replace and store.has(ref):
             location = store.locate(ref)
             if not await self.verify(kind, location):
+                if not store.stats().free:
+                    # What of it is right may be so nowhere else, and nothing would replace it.
+                    raise OutOfSpace(f"no room for a good copy of the damaged block {ref}")
                 store.mark_corrupt(ref, location)
         ticket = store.reserve(ref, root)
         if ticket is None:

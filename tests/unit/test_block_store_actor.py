@@ -206,6 +206,25 @@ async def test_torus_401_a_full_store_says_so_and_works_again_after_deletes() ->
 
 
 @virtual
+async def test_a_damaged_copy_stays_until_there_is_room_for_a_good_one() -> None:
+    """All pages but one can still be read from it, maybe from nowhere else."""
+    async with Cluster(nodes=1, blocks=4) as cluster:
+        node = cluster.node(0)
+        count = node.stores[0].stats().free
+        for n in range(count):
+            await put(node, ref_of(n + 1), bytes([n + 1]) * BLOCK)
+        node.rot(ref_of(1), 5000)
+        with pytest.raises(OutOfSpace):
+            await put(node, ref_of(1), bytes([1]) * BLOCK, replace=True)
+        found = await read(node, (ref_of(1), 0, 4096))
+        assert found == [(Status.OK, bytes([1]) * 4096)]
+        await node.actor("block_store").delete_blocks.remote(ref_of(2))
+        await node.actor("block_store").flush.remote()
+        await put(node, ref_of(1), bytes([1]) * BLOCK, replace=True)
+        assert node.stores[0].get(ref_of(1)) == bytes([1]) * BLOCK
+
+
+@virtual
 async def test_a_failed_sync_is_told_to_all_who_wait_and_to_all_who_come() -> None:
     """The disk fails under a flush: every waiter hears it, and no later flush says success."""
     async with Cluster(nodes=1) as cluster:
