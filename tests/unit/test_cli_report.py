@@ -109,6 +109,8 @@ def test_full_stores_failures_and_waiting_blocks_are_told() -> None:
     assert any("store of node 10000000 is full" in e for e in problems(at, [row(0, at, pages)]))
     moving = answer(IDS[0], rebalancer={**IDLE, "running": True, "left": 7, "eta_s": 65.0})
     assert rebalance_of(row(0, at, moving)) == "7 left, 1m05s"
+    moving["rebalancer"]["eta_s"] = 0.0  # in the first batch of a pass
+    assert rebalance_of(row(0, at, moving)) == "7 left"
     yielding = answer(IDS[0], rebalancer={**IDLE, "yielded": 4})
     assert rebalance_of(row(0, at, yielding)) == "4 left to others"
 

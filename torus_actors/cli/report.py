@@ -223,9 +223,9 @@ def rebalance_of(row: Row) -> str:
     if progress is None:
         return "-"
     if progress["running"]:
-        if progress["left"]:
+        if progress["left"] and progress["eta_s"]:
             return f"{progress['left']} left, {format_seconds(progress['eta_s'])}"
-        return "running"
+        return f"{progress['left']} left" if progress["left"] else "running"
     if progress["failed"]:
         return f"{progress['failed']} failed"
     if progress["waiting"]:
