@@ -20,6 +20,7 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
     TRANSIENT,
     BlockUnavailable,
+    Closed,
     Corruption,
     NoPeer,
     OutOfSpace,
@@ -72,6 +73,10 @@ writer waits for all its copies."""
 
 REPAIRS_MAX = 4
 """Repairs under way at once: each holds a whole block."""
+
+REPAIR_PAUSE_S = 30.0
+"""So long reads give nothing to a peer that took nothing, being full for one: each try moves a
+whole block twice, and the rebalancer tries too."""
 
 
 class ReadLevel(enum.StrEnum):
@@ -166,6 +171,8 @@ class Replicator(LoopActor):
         self._timer: asyncio.TimerHandle | None = None
         self._latency_s = HEDGE_MIN_S / HEDGE_FACTOR
         self._repairing: set[tuple[BlockRef, str]] = set()
+        self._not_before: dict[str, float] = {}
+        """Loop time before which reads repair nothing on a peer."""
         self._following = 0
         self._counts = {"degraded_puts": 0, "hedged": 0, "repaired": 0, "corrupt": 0, "missing": 0}
 
@@ -547,6 +554,8 @@ class Replicator(LoopActor):
             return  # a read that outlived its actor; the next one finds the bad copy again
         for peer in read.bad:
             key = (read.ref, peer)
+            if self._not_before.get(peer, 0.0) > self._loop.time():
+                continue
             if key not in self._repairing and len(self._repairing) < REPAIRS_MAX:
                 self._repairing.add(key)
                 self.spawn(self._repair(read.ref, read.root, peer))
@@ -556,6 +565,8 @@ class Replicator(LoopActor):
             await self.repair(ref, root, peer)
         except TorusError as error:
             log.warning("could not repair block %s on peer %s: %s", ref, peer[:8], error)
+            if isinstance(error, (OutOfSpace, Closed)):
+                self._not_before[peer] = self._loop.time() + REPAIR_PAUSE_S
         finally:
             self._repairing.discard((ref, peer))
 

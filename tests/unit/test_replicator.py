@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import Client, Cluster, until, virtual
-from torus_actors.actors.replicator import ReadLevel, WriteLevel
+from torus_actors.actors.replicator import REPAIR_PAUSE_S, ReadLevel, WriteLevel
 from torus_actors.errors import BlockUnavailable, Corruption, NoPeer, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef
@@ -479,3 +479,29 @@ async def test_a_copy_that_the_disk_cannot_read_is_replaced() -> None:
         node.disks[0].heal()
         assert (await status(client))["repaired"] == 1
         assert node.stores[0].locate(block.ref).slot != slot
+
+
+@virtual
+async def test_reads_do_not_try_to_fill_a_full_owner_each_time() -> None:
+    """Each try moves a whole block twice, for a page: one is enough for a while."""
+    async with Cluster(nodes=3, replication=1, blocks=4) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        (owner,) = await block.put(client)
+        stand_in = next(each for each in cluster.ids if each != owner)
+        cluster.nodes[stand_in].stores[0].put(block.ref, block.data)
+        store = cluster.nodes[owner].stores[0]
+        store.delete([block.ref])
+        store.flush()
+        for n in range(store.stats().free):
+            store.put(Block(100 + n).ref, block.data)
+        puts = cluster.network.calls["put_block"]
+        for _ in range(50):
+            assert await block.read(client, 0, 4096) == block.data[:4096]
+            await asyncio.sleep(0.01)
+        assert cluster.network.calls["put_block"] - puts == 1
+        store.delete([Block(100).ref])
+        store.flush()
+        await asyncio.sleep(REPAIR_PAUSE_S)
+        await block.read(client, 0, 4096)
+        await until(lambda: store.has(block.ref))
