@@ -69,7 +69,7 @@ from torus_actors.machine import REAL_MACHINE, Machine
 from torus_actors.metadata import opening
 from torus_actors.metadata.kv import KeyValueStore
 from torus_actors.metadata.memory import MemoryStore
-from torus_actors.metadata.patience import Backoff, refusal
+from torus_actors.metadata.patience import Backoff, patiently, refusal
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.ring_changes import join_ring
 from torus_actors.metadata.service import MetadataService
@@ -502,7 +502,10 @@ class StorageNode(Process):
     async def _join(self) -> None:
         """Enter the ring, unless this node is in it."""
         assert self.view is not None
-        self.view.ring = await join_ring(self.meta, self._as_member(), self.system.rng)
+        rng = self.system.rng
+        # However long the metadata is away: until now it was waited for as well.
+        join = join_ring, self.meta, self._as_member(), rng
+        self.view.ring = await patiently(*join, give_up_s=None, rng=rng)
 
     def _as_member(self) -> Peer:
         """This node as the ring has it."""

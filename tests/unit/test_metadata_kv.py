@@ -16,12 +16,20 @@ from typing import Any
 import pytest
 
 from tests.integration.etcd_server import EtcdServer, require_etcd
-from tests.integration.metadata_backends import BACKENDS, HISTORY_EVENTS_MAX, Backend, until
+from tests.integration.metadata_backends import (
+    BACKENDS,
+    HISTORY_EVENTS_MAX,
+    METADATA,
+    Backend,
+    until,
+)
 from tests.unit.runtime_harness import on_uvloop, row
 from tests.unit.runtime_harness import until as soon
+from torus_actors import node as node_module
 from torus_actors.actors import metadata
 from torus_actors.actors.metadata import ActorStore
-from torus_actors.errors import Closed, Compacted, Invalid, LeaseNotFound, OutcomeUnknown
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.errors import Again, Closed, Compacted, Invalid, LeaseNotFound, OutcomeUnknown
 from torus_actors.machine import REAL_MACHINE
 from torus_actors.metadata import kv
 from torus_actors.metadata.kv import (
@@ -36,9 +44,11 @@ from torus_actors.metadata.kv import (
     TxnResult,
 )
 from torus_actors.metadata.sqlite import Database, SqliteStore
+from torus_actors.model.rings import make_ring
 from torus_actors.node import (
     NodeConfig,
     Process,
+    StorageNode,
     claim_data_dir,
     load_node_id,
     start_node,
@@ -525,6 +535,32 @@ async def test_what_is_kept_in_memory_outlives_the_actor_that_serves_it() -> Non
     assert await ActorStore(second.system.actor("metadata")).get("a") is None
     for each in (first, second):
         await each.stop()
+
+
+@on_uvloop
+async def test_a_node_that_starts_waits_for_the_metadata_to_join_the_ring_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes away while the node opens its stores, which may take a while.
+
+    Found by review: the node ended, where it would have waited a moment earlier.
+    """
+    there = make_ring("ketama", version=2, replication=1, peers=())
+    tried = 0
+
+    async def away_at_first(*args: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        if tried == 1:
+            raise Again("the metadata cannot be reached")
+        return there
+
+    monkeypatch.setattr(node_module, "join_ring", away_at_first)
+    monkeypatch.setattr(StorageNode, "_as_member", lambda node: None)
+    node = StorageNode(NodeConfig(tmp_path), str(uuid.UUID(int=1)), random.Random(1))
+    node.view = ClusterView(METADATA, make_ring("ketama", version=1, replication=1, peers=()))
+    await node._join()
+    assert node.view.ring is there
 
 
 @pytest.mark.parametrize("left", ["nothing", "an empty file"])
