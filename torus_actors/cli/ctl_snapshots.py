@@ -119,7 +119,7 @@ def snapshot_create(settings: Settings, target: tuple[str, str]) -> None:
 @_target
 @click.pass_obj
 def snapshot_delete(settings: Settings, target: tuple[str, str]) -> None:
-    """Let a snapshot go; what only it needs is collected. Whoever reads it now gets errors."""
+    """Let a snapshot go; what only it needs is collected, once nobody reads it any more."""
     volume, name = target
 
     async def work() -> None:
