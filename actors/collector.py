@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torus_actors.errors import Fenced, TorusError
+from torus_actors.errors import BlockUnavailable, Fenced, TorusError
 from torus_actors.metadata.records import Head
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
@@ -71,7 +71,8 @@ class _Roots(NamedTuple):
     Attributes:
         oldest_open: for each volume the INode number from which on blocks may be uncommitted.
         tombs: volumes that were deleted.
-        heads: of all volumes, snapshots and readers.
+        heads: of all volumes and snapshots.
+        heads_read: of readers.
         read: for each volume first and last INode number of what somebody reads who has no lock.
         journals: for each volume the session that recorded its last ensemble, and whether this node
             may have what no head does.
@@ -80,6 +81,7 @@ class _Roots(NamedTuple):
     oldest_open: dict[int, int]
     tombs: set[int]
     heads: list[Head]
+    heads_read: list[Head]
     read: dict[int, list[tuple[int, int]]]
     journals: dict[int, tuple[int, bool]]
 
@@ -163,10 +165,10 @@ class Collector(LoopActor):
     async def _pass(self) -> None:
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
         logs = await self._logs()  # before the metadata, which may then say of what is in them
-        oldest_open, tombs, heads, read, journals = await self._read_metadata()
+        oldest_open, tombs, heads, heads_read, read, journals = await self._read_metadata()
         # Not before: what died while the metadata was read has its whole grace too.
         began = self.system.loop.time()
-        live = await self._reachable(heads)
+        live = await self._reachable(heads, heads_read)
         suspects = RefSet()
         suspect_bytes = 0
         dead_twice: list[list[BlockRef]] = [[], []]
@@ -260,24 +262,43 @@ class Collector(LoopActor):
         }
         heads = list(state.heads.values())
         heads += [Head.decode(each.head) for each in state.snapshots if each.head]
+        heads_read: list[Head] = []
         read: dict[int, list[tuple[int, int]]] = {}
         for reader in state.readers:
             seen = Head.decode(reader.head) if reader.head else None
             first = 0 if seen is None else seen.inode
             read.setdefault(reader.volume_id, []).append((first, reader.upto))
-            heads += [] if seen is None else [seen]
+            heads_read += [] if seen is None else [seen]
         me = self.system.node_id
         journals: dict[int, tuple[int, bool]] = {}
         for volume, journal in state.journals.items():
             unreplayed = is_unreplayed(journal, state.heads.get(volume))
             journals[volume] = journal.epoch, unreplayed and me in journal.ensemble
         tombs = set(state.deleted) - set(state.volumes)
-        return _Roots(oldest_open, tombs, heads, read, journals)
+        return _Roots(oldest_open, tombs, heads, heads_read, read, journals)
 
-    async def _reachable(self, heads: list[Head]) -> RefSet:
+    async def _reachable(self, heads: list[Head], heads_read: list[Head]) -> RefSet:
         """Every block that a head leads to."""
         live = RefSet()
         seen: dict[BlockRef, None] = {}
+        await self._walk(heads, False, live, seen)
+        # After those that nothing may be missing of.
+        await self._walk(heads_read, True, live, seen)
+        self._pages = {ref: page for ref, page in self._pages.items() if ref in seen}
+        return live
+
+    async def _walk(
+        self, heads: list[Head], may_be_gone: bool, live: RefSet, seen: dict[BlockRef, None]
+    ) -> None:
+        """Add all that these heads lead to, but for what lies under pages that were seen.
+
+        Args:
+            heads: where to begin.
+            may_be_gone: whether there may be pages that no peer has any more. A reader that was cut
+                off from the metadata, and whose record was not there for a while, puts it back.
+            live: takes all blocks.
+            seen: takes the pages.
+        """
         todo: list[tuple[int, int, BlockRef, int]] = []
         for head in heads:
             root = unmarshal_blockset(head.extra).block_map.root
@@ -290,19 +311,24 @@ class Collector(LoopActor):
                 if page[2] not in seen:
                     seen[page[2]] = None
                     batch.append(page)
-            fetched = await asyncio.gather(*[self._page(*page) for page in batch])
+            fetched = await asyncio.gather(*[self._page(*page, may_be_gone) for page in batch])
             live.add_all(page[2] for page in batch)
             for page_content in fetched:
                 todo += page_content.pages
                 live.add_compact(page_content.blocks)
-        self._pages = {ref: page for ref, page in self._pages.items() if ref in seen}
-        return live
 
-    async def _page(self, level: int, number: int, ref: BlockRef, root: int) -> _Page:
+    async def _page(
+        self, level: int, number: int, ref: BlockRef, root: int, may_be_gone: bool
+    ) -> _Page:
         known = self._pages.get(ref)
         if known is not None:
             return known
-        data = await self.system.actor("inode_store").get_page.remote(ref, root)
+        try:
+            data = await self.system.actor("inode_store").get_page.remote(ref, root)
+        except BlockUnavailable as error:
+            if may_be_gone and error.gone:
+                return _Page((), compact(b""))
+            raise
         page = decode_page(level, number, root, data)
         if level:
             pages = tuple(

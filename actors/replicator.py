@@ -19,6 +19,7 @@ from torus_actors.actors.block_messages import RANGE, RANGE_STATUS, Status, spli
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
     TRANSIENT,
+    BlockNotExist,
     BlockUnavailable,
     Closed,
     Corruption,
@@ -488,8 +489,9 @@ class Replicator(LoopActor):
         elif status == Status.FAILED:
             self._missed(read, TorusError(f"peer {peer[:8]} could not read it"), by_peer)
         else:
-            kind = "is missing" if status == Status.MISSING else "is damaged"
-            self._wrong(peer, read, Corruption(f"{kind} on {peer[:8]}"), by_peer, status)
+            missing = status == Status.MISSING
+            kind, what = (BlockNotExist, "missing") if missing else (Corruption, "damaged")
+            self._wrong(peer, read, kind(f"is {what} on {peer[:8]}"), by_peer, status)
 
     def _wrong(
         self,
@@ -527,7 +529,11 @@ class Replicator(LoopActor):
             self._loop.call_later(pause, self._begin, read)
             return
         reason = read.failures[-1] if read.failures else NoPeer("no peer is in the ring")
-        read.reply.fail(BlockUnavailable(f"block {read.ref} cannot be read: {reason}"))
+        error = BlockUnavailable(f"block {read.ref} cannot be read: {reason}")
+        error.gone = bool(read.failures) and all(
+            isinstance(failure, BlockNotExist) for failure in read.failures
+        )
+        read.reply.fail(error)
 
     def _hedge(self) -> None:
         self._timer = None

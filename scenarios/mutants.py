@@ -128,7 +128,7 @@ _COLLECTOR = (
         "collector_goes_on",
         "An error while the collector reads a tree ends the pass with nothing deleted",
         Edit(
-            "actors.collector:Collector._reachable",
+            "actors.collector:Collector._walk",
             "for page in batch])\n",
             "for page in batch], return_exceptions=True)\n"
             "        fetched = [page for page in fetched if isinstance(page, _Page)]\n",

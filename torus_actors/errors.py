@@ -108,7 +108,12 @@ class BlockNotExist(TorusError):
 
 
 class BlockUnavailable(TorusError):
-    """No replica could give, or take, the block."""
+    """No replica could give, or take, the block.
+
+    ``gone``: every peer was asked, and said that it does not have it.
+    """
+
+    gone: bool = False
 
 
 class Corruption(TorusError):

@@ -315,3 +315,31 @@ async def test_who_dies_while_it_opens_a_volume_to_read_it_leaves_no_record(name
             await (await client.open(name)).release()
         await asyncio.sleep(3)
         assert not (await cluster.meta.state()).readers
+
+
+@virtual
+async def test_a_reader_that_was_overtaken_stops_no_collector() -> None:
+    """It was cut off from the metadata until what it reads was collected, and puts its record back.
+
+    Found by review: no collector could read the tree, so none collected anything, for as long as
+    that client lived.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
+        device = await journaling(cluster, SIZE)
+        for n in range(8):
+            await device.write(n * BLOCK, b"1" * BLOCK)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        client, _ = await only_reading(cluster)
+        client.store.down = True
+        await asyncio.sleep(20.0)
+        await replaced(device)
+        await collected(cluster)
+        assert stored(cluster) == 2 * 8
+        client.store.down = False
+        await asyncio.sleep(10.0)
+        assert len((await cluster.meta.state()).readers) == 1
+        await replaced(device)
+        await collected(cluster)
+        assert stored(cluster) == 2 * 8
+        for node in cluster.nodes.values():
+            assert (await node.actor("collector").status.remote())["last_error"] == ""
