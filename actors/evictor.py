@@ -150,7 +150,7 @@ class Evictor(LoopActor):
             return None
         members = len(ring.members)
         here = sum(peer in registered for peer in ring.members)
-        copies = max(ring.replication, self._view.gmd.inode_replication)
+        copies = max(ring.replication, self._view.inode_replication)
         if 2 * here <= members or members - 1 < copies:
             return None
         peer = min(self._missing, key=lambda each: (self._missing[each], each))

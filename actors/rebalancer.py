@@ -254,10 +254,12 @@ class Rebalancer(LoopActor):
             )
 
     def _owners(self, ref: BlockRef) -> tuple[str, ...]:
-        ring = self._view.ring
-        owners = ring.owners(ref)
-        if ref.block_type == BlockType.INODE and self._view.inode_replication > len(owners):
-            return tuple(ring.permutation(ref)[: self._view.inode_replication])
+        view = self._view
+        owners = view.ring.owners(ref)
+        is_page = ref.block_type == BlockType.INODE
+        wanted = view.inode_replication if is_page else view.replication
+        if wanted > len(owners):
+            return tuple(view.ring.permutation(ref)[:wanted])
         return tuple(owners)
 
     async def _give_way(self) -> None:
@@ -471,7 +473,7 @@ class Rebalancer(LoopActor):
         safe = []
         for ref in refs:
             owners = self._owners(ref)
-            enough = len(owners) >= min(self._view.ring.replication, len(self._view.ring.members))
+            enough = len(owners) >= min(self._view.replication, len(self._view.ring.members))
             if ref not in roots or not enough:
                 continue
             if transport is None or not all(transport.is_up(peer) for peer in owners):

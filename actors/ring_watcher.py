@@ -15,6 +15,7 @@ from torus_actors.errors import TorusError
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
+from torus_actors.model.blocksets import create_blockset
 from torus_actors.model.rings import Ring
 from torus_actors.runtime import LoopActor, expose
 
@@ -40,6 +41,7 @@ class ClusterView:
         self.ring = ring
         self.peers: dict[str, PeerInfo] = {}
         self.former: dict[str, PeerInfo] = {}
+        self._spec_replication = create_blockset(gmd.block_spec).replication or 0
 
     @property
     def block_size(self) -> int:
@@ -47,9 +49,14 @@ class ClusterView:
         return self.gmd.block_size
 
     @property
+    def replication(self) -> int:
+        """Copies of data that are kept: as many as the ring says, or the block spec if more."""
+        return max(self.ring.replication, self._spec_replication)
+
+    @property
     def inode_replication(self) -> int:
         """Copies of INode blocks: never fewer than of the data they lead to."""
-        return max(self.gmd.inode_replication, self.ring.replication)
+        return max(self.gmd.inode_replication, self.replication)
 
     def addresses(self) -> dict[str, str]:
         """Where to reach whom.

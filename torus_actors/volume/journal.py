@@ -135,7 +135,7 @@ class SessionJournal:
         ring = self._view.ring
         transport: Any = self._system.transport
         order = ring.permutation(BlockRef.of(self._volume_id, 0, 0))
-        wanted = min(ring.replication, len(order))
+        wanted = min(self._view.replication, len(order))
         up = [p for p in order if transport is not None and not transport.is_down(p)]
         if not wanted or len(up) < wanted:
             raise BlockUnavailable(f"{len(up)} of {len(order)} peers are up, {wanted} are wanted")
