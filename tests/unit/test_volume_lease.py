@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 
-from tests.fakes import Cluster, DeviceError, VirtualLoop, until, virtual
+from tests.fakes import Client, Cluster, DeviceError, VirtualLoop, until, virtual
 from torus_actors.cli.blk import fenced_and_left
 from torus_actors.cli.common import Failed
 from torus_actors.errors import (
@@ -21,7 +22,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.metadata.faulty import FaultyStore
-from torus_actors.metadata.kv import Compare, Operation, Put, TxnResult
+from torus_actors.metadata.kv import Compare, KeyValue, Operation, Put, TxnResult
 from torus_actors.nbd.protocol import Errno
 
 SIZE = 1 << 20
@@ -193,6 +194,52 @@ async def test_a_lease_that_is_replaced_while_a_volume_is_opened_takes_no_lock_a
         await asyncio.sleep(10.0)
         lock, _ = await cluster.meta.lock_status(client.session("v").volume_id)
         assert lock is not None
+
+
+@virtual
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_a_lease_that_is_replaced_at_the_end_of_opening_takes_nothing_along(
+    read_only: bool,
+) -> None:
+    """Whichever question to the metadata is under way then.
+
+    Found by review: the heartbeat did not know of the volume yet, and the last look at the lease
+    had been before: the volume could be opened elsewhere while it was served here.
+    """
+    async with Cluster() as cluster:
+        await cluster.meta.create_volume("v", SIZE)
+        asked = 0
+        for turn in itertools.count():
+            client = await cluster.client(read_only=read_only)
+            client.store = client.meta.store = store = FaultyStore(cluster.store)
+            get, asked = store.get, 0
+
+            async def unlucky(
+                key: str,
+                client: Client = client,
+                get: Callable[[str], Awaitable[KeyValue | None]] = get,
+                turn: int = turn,
+            ) -> KeyValue | None:
+                nonlocal asked
+                found, at = await get(key), asked
+                asked += 1
+                if at == turn:
+                    lease = await client.actor("heartbeat").lease.remote()
+                    await cluster.meta.revoke_lease(lease)
+                    await asyncio.sleep(5.0)
+                return found
+
+            store.get = unlucky  # type: ignore[method-assign]
+            device = await client.open("v")
+            store.get = get  # type: ignore[method-assign]
+            await asyncio.sleep(10.0)
+            state = await cluster.meta.state()
+            assert state.readers if read_only else state.locks, turn
+            await device.release()
+            await client.stop()
+            if asked <= turn:
+                break
+        assert turn > 5
 
 
 @virtual

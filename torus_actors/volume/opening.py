@@ -110,8 +110,8 @@ async def open_session(
             kept = await meta.snapshot(record.id, snapshot)
             record = dataclasses.replace(record, size=kept.size or record.size)
             nonce = meta.new_nonce()
-            begun = partial(meta.begin_reading_snapshot, kept, holder, nonce=nonce)
-            begin = partial(_begin_reading, system, meta, record.id, nonce, begun)
+            reading = partial(meta.begin_reading_snapshot, kept, holder, nonce=nonce)
+            begin = partial(_begin_reading, system, meta, record.id, nonce, reading)
             reader, lease = await _under_lease(system, begin)
             head = Head.decode(kept.head) if kept.head else None
         head = replay.head or head
@@ -153,18 +153,23 @@ async def open_session(
         session.replay_certain = replay.certain
         if replay.head is not None:
             session.heads.owed = replay.head  # until this session's first one takes its place
-        # If another lease was made meanwhile, it does not know of what hangs on this one.
-        now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
-        if now != lease and reader is not None:
-            await meta.keep_reading(reader, now)
-        elif now != lease:
-            await meta.renew_lock(record.id, epoch, holder, now)
         if epoch:
             # The replay may have taken long, on nodes that are slow to answer. Whoever has begun a
             # session meanwhile has written what this one does not know of.
-            _, now = await meta.lock_status(record.id)
-            if now != epoch:
-                raise Fenced(f"session {now} of volume {name} began while it was being opened")
+            _, begun = await meta.lock_status(record.id)
+            if begun != epoch:
+                raise Fenced(f"session {begun} of volume {name} began while it was being opened")
+        # If another lease was made meanwhile, it does not know of what hangs on this one. From the
+        # last look at it on the heartbeat knows of the session: nothing may be waited for between.
+        while True:
+            now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
+            if now == lease:
+                break
+            lease = now
+            if reader is not None:
+                await meta.keep_reading(reader, lease)
+            else:
+                await meta.renew_lock(record.id, epoch, holder, lease)
         session.reader = reader
     except BaseException:
         if epoch:
