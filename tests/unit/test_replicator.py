@@ -194,6 +194,18 @@ async def test_write_level_local_stores_here() -> None:
 
 
 @virtual
+async def test_fewer_copies_because_a_peer_is_full_are_no_success() -> None:
+    """Unlike a peer that is down, one that is full does not come back by itself."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client()
+        cluster.node(0).disks[0].inject("write", errno.ENOSPC, path=DATA_PATH, times=1 << 30)
+        with pytest.raises(OutOfSpace):
+            await Block(1).put(client)
+        await cluster.node(0).crash()
+        assert await Block(2).put(client) == [cluster.ids[1]]
+
+
+@virtual
 async def test_torus_401_a_full_peer_is_told_as_out_of_space() -> None:
     """Regression, coreos/torus#401: out of space came without a warning, as EIO.
 
