@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from torus_actors.metadata.records import (
 from torus_actors.metadata.watching import Follow
 
 FIRST_RING_VERSION = 1
+
+BATCH = 256
+"""Records decoded in one turn of the loop, which serves the blocks too: a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +210,9 @@ class ClusterOperations(MetadataBase):
         if not self._is_ours(stored):
             raise Fenced("this is not the metadata of the cluster to which this process belongs")
         state = ClusterState(revision, {}, {}, {}, {}, {}, [], [], {})
-        for item in items:
+        for number, item in enumerate(items, 1):
+            if number % BATCH == 0:
+                await asyncio.sleep(0)
             row = self.keys.row_of(item.key)
             if row is None:
                 raise Corruption(f"unknown metadata key {item.key}")
