@@ -116,7 +116,10 @@ class Evictor(LoopActor):
         registered = {info.peer_id for info in await self._meta.peers()}
         me = self.system.node_id
         if me not in registered:
-            # Nor is anything taken note of: a machine that was suspended finds out late that its
+            # Whatever took the registration and left the lease: the others would count this node
+            # as gone for ever.
+            self.system.actor("heartbeat").reregister.tell()
+            # Nothing else is taken note of: a machine that was suspended finds out late that its
             # lease is over, and that it was taken out of the ring it shall see under the next one.
             raise Again("this node is not registered")
         if lease != self._lease:

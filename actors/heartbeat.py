@@ -149,7 +149,7 @@ class Heartbeat(LoopActor):
 
     @expose()
     async def reregister(self) -> None:
-        """The registration changed (an address, a size): write it anew."""
+        """The registration changed (an address, a size), or is not there: write it anew."""
         if self._lease:
             await self._register(self._lease)
 

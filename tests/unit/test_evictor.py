@@ -17,6 +17,7 @@ from torus_actors.actors.heartbeat import Heartbeat
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import CompareFailed, TorusError
 from torus_actors.metadata.faulty import FaultyStore
+from torus_actors.metadata.kv import Delete
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.ring_changes import evict
@@ -317,3 +318,15 @@ async def test_a_machine_that_was_suspended_comes_back_too() -> None:
             await evictor._look()
         await asyncio.sleep(AFTER_S / 2)
         assert slept.id in await cluster.ids()
+
+
+@virtual
+async def test_who_lost_its_registration_but_not_its_lease_is_registered_again() -> None:
+    """The metadata were restored from a backup, say: a node that is well is not taken for gone."""
+    async with running(3, 2) as cluster:
+        node = cluster.members[0]
+        await cluster.store.txn([], [Delete(cluster.meta.keys.peer(node.id))])
+        await asyncio.sleep(3 * AFTER_S)
+        assert node.id in {each.peer_id for each in await cluster.meta.peers()}
+        ring = await cluster.ring()
+        assert node.id in ring.members and ring.version == 1
