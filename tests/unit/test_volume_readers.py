@@ -216,9 +216,15 @@ async def test_what_is_read_is_kept_under_a_new_lease_too() -> None:
         assert await reading.read(0, BLOCK) == b"1" * BLOCK
 
 
+@pytest.mark.parametrize("lease_ends", [False, True])
 @virtual
-async def test_a_check_of_a_volume_in_use_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it asks for one block after the other, all of them are replaced and collected."""
+async def test_a_check_of_a_volume_in_use_misses_nothing(
+    lease_ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it asks for one block after the other, all of them are replaced and collected.
+
+    Found by review: also when its lease ran out before that, and was replaced.
+    """
     monkeypatch.setattr(audit, "BATCH", 1)
     async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
         device = await journaling(cluster, SIZE)
@@ -239,6 +245,10 @@ async def test_a_check_of_a_volume_in_use_misses_nothing(monkeypatch: pytest.Mon
 
         async def slowly(auditor: Any, batch: Any) -> None:
             if seen == 1:
+                if lease_ends:
+                    lease = (await tool.actor("heartbeat").status.remote())["lease"]
+                    await cluster.meta.revoke_lease(lease)
+                    await asyncio.sleep(8.0)
                 await replaced(device)
                 await collected(cluster)
             await check(auditor, batch)

@@ -46,6 +46,9 @@ ATTACH_PATIENCE_S = 10.0
 DETACH_PATIENCE_S = 5.0
 """How long closing a volume waits for the metadata; then the lock is given up in the background."""
 
+KEEP_S = 2.0
+"""How soon it is noticed that a lease was replaced: well within the grace of collectors."""
+
 CLOSE_FLUSH_S = 60.0
 """How long the last flush of a volume may take."""
 
@@ -371,12 +374,30 @@ async def kept_head(
     begun = partial(meta.begin_reading, volume_id, holder, nonce=nonce)
     begin = partial(_begin_reading, system, meta, volume_id, nonce, begun)
     (reader, _), lease = await _under_lease(system, begin)
+    keeping: asyncio.Task[None] | None = None
     try:
         reader = dataclasses.replace(reader, upto=0)
         await meta.keep_reading(reader, lease)
+        keeping = _in_background(system, _keep_reading(system, meta, reader, lease))
         yield Head.decode(reader.head) if reader.head else None
     finally:
+        if keeping is not None:
+            keeping.cancel()
+            await asyncio.wait([keeping])
         end_reading_later(system, meta, volume_id, nonce)
+
+
+async def _keep_reading(
+    system: ActorSystem, meta: MetadataService, reader: Reader, lease: int
+) -> None:
+    """Hang a reader's record on each new lease; for one that the heartbeat does not know of."""
+    while True:
+        await asyncio.sleep(KEEP_S)
+        with contextlib.suppress(TorusError):
+            now = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
+            if now != lease:
+                await meta.keep_reading(reader, now)
+                lease = now
 
 
 def end_reading_later(
