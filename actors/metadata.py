@@ -34,6 +34,13 @@ from torus_actors.wire.limits import METADATA_MAX, PAYLOAD_MAX
 CALL_TIMEOUT_S = 5.0
 """A metadata operation that takes longer counts as not answered."""
 
+CONCURRENCY = 4096
+"""Handlers of one metadata actor at once."""
+
+POLLS_MAX = 3072
+"""Those among them that wait for news: three for each process, and those of lost connections that
+wait on. The rest are for what is done at once, renewals above all."""
+
 INLINE_BYTES = METADATA_MAX // 4
 """A longer list goes beside the message, as bulk data does: some thousand volumes, deleted ones
 among them, are more than a message holds."""
@@ -52,6 +59,7 @@ class MetadataActor(LoopActor):
     def __init__(self, store: kv.KeyValueStore) -> None:
         super().__init__()
         self.store = store
+        self._polls = 0
 
     @expose(remote=True, idempotent=True)
     async def kv_get(self, key: str) -> Any:
@@ -90,8 +98,20 @@ class MetadataActor(LoopActor):
 
     @expose(remote=True, idempotent=True)
     async def kv_events(self, prefix: str, after_revision: int, timeout_s: float) -> Any:
-        """``KeyValueStore.events``."""
-        answer = _listed(*await self.store.events(prefix, after_revision, min(timeout_s, 60.0)))
+        """``KeyValueStore.events``.
+
+        Raises:
+            Compacted: also if there are more than one answer holds.
+            Overloaded: too many wait already.
+        """
+        if self._polls >= POLLS_MAX:
+            raise Overloaded(f"{POLLS_MAX} wait for news of the metadata already")
+        self._polls += 1
+        try:
+            events, revision = await self.store.events(prefix, after_revision, min(timeout_s, 60.0))
+        finally:
+            self._polls -= 1
+        answer = _listed(events, revision)
         if type(answer) is Reply and len(answer.joined()) > PAYLOAD_MAX:
             raise Compacted(f"more happened since revision {after_revision} than can be told")
         return answer

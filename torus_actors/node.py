@@ -50,7 +50,7 @@ from torus_actors.actors.evictor import REMOVE_AFTER_S, Evictor
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
 from torus_actors.actors.inode_store import INodeStore
 from torus_actors.actors.journal import JournalActor, JournalDisk, OpenJournal
-from torus_actors.actors.metadata import ActorStore, MetadataActor
+from torus_actors.actors.metadata import CONCURRENCY, ActorStore, MetadataActor
 from torus_actors.actors.nbd_server import NbdAddress, NbdServer
 from torus_actors.actors.rebalancer import RATE_BYTES_S, Rebalancer
 from torus_actors.actors.replicator import ReadLevel, Replicator, WriteLevel
@@ -258,7 +258,7 @@ class Process:
                 ChildSpec(
                     "metadata",
                     lambda: MetadataActor(opened),
-                    max_concurrency=1024,
+                    max_concurrency=CONCURRENCY,
                     shutdown_s=METADATA_STOP_S,
                 )
             )

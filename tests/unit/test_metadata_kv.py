@@ -538,6 +538,32 @@ async def test_what_is_kept_in_memory_outlives_the_actor_that_serves_it() -> Non
 
 
 @on_uvloop
+async def test_those_who_wait_for_news_keep_nobody_from_the_metadata() -> None:
+    """Nor do those whose connection broke, whose polls go on until their time is over.
+
+    Found by review: a thousand of them, from twenty clients on a bad network, and no lease of the
+    cluster could be renewed for half a minute.
+    """
+    keeper = process()
+    await keeper.start_base(None, store_opener("memory://"))
+    store = ActorStore(keeper.system.actor("metadata"))
+    lease = await store.lease_grant(60)
+    revision = (await store.txn([], [Put("a", b"1")])).revision
+    polls = [asyncio.ensure_future(store.events("a", revision, 30.0)) for _ in range(5000)]
+    await asyncio.sleep(0)
+    try:
+        async with asyncio.timeout(10.0):
+            assert await store.lease_keepalive(lease) == 60
+            await store.txn([], [Put("a", b"2")])
+        told = await asyncio.gather(*polls, return_exceptions=True)
+        assert sum(isinstance(each, tuple) for each in told) > 1000
+        assert all(isinstance(each, tuple | Again) for each in told)
+    finally:
+        await asyncio.gather(*polls, return_exceptions=True)
+        await keeper.stop()
+
+
+@on_uvloop
 async def test_a_node_that_starts_waits_for_the_metadata_to_join_the_ring_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
