@@ -6,14 +6,22 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from torus_actors.errors import Compacted, Corruption, Invalid, LeaseNotFound, Locked, NotSupported
+from torus_actors.errors import (
+    Compacted,
+    Corruption,
+    Invalid,
+    LeaseNotFound,
+    Locked,
+    NotSupported,
+    OutOfSpace,
+)
 from torus_actors.metadata.kv import Compare, DeletePrefix, EventKind, Put
-from torus_actors.metadata.sqlite import SqliteStore
+from torus_actors.metadata.sqlite import Database, SqliteStore
 
 
 def test_a_restart_keeps_keys_revisions_history_and_leases(tmp_path: Path) -> None:
@@ -40,6 +48,42 @@ def test_a_restart_keeps_keys_revisions_history_and_leases(tmp_path: Path) -> No
         assert (await store.txn([Compare("a", mod_revision=second)], [Put("a", b"3")])).succeeded
         await store.lease_revoke(lease)
         assert await store.get("leased") is None
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_what_a_full_disk_has_can_be_read_when_a_lease_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys cannot be deleted, and are not shown; nothing can be changed before they are.
+
+    Found by review: nothing at all could be read from the end of the first lease on.
+    """
+
+    async def test() -> None:
+        now = 0.0
+        store = await SqliteStore.open(tmp_path / "metadata.sqlite", clock=lambda: now)
+        lease = await store.lease_grant(10)
+        revision = (await store.txn([], [Put("a", b"1"), Put("b", b"", lease)])).revision
+        with monkeypatch.context() as patch:
+
+            def full(self: Database, leases: Sequence[int]) -> bool:
+                raise OutOfSpace("database or disk is full")
+
+            patch.setattr(Database, "end_leases", full)
+            now = 11.0
+            found = await store.get("a")
+            assert found is not None and await store.get("b") is None
+            assert await store.range("") == ([found], revision)
+            assert await store.events("", revision, 0.0) == ([], revision)
+            with pytest.raises(OutOfSpace):
+                await store.txn([], [Put("a", b"2")])
+            with pytest.raises(LeaseNotFound):
+                await store.lease_keepalive(lease)
+        events, _ = await store.events("", revision, 5.0)
+        assert [(event.kind, event.key) for event in events] == [(EventKind.DELETE, "b")]
+        await store.txn([], [Put("a", b"2")])
         await store.close()
 
     asyncio.run(test())

@@ -124,15 +124,16 @@ class SqliteStore(kv.KeyValueStore):
     async def get(self, key: str) -> kv.KeyValue | None:
         """See `kv.KeyValueStore.get`."""
         kv.check_key(key)
-        await self._enter()
+        ended = await self._enter_to_read()
         found: kv.KeyValue | None = await self._run(self._database.get, key)
-        return found
+        return None if found is not None and found.lease in ended else found
 
     async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
         """See `kv.KeyValueStore.range`."""
-        await self._enter()
-        found: tuple[list[kv.KeyValue], int] = await self._run(self._database.range, prefix)
-        return found
+        ended = await self._enter_to_read()
+        found: list[kv.KeyValue]
+        found, revision = await self._run(self._database.range, prefix)
+        return [item for item in found if item.lease not in ended] if ended else found, revision
 
     async def txn(
         self, compare: Sequence[kv.Compare], then: Sequence[kv.Operation]
@@ -170,7 +171,7 @@ class SqliteStore(kv.KeyValueStore):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         while True:
-            await self._enter()
+            await self._enter_to_read()
             seen = self._signal.count
             found, after_revision = await self._run(self._database.events, prefix, after_revision)
             if found or not await self._signal.wait(seen, deadline):
@@ -193,6 +194,14 @@ class SqliteStore(kv.KeyValueStore):
         self._signal.check()
         while self._leases.due():
             await asyncio.shield(self._expire())
+
+    async def _enter_to_read(self) -> set[int]:
+        """The same; returns leases that are over, which a full or bad disk does not let end now."""
+        try:
+            await self._enter()
+        except (OutOfSpace, Again, OutcomeUnknown):
+            return set(self._leases.due())
+        return set()
 
     async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
         # A caller that goes away does not stop the transaction, so what follows from it (waking
