@@ -285,6 +285,7 @@ _LIST = (
         clients=(2, 3),
         errors_allowed=True,
         duration_s=(25, 40),
+        full_copies=True,
     ),
     Scenario(
         "partition_peer",
@@ -309,6 +310,7 @@ _LIST = (
         "Without the metadata, I/O on attached volumes goes on",
         {"metadata_out": (2, 6), "metadata_unsure": (1, 4)},
         duration_s=(25, 40),
+        full_copies=True,
     ),
     Scenario(
         "long_outage",
@@ -327,6 +329,7 @@ _LIST = (
         "lease_wiped",
         "Leases that end unasked for are made again",
         {"wipe_leases": (2, 6), "metadata_unsure": (1, 4)},
+        full_copies=True,
     ),
     Scenario(
         "disk_full",
@@ -338,6 +341,7 @@ _LIST = (
         errors_allowed=True,
         knobs={"torus_actors.actors.block_store.INODE_ROOM_MIN": 4 << 20},
         op_s_max=ROOM_S_MAX,
+        full_copies=True,
     ),
     Scenario(
         "bit_rot",
@@ -356,6 +360,7 @@ _LIST = (
         "One slow disk does not make the cluster slow for long, and breaks nothing",
         {"slow_disk": (2, 5)},
         op_s_max=30.0,
+        full_copies=True,
     ),
     Scenario(
         "torn_write",
@@ -385,6 +390,7 @@ _LIST = (
         clients=(2, 3),
         errors_allowed=True,
         duration_s=(30, 50),
+        full_copies=True,
     ),
     Scenario(
         "handover",
@@ -395,6 +401,7 @@ _LIST = (
         lease_ttl_s=2,
         workload=Workload(flush=6.0, whole_blocks=0.1, pause_s=0.05),
         duration_s=(25, 40),
+        full_copies=True,
     ),
     Scenario(
         "client_crash",
@@ -405,6 +412,7 @@ _LIST = (
         workload=Workload(whole_blocks=0.5, hot_share=0.8),
         errors_allowed=True,
         duration_s=(25, 40),
+        full_copies=True,
     ),
     Scenario(
         "journal_replay",
@@ -525,6 +533,7 @@ _LIST = (
         workload=Workload(flush=3.0, hot_share=0.8),
         errors_allowed=True,
         duration_s=(30, 60),
+        full_copies=True,
     ),
     Scenario(
         "snapshots",
@@ -551,6 +560,7 @@ _LIST = (
         {"collect_now": (2, 6)},
         workload=Workload(flush=0.01, whole_blocks=0.8, trim=0.05),
         duration_s=(40, 60),
+        full_copies=True,
     ),
     Scenario(
         "actor_kill",
