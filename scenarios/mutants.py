@@ -96,6 +96,12 @@ _RING = (
         hunted_in=("one_bad_node",),
     ),
     _mutant(
+        "full_is_one_copy_less",
+        "A put with fewer copies than wanted, because a peer is full, is no success",
+        Edit("actors.replicator:Replicator._put_copies", "if full is not None:", "if False:"),
+        hunted_in=("disk_full",),
+    ),
+    _mutant(
         "checksums_not_verified",
         "Data that was read is compared with the checksum that the map has of it",
         Edit(

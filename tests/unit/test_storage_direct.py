@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
+import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +18,7 @@ from tests.unit.runtime_harness import on_uvloop
 from tests.unit.test_journal_actor import LIMITS, journal_on
 from torus_actors.actors.journal import OpenJournal
 from torus_actors.storage import direct
+from torus_actors.storage.aio import Transfer
 from torus_actors.storage.direct import (
     SLOW_REST_S,
     SLOW_START_S,
@@ -67,6 +70,51 @@ async def test_bytes_arrive_in_order_and_in_place(tmp_path: Path) -> None:
     assert not writer.busy
     content = (tmp_path / "file").read_bytes()
     assert content == bytes(3 * PAGE) + b"".join(parts) + bytes(59 * PAGE)
+    writer.close()
+
+
+@on_uvloop
+async def test_a_write_that_has_ended_is_durable(tmp_path: Path) -> None:
+    """Only a power cut would show it: so the file is asked how it is open."""
+    writer = writer_in(tmp_path)
+    outcomes: list[OSError | None] = []
+    assert writer.start("file", [bytes(PAGE)], 0, outcomes.append)
+    assert await ended(writer, outcomes) is None
+    flags = fcntl.fcntl(writer._files["file"], fcntl.F_GETFL)
+    assert flags & os.O_DSYNC and flags & os.O_DIRECT
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("result", "number"),
+    [
+        (2 * PAGE, None),
+        (PAGE, errno.EAGAIN),
+        (0, errno.EAGAIN),
+        (-errno.EINVAL, errno.EAGAIN),
+        (-errno.EIO, errno.EIO),
+        (-errno.ENOSPC, errno.ENOSPC),
+    ],
+)
+@on_uvloop
+async def test_only_a_whole_write_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: int, number: int | None
+) -> None:
+    """The kernel may write less than it was asked to, and says so once."""
+    writer = writer_in(tmp_path)
+    started: list[Transfer] = []
+
+    def start(transfers: list[Transfer]) -> int:
+        started.extend(transfers)
+        return len(transfers)
+
+    monkeypatch.setattr(writer._queue, "start", start)
+    outcomes: list[OSError | None] = []
+    assert writer.start("file", [bytes(2 * PAGE)], 0, outcomes.append)
+    started[0].ended(result)
+    (outcome,) = outcomes
+    assert (outcome.errno if outcome is not None else None) == number
+    assert not writer.busy
     writer.close()
 
 
