@@ -38,8 +38,8 @@ large enough for the load of it."""
 
 
 SMALL_JOURNALS: dict[str, Any] = {
-    "torus_actors.storage.journal_space.SEGMENT_BYTES": 64 << 10,
-    "torus_actors.storage.journal_space.JOURNAL_BYTES_MAX": 512 << 10,
+    "torus_actors.storage.journal_space.SEGMENT_BYTES": 128 << 10,
+    "torus_actors.storage.journal_space.JOURNAL_BYTES_MAX": 768 << 10,
     "torus_actors.volume.change_log.RECORD_BYTES": 8 << 10,
 }
 """Journals whose segments are full after some flushes: they are reused, and what is still needed in
