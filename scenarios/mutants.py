@@ -338,7 +338,7 @@ _JOURNAL = (
             "any(ref in unsynced for ref in self._session.log.refs())",
             "False",
         ),
-        hunted_in=("journal_replay", "many_crashes"),
+        hunted_in=("torn_write", "journal_replay", "many_crashes"),
     ),
     _mutant(
         "zeros_told_too_early",
