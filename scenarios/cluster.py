@@ -403,7 +403,8 @@ class Cluster:
         while process is not None and process.alive:
             await asyncio.wait([task], timeout=0.5)
             if task.done():
-                return task.result()
+                # The power may go in the middle of it.
+                return None if isinstance(task.exception(), PowerCut) else task.result()
             if end is not None and self.loop.time() > end:
                 self.fail(f"{process.name} has not done in {timeout_s} s what it was to do")
                 return None
