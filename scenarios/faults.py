@@ -510,7 +510,8 @@ async def power_cut(field: Field) -> None:
     field.say("the power is back")
     for host in everybody:
         cluster.power_on(host)
-    await asyncio.gather(*[cluster.start_node(host) for host in wanted])
+    # One may have been lost for good meanwhile.
+    await asyncio.gather(*[cluster.start_node(host) for host in wanted if host.wanted])
     await asyncio.sleep(field.rng.uniform(2.0, 5.0))
 
 
