@@ -336,6 +336,37 @@ async def test_a_former_member_of_a_journal_forgets_its_records() -> None:
 
 
 @virtual
+async def test_a_member_of_a_journal_forgets_what_was_closed_in_order() -> None:
+    """It was away when the session told the members to cut, and nobody opens the volume again."""
+    async with Cluster(nodes=1, replication=1, collect_s=1e6, journals=True) as cluster:
+        watched = Watched(cluster)
+        await cluster.volume(SIZE)
+        closed = await cluster.meta.create_volume("closed", SIZE)
+        journal = watched.node.actor("journal")
+        lease = await cluster.meta.grant_lease(10**6)
+        epoch = await cluster.meta.attach(closed.id, "a", lease)
+        for seq in (1, 2):
+            await journal.append.remote(closed.id, epoch, seq, payload=b"record")
+        members = Journal(epoch, (watched.node.node_id,))
+        revision = await cluster.meta.set_journal(closed.id, epoch, 0, members)
+        await watched.start()
+        await asyncio.sleep(2 * GRACE_S)
+        store = watched.node.journal.store
+        assert store.fenced(closed.id).last == 2
+        await cluster.meta.set_journal(closed.id, epoch, revision, Journal(epoch, ()))
+        await asyncio.sleep(2 * GRACE_S)
+        assert store.fenced(closed.id)[:3] == (0, 0, 0) and not store.stats().records
+        # The next session begins its own.
+        await cluster.meta.detach(closed.id, epoch)
+        later = await cluster.meta.attach(closed.id, "b", lease)
+        await journal.fence.remote(closed.id, later)
+        for seq in (5, 6):
+            await journal.append.remote(closed.id, later, seq, payload=b"record")
+        await asyncio.sleep(2 * GRACE_S)
+        assert store.fenced(closed.id)[:3] == (later, 5, 6)
+
+
+@virtual
 async def test_what_an_open_session_has_not_committed_is_safe() -> None:
     """Blocks that were put and flushed, and that no head names yet, outlast any number of passes.
 
