@@ -340,6 +340,14 @@ class Checker:
                     lacking.append(f"{ref} on {host.name}: it is not on the disk")
         return lacking
 
+    def damaged(self, host: Host) -> bool:
+        """Whether a copy of any block on a node is bad, also of one that no head leads to yet."""
+        for store in host.tree.stores.stores:
+            refs, _ = store.refs_from(0, 1 << 20)
+            if any(_problem(host, ref, store.root_of(ref), True) for ref in map(BlockRef, refs)):
+                return True
+        return False
+
     async def garbage(self) -> list[Excess | str]:
         """Blocks that are stored and not reachable, or stored by a node that does not own them."""
         ring = await self.cluster.ring()

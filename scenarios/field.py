@@ -115,11 +115,14 @@ class Field:
     async def whole_again(self) -> bool:
         """Wait until nodes may be lost for good; whether they may.
 
-        All copies must be there, and right if some rot. So must those of the journals: a client
+        All copies must be there, and right if some rot, also those of blocks that are only in a
+        journal yet. So must those of the journals: a client
         sees to that, and where none has come back since the last loss, the next is one too many;
         likewise where a record has rotted, which nobody mends before it is cut.
         """
         if self.broken or not await self.settled(deep=self.rotten is not None):
+            return False
+        if self.rotten is not None and (not self.rotten.up or self.checker.damaged(self.rotten)):
             return False
         cluster = self.cluster
         good = {host.node_id for host in cluster.nodes if host.up}

@@ -285,7 +285,6 @@ _LIST = (
         clients=(2, 3),
         errors_allowed=True,
         duration_s=(25, 40),
-        full_copies=True,
     ),
     Scenario(
         "partition_peer",
@@ -401,7 +400,6 @@ _LIST = (
         lease_ttl_s=2,
         workload=Workload(flush=6.0, whole_blocks=0.1, pause_s=0.05),
         duration_s=(25, 40),
-        full_copies=True,
     ),
     Scenario(
         "client_crash",
