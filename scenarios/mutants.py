@@ -156,7 +156,7 @@ _COLLECTOR = (
         "A node forgets the records of sessions that nobody will ask for",
         Edit(
             "actors.collector:Collector._trim_journals",
-            "await journal.cut.remote(volume, epoch, needless)",
+            "await journal.cut.remote(volume, newest, upto)",
             "pass",
         ),
         hunted_in=("node_crash", "journal_members"),
@@ -495,7 +495,7 @@ _READERS = (
         "What the head leads to that somebody reads is not garbage",
         Edit(
             "actors.collector:Collector._read_metadata",
-            "heads += [] if seen is None else [seen]",
+            "heads_read += [] if seen is None else [seen]",
             "pass",
         ),
         hunted_in=("readers",),
