@@ -187,6 +187,7 @@ def test_a_client_can_wait_for_the_lock_of_a_dead_one(cluster: Cluster, heir: Pr
     assert heir.stop() == 0
 
 
+@pytest.mark.long
 def test_a_node_that_is_down_is_seen_and_its_copies_are_missed(tmp_path: Path) -> None:
     """Status says in words what is wrong, and an audit fails; both are content again afterwards."""
     with small_cluster(tmp_path, nodes=3, replication=2) as cluster:

@@ -83,6 +83,7 @@ def test_a_snapshot_of_a_volume_in_use(cluster: Cluster, tmp_path: Path) -> None
     cluster.ctl("volume", "delete", "used")
 
 
+@pytest.mark.long
 def test_a_snapshot_after_a_client_was_killed(cluster: Cluster) -> None:
     """What it had flushed is in the journal only: the tool replays it first."""
     cluster.ctl("volume", "create", "left", "16MiB")

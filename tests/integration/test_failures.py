@@ -110,6 +110,7 @@ def test_a_node_killed_under_load_is_not_noticed(on_etcd: Cluster) -> None:
     assert checked["expected"] == 2
 
 
+@pytest.mark.long
 def test_etcd_killed_under_load_only_delays_commits(on_etcd: Cluster, etcd: EtcdServer) -> None:
     """Reads and writes go on without etcd. A flush that needs it waits and then succeeds.
 
@@ -342,6 +343,7 @@ def test_trimmed_ranges_become_holes_and_read_zero(shared: Cluster) -> None:
     client.stop()
 
 
+@pytest.mark.long
 def test_a_silent_node_does_not_stall_operations(shared: Cluster) -> None:
     """Regression, found by reading: a dead peer that refuses nothing stalls every operation.
 
@@ -386,6 +388,7 @@ def test_a_damaged_copy_is_read_around_and_scrubbed(tmp_path: Path) -> None:
         assert checked["good"] and not checked["corrupt"], checked
 
 
+@pytest.mark.long
 def test_what_a_killed_client_had_flushed_is_read_back(tmp_path: Path) -> None:
     """A client that is killed leaves flushed writes in the journal.
 

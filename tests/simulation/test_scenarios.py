@@ -152,7 +152,13 @@ def _digest_in_new_process(name: str, hash_seed: str, seed: int) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("name", ["everything", "readers", "resizes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "everything",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("readers", "resizes")),
+    ],
+)
 def test_a_seed_is_a_run(name: str) -> None:
     """The same seed gives the same run, byte by byte, whatever the hashes of strings are."""
     seed = 5
