@@ -37,7 +37,7 @@ async def serve(then: object) -> Served:
         return served
 
     async def ready(_: Served) -> None:
-        assert not gc.get_freeze_count()
+        assert gc.get_freeze_count(), "no pause follows once it says that it is ready"
 
     async def over(_: Served) -> None:
         if isinstance(then, BaseException):

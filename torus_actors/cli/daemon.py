@@ -112,10 +112,10 @@ async def serve_until_stopped(
     if running is None:
         return
     try:
-        await stop.unless(ready(running))
         # What there is now stays: to look through it again would stop the process every time.
         gc.collect()
         gc.freeze()
+        await stop.unless(ready(running))
         if not stop.asked:
             try:
                 await stop.unless(_until_over(running, over))

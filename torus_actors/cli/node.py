@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from torus_actors.cli.common import (
 )
 from torus_actors.cli.profile import data_home
 from torus_actors.cli.units import Address, format_address, format_size, parse_seconds, parse_size
-from torus_actors.errors import Invalid
+from torus_actors.errors import Invalid, TorusError
 
 DEFAULT_LISTEN: Address = ("127.0.0.1", 40000)
 
@@ -33,6 +34,9 @@ SHARE_DEFAULT_PERCENT = 80
 """A new store takes the default size, but no more than this share of the free space."""
 
 _PERCENT = re.compile(r"(\d{1,3})\s*%")
+
+REGISTERED_S = 5.0
+"""How long the first registration may take before a node says that it is ready without."""
 
 REMOVE_AFTER_S_MIN = 10
 """Below it a member would leave the ring whose lease merely has to be made again."""
@@ -223,6 +227,9 @@ def start(
 
     async def ready(node: StorageNode) -> None:
         assert node.view is not None
+        # A node is ready when others know it; if the metadata has gone away, it is without that.
+        with contextlib.suppress(TorusError):
+            await node.system.actor("heartbeat").lease.remote(timeout_s=REGISTERED_S)
         role = "keeps the metadata" if node.embedded else f"metadata {config.metadata}"
         LIFECYCLE.info(
             "node %s ready on %s: %s, %s for blocks in %s",
