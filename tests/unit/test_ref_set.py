@@ -22,7 +22,7 @@ def test_what_is_kept_of_a_page_is_small_and_has_all_its_blocks() -> None:
     kept = compact(entries)
     assert len(kept) * 4 < len(entries)
     directly, found = RefSet(), RefSet()
-    directly.add_packed(entries)
+    directly.add_all(refs)
     found.add_compact(kept)
     assert len(found) == len(directly) == len(set(refs))
     assert all(ref in found for ref in refs)

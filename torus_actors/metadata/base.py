@@ -163,10 +163,7 @@ class MetadataBase:
         return self._wall_clock()
 
     def new_nonce(self) -> str:
-        """By which a record is known again: for those operations that take one."""
-        return self._nonce()
-
-    def _nonce(self) -> str:
+        """By which a record is known again; some operations take one."""
         return str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
 
 

@@ -38,7 +38,7 @@ class ReaderOperations(MetadataBase):
             LeaseNotFound: the lease has ended.
         """
         head_key = self.keys.of(table.HEAD, volume_id)
-        nonce = nonce or self._nonce()
+        nonce = nonce or self.new_nonce()
         attempts = self._attempts("read the volume")
         while True:
             await attempts.next()
@@ -65,7 +65,7 @@ class ReaderOperations(MetadataBase):
             LeaseNotFound: the lease has ended.
         """
         key = self.keys.snapshot(snapshot.volume_id, snapshot.name)
-        nonce = nonce or self._nonce()
+        nonce = nonce or self.new_nonce()
         revision = await self._revision_of(key, snapshot)
         reader = Reader(snapshot.volume_id, snapshot.head, 0, holder, self._now(), nonce)
         if revision is None or not await self._put(

@@ -43,7 +43,7 @@ class SessionOperations(MetadataBase):
         """
         lock_key = self.keys.of(table.LOCK, volume_id)
         epoch_key = self.keys.of(table.EPOCH, volume_id)
-        nonce = nonce or self._nonce()
+        nonce = nonce or self.new_nonce()
         attempts = self._attempts("attach the volume")
         while True:
             await attempts.next()
@@ -90,7 +90,7 @@ class SessionOperations(MetadataBase):
             LeaseNotFound: the new lease has ended.
         """
         key = self.keys.of(table.LOCK, volume_id)
-        nonce = self._nonce()
+        nonce = self.new_nonce()
         attempts = self._attempts("renew the volume's lock")
         while True:
             await attempts.next()

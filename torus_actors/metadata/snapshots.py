@@ -54,7 +54,7 @@ class SnapshotOperations(SessionOperations):
         if (await self._read(key, Snapshot))[0] is not None:
             raise Exists(f"snapshot {name} exists already")
         encoded = b"" if head is None else head.encode()
-        snapshot = Snapshot(volume_id, name, encoded, self._now(), self._nonce(), volume.size)
+        snapshot = Snapshot(volume_id, name, encoded, self._now(), self.new_nonce(), volume.size)
 
         async def mine() -> int | None:
             stored, at = await self._read(key, Snapshot)
@@ -125,7 +125,7 @@ class SnapshotOperations(SessionOperations):
         if (await self._read(self.keys.snapshot(volume_id, name), Snapshot))[0] is not None:
             raise Exists(f"snapshot {name} exists already")
         key = self.keys.snapshot_request(volume_id, name)
-        request = SnapshotRequest(volume_id, name, lease, self._now(), self._nonce())
+        request = SnapshotRequest(volume_id, name, lease, self._now(), self.new_nonce())
 
         async def mine() -> int | None:
             stored, at = await self._read(key, SnapshotRequest)

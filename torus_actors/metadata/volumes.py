@@ -77,7 +77,7 @@ class VolumeOperations(MetadataBase):
             OutOfSpace: all 2^40 ids have been used.
         """
         await self._check_size(size)
-        nonce = self._nonce()
+        nonce = self.new_nonce()
         attempts = self._attempts(f"create volume {name}")
         while True:
             await attempts.next()

@@ -8,20 +8,18 @@ from collections.abc import Iterable
 
 from pyroaring import BitMap64
 
+from torus_actors.model.inode_tree_pages import ENTRY_SIZE
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
 
-_ENTRY = struct.Struct("<16sQ4x")
-"""A leaf entry: volume and INode of the ref, its index, and the checksum, which is passed over."""
-
 _REF = struct.Struct("<16sQ")
+"""Volume and INode of a ref, and its index."""
 
 
 def compact(entries: bytes) -> bytes:
     """The refs of packed leaf entries, in a fifth of the room or less; see `RefSet.add_compact`."""
-    refs = [
-        entries[at : at + BLOCK_REF_SIZE] for at in range(0, len(entries), _ENTRY.size)
-    ]  # without the checksums, which are all that is different everywhere
-    return zlib.compress(b"".join(refs), 1)
+    # Without the checksums, which are all that is different everywhere.
+    starts = range(0, len(entries), ENTRY_SIZE)
+    return zlib.compress(b"".join([entries[at : at + BLOCK_REF_SIZE] for at in starts]), 1)
 
 
 class RefSet:
@@ -32,19 +30,15 @@ class RefSet:
 
     def add_all(self, refs: Iterable[BlockRef]) -> None:
         """Add refs."""
-        self.add_packed(b"".join([ref + b"\0\0\0\0" for ref in refs]))
-
-    def add_packed(self, entries: bytes) -> None:
-        """Add the refs of packed leaf entries."""
-        self._add(_ENTRY.iter_unpack(entries))
+        self._add(b"".join(refs))
 
     def add_compact(self, packed: bytes) -> None:
         """Add what `compact` made."""
-        self._add(_REF.iter_unpack(zlib.decompress(packed)))
+        self._add(zlib.decompress(packed))
 
-    def _add(self, refs: Iterable[tuple[bytes, int]]) -> None:
+    def _add(self, refs: bytes) -> None:
         grouped: dict[bytes, list[int]] = {}
-        for key, index in refs:
+        for key, index in _REF.iter_unpack(refs):
             grouped.setdefault(key, []).append(index)
         for key, indexes in grouped.items():
             bitmap = self._bitmaps.get(key)
