@@ -32,6 +32,7 @@ from rich.table import Table
 from rig import (
     Asker,
     Cluster,
+    bare_flushes,
     fio,
     ping_pong,
     plain_flushes,
@@ -130,6 +131,7 @@ def _flush(cluster: Cluster, size: int, rounds: int) -> list[Row]:
     alone: list[tuple[float, float]] = []
     rates: list[tuple[float, float]] = []
     disk: list[float] = []
+    bare: list[float] = []
     ratios: list[float] = []
     volume = f"v{size >> 20}"
     cluster.ctl("volume", "create", volume, str(size))
@@ -139,9 +141,11 @@ def _flush(cluster: Cluster, size: int, rounds: int) -> list[Row]:
     flushed(uri, size, 1)
     for _ in range(rounds):
         floor = statistics.median(synced_writes(cluster.folder, ROUND_S)) * 1e6
+        least = statistics.median(bare_flushes(cluster.folder, ROUND_S)) * 1e6
         one = flushed(uri, size, 1)
         many = flushed(uri, size, WRITERS)
         disk.append(floor)
+        bare.append(least / floor)
         alone.append(median_us(one))
         ratios.append(sum(alone[-1]) / floor)
         rates.append((one["write"]["iops"], many["write"]["iops"]))
@@ -161,6 +165,12 @@ def _flush(cluster: Cluster, size: int, rounds: int) -> list[Row]:
             "x",
             f"<= {FLUSH_RATIO_MAX:g}",
             ratio <= FLUSH_RATIO_MAX,
+        ),
+        Row(
+            name,
+            "the same by bare Python processes: no event loop, no protocol",
+            statistics.median(bare),
+            "x",
         ),
         Row(name, "one such writer", statistics.median(one for one, _ in rates), "/s"),
         Row(name, f"{WRITERS} such writers", statistics.median(many for _, many in rates), "/s"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -202,6 +203,76 @@ def synced_writes(folder: Path, seconds: float, size: int = 64 << 20) -> list[fl
     taken = [each for incoming, _ in pipes for each in incoming.recv()]
     for writer in writers:
         writer.join()
+    return taken
+
+
+def _received(peer: socket.socket, view: memoryview) -> bool:
+    """Fill a buffer; whether the other side was still there."""
+    at = 0
+    while at < len(view):
+        count = peer.recv_into(view[at:])
+        if not count:
+            return False
+        at += count
+    return True
+
+
+def _bare_member(peer: socket.socket, path: str) -> None:
+    size = os.stat(path).st_size
+    file = os.open(path, os.O_RDWR)
+    page = memoryview(bytearray(4096))
+    while _received(peer, page):
+        os.pwrite(file, page, random.randrange(size // 4096) * 4096)
+        os.fdatasync(file)
+        peer.sendall(b"y")
+
+
+def _bare_server(peer: socket.socket, members: list[socket.socket]) -> None:
+    page = memoryview(bytearray(4096))
+    while _received(peer, page):
+        peer.sendall(b"y")
+        peer.recv(1)
+        for member in members:
+            member.sendall(page)
+        for member in members:
+            member.recv(1)
+        peer.sendall(b"y")
+
+
+def bare_flushes(folder: Path, seconds: float) -> list[float]:
+    """Seconds that each 4 KiB write with a flush takes through bare Python processes.
+
+    The messages of a flushed write and nothing else: a server answers the write, and for the flush
+    sends the page to two members, which pwrite and fdatasync it and answer. Blocking unix sockets,
+    no event loop, no protocol, no checksum. Call ``synced_writes`` first: it makes the files.
+    """
+    ours, theirs = socket.socketpair()
+    pairs = [socket.socketpair() for _ in range(2)]
+    processes = [
+        multiprocessing.Process(
+            target=_bare_member, args=(inner, str(folder / f"synced-{n}")), daemon=True
+        )
+        for n, (_, inner) in enumerate(pairs)
+    ]
+    outer = [pair[0] for pair in pairs]
+    processes.append(
+        multiprocessing.Process(target=_bare_server, args=(theirs, outer), daemon=True)
+    )
+    for process in processes:
+        process.start()
+    page = os.urandom(4096)
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        for message in (page, b"f"):
+            ours.sendall(message)
+            ours.recv(1)
+        taken.append(time.perf_counter() - start)
+    for process in processes:
+        process.kill()
+        process.join()
+    for each in (ours, theirs, *itertools.chain(*pairs)):
+        each.close()
     return taken
 
 
