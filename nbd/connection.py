@@ -221,6 +221,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._timer.cancel()
         if self.lost is not None and not self.lost.done():
             self.lost.set_result(None)
+        if self._tx is not None:
+            self._tx.cut_off()
         self._release_if_done()
 
     def get_buffer(self, sizehint: int) -> memoryview:

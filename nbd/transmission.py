@@ -268,6 +268,12 @@ class Transmission:
         self.inflight_bytes -= payload
         return out
 
+    def cut_off(self) -> None:
+        """No more will arrive: a refused WRITE whose payload has not gone by gets no answer."""
+        if self._drop:
+            self._drop, self._dropped = 0, None
+            self.inflight -= 1
+
     # --- inside ----------------------------------------------------------------------------
 
     def _take_bulk(

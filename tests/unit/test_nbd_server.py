@@ -237,6 +237,26 @@ def test_losing_a_client_with_requests_in_flight(run: Callable[[Test], None]) ->
     run(body)
 
 
+def test_losing_a_client_in_the_middle_of_a_refused_write(run: Callable[[Test], None]) -> None:
+    """The rest of its payload will not come: the export is released all the same."""
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        exports = One(device)
+        listener = await start(folder, exports)
+        flush = p.REQUEST.pack(p.REQUEST_MAGIC, 0, Cmd.FLUSH, 1, 0, 0)
+        beyond = p.REQUEST.pack(p.REQUEST_MAGIC, 0, Cmd.WRITE, 2, 1 << 30, MIB)
+        client = await Client.connect(folder / "s", flush + beyond + bytes(1000))
+        await device.until(1)
+        device.answer(1)
+        await client.leave()
+        await gone(listener.state)
+        assert exports.released == 1
+        await listener.close()
+
+    run(body)
+
+
 def test_disconnect_waits_for_what_is_in_flight(run: Callable[[Test], None]) -> None:
     """DISC is honoured after the outstanding requests were handled and answered."""
 
