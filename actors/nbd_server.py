@@ -49,7 +49,7 @@ class Connections:
         self._next = 1
 
     def number(self, connection: NbdConnection) -> int:
-        """The connection's number, given on first use and taken back when it is gone."""
+        """The connection's number, given on first use and taken back when nothing is due to it."""
         if connection.number:
             return connection.number
         number = self._next
@@ -57,8 +57,16 @@ class Connections:
         connection.number = number
         self.by_id[number] = connection
         if connection.lost is not None:
-            connection.lost.add_done_callback(lambda _: self.by_id.pop(number, None))
+            connection.lost.add_done_callback(lambda _: self.forget_if_done(connection))
         return number
+
+    def forget_if_done(self, connection: NbdConnection) -> None:
+        """Forget a connection once it is gone, and its requests have been answered.
+
+        It gives its export back when it gets the last of the answers.
+        """
+        if connection.export is None:
+            self.by_id.pop(connection.number, None)
 
 
 class VolumeDevice:
@@ -124,6 +132,7 @@ class NbdServer(LoopActor):
         connection = self._connections.by_id.get(conn)
         if connection is not None:
             connection.reply(replies)
+            self._connections.forget_if_done(connection)
 
     @expose()
     def addresses(self) -> list[str]:

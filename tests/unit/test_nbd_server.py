@@ -11,10 +11,13 @@ import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
 
+from tests.unit.runtime_harness import system_of
+from torus_actors.actors.nbd_server import NbdAddress, NbdServer
 from torus_actors.errors import Exists, Invalid, Locked, OutOfSpace
 from torus_actors.nbd import connection as conn
 from torus_actors.nbd import protocol as p
@@ -24,6 +27,7 @@ from torus_actors.nbd.memory import MemoryExports
 from torus_actors.nbd.protocol import Cmd, Errno, Opt, Rep
 from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
 from torus_actors.nbd.server import NbdListener, serve
+from torus_actors.runtime import ChildSpec, LoopActor, expose
 
 MIB = 1 << 20
 DEADLINE_S = 20.0
@@ -253,6 +257,62 @@ def test_losing_a_client_in_the_middle_of_a_refused_write(run: Callable[[Test], 
         await gone(listener.state)
         assert exports.released == 1
         await listener.close()
+
+    run(body)
+
+
+class Volume(LoopActor):
+    """The only volume, and who opens it; answers only when the test says so."""
+
+    users = 0
+
+    @expose()
+    def open(self, name: str) -> list[object]:
+        """Open it."""
+        self.users += 1
+        return [name, 1 << 30, "", False]
+
+    @expose()
+    def release(self, name: str) -> None:
+        """Give it back."""
+        self.users -= 1
+
+    @expose()
+    def submit(self, conn: int, requests: list[Request]) -> None:
+        """Keep the batch."""
+        self.batch = conn, requests
+
+    def answer(self) -> None:
+        """Answer what was kept."""
+        conn, requests = self.batch
+        self.system.actor("nbd_server").replies.tell(conn, [Reply(each) for each in requests])
+
+
+def test_the_actor_gives_back_the_volume_of_a_client_that_was_lost(
+    run: Callable[[Test], None],
+) -> None:
+    """Its requests were in flight; the volume is given back when they have been answered."""
+
+    async def body(folder: Path) -> None:
+        path = str(folder / "s")
+        children = (
+            ChildSpec("volumes", Volume),
+            ChildSpec("volume:x", Volume),
+            ChildSpec("nbd_server", lambda: NbdServer([NbdAddress(path=path)])),
+        )
+        async with system_of(*children) as system:
+            volumes: Any = system.cells["volumes"].actor
+            volume: Any = system.cells["volume:x"].actor
+            client = await Client.connect(path)
+            client.send(Cmd.FLUSH, cookie=1)
+            await until(lambda: hasattr(volume, "batch"))
+            await client.leave()
+            state = system.heirlooms["nbd_state"]
+            await until(lambda: not state.connections)
+            await asyncio.sleep(0)
+            assert volumes.users == 1
+            volume.answer()
+            await until(lambda: not volumes.users)
 
     run(body)
 
