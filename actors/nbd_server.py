@@ -118,13 +118,24 @@ class NbdServer(LoopActor):
                 await serve(self, path=address.path, tls=self._tls, state=self._state)
         heirlooms["nbd_state"] = self._state
 
+    def quiesce(self) -> list[asyncio.Future[Any]]:
+        """When this is for good, let requests in flight finish and close.
+
+        Their answers are messages, so those are taken until then.
+        """
+        if self.cell.will_restart:
+            return super().quiesce()
+        return [self.spawn(self._close())]
+
     async def cleanup(self) -> None:
-        """When this is for good, let requests in flight finish and close."""
+        """When this is for good, close what is left."""
         if self.cell.will_restart:
             return
-        for listener in list(self._state.listeners):
-            await listener.close()
+        await self._close()
         self.system.heirlooms.pop("nbd_state", None)
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(listener.close() for listener in list(self._state.listeners)))
 
     @expose(idempotent=True)
     def replies(self, conn: int, replies: list[Reply]) -> None:

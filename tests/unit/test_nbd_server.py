@@ -317,6 +317,33 @@ def test_the_actor_gives_back_the_volume_of_a_client_that_was_lost(
     run(body)
 
 
+def test_the_actor_lets_requests_finish_when_it_is_stopped(run: Callable[[Test], None]) -> None:
+    """Their answers come as messages, which are taken until the last."""
+
+    async def body(folder: Path) -> None:
+        path = str(folder / "s")
+        children = (
+            ChildSpec("volumes", Volume),
+            ChildSpec("volume:x", Volume),
+            ChildSpec("nbd_server", lambda: NbdServer([NbdAddress(path=path)])),
+        )
+        async with system_of(*children) as system:
+            volumes: Any = system.cells["volumes"].actor
+            volume: Any = system.cells["volume:x"].actor
+            client = await Client.connect(path)
+            client.send(Cmd.FLUSH, cookie=1)
+            await until(lambda: hasattr(volume, "batch"))
+            stopping = asyncio.ensure_future(system.cells["nbd_server"].stop(final=True))
+            await until(lambda: not (folder / "s").exists())
+            volume.answer()
+            assert await client.reply() == (1, 0)
+            await client.ended()
+            await stopping
+            assert not volumes.users
+
+    run(body)
+
+
 def test_disconnect_waits_for_what_is_in_flight(run: Callable[[Test], None]) -> None:
     """DISC is honoured after the outstanding requests were handled and answered."""
 
