@@ -424,6 +424,9 @@ class NbdConnection(asyncio.BufferedProtocol):
                 server_side=True,
                 ssl_handshake_timeout=TLS_TIMEOUT_S,
             )
+            if secure is None or transport.is_closing():
+                # This side closed it meanwhile, which the TLS layer does not call a failure.
+                raise ConnectionAbortedError("closed before it was done")
         except OSError as error:
             # "If the handshake is unsuccessful the server MUST terminate the session". The
             # transport belongs to the TLS layer by now, which does not tell this protocol.
@@ -432,7 +435,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             if self._transport is not None:
                 self.connection_lost(error)
             return
-        if secure is None or self._transport is None:
+        if self._transport is None:
             transport.abort()
             return
         self._transport = secure

@@ -652,6 +652,22 @@ def test_garbage_instead_of_a_tls_handshake(run: Callable[[Test], None]) -> None
     run(body)
 
 
+def test_close_in_the_middle_of_a_tls_handshake(run: Callable[[Test], None]) -> None:
+    """Nobody waits for a client that has asked for TLS and says no more."""
+
+    async def body(folder: Path) -> None:
+        tls = TlsSettings(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        listener = await serve(One(Held()), path=str(folder / "s"), tls=tls)
+        client = await Client.raw(folder / "s")
+        assert await client.option(Opt.STARTTLS) == (Rep.ACK, b"")
+        async with asyncio.timeout(conn.TLS_TIMEOUT_S / 10):
+            await listener.close()
+        assert not listener.state.connections
+        await client.ended()
+
+    run(body)
+
+
 def test_connection_without_a_loop_of_its_own() -> None:
     """A connection object can be made before any loop runs; it has no client yet."""
     connection = NbdConnection(NbdState(One.__new__(One)))
