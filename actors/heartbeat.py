@@ -99,11 +99,15 @@ class Heartbeat(LoopActor):
 
     async def _begin_lease(self) -> None:
         """Make a lease, and hang on it what hung on the last one."""
-        lease = await self._meta.grant_lease(self._ttl_s)
+        now = self.system.loop.time
+        lease, renewed_at = await self._meta.grant_lease(self._ttl_s), now()
         await self._register(lease)
         for session in list(self.system.heirlooms.get("sessions", {}).values()):
             if session.closed:
                 continue
+            if now() - renewed_at > self._ttl_s / 3:
+                await self._meta.renew_lease(lease)  # or many volumes would outlast it
+                renewed_at = now()
             reader = session.reader
             try:
                 if session.epoch:

@@ -113,6 +113,36 @@ async def test_a_lock_that_could_not_be_taken_along_at_once_is_taken_along(
 
 
 @virtual
+async def test_many_locks_are_taken_along_however_long_that_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that hung on a lost lease, one after the other, takes longer than the new one lives."""
+    async with Cluster() as cluster:
+        client = (await cluster.volume(SIZE)).client
+        volumes = [client.session("v").volume_id]
+        for name in "abcdefgh":
+            volumes.append((await cluster.meta.create_volume(name, SIZE)).id)
+            await client.open(name)
+        assert client.system is not None
+        heartbeat: Any = client.system.cells["heartbeat"].actor
+        renew = heartbeat._meta.renew_lock
+
+        async def slow(*args: Any) -> None:
+            await asyncio.sleep(1.0)
+            await renew(*args)
+
+        monkeypatch.setattr(heartbeat._meta, "renew_lock", slow)
+        await cluster.store.lease_revoke(await client.actor("heartbeat").lease.remote())
+        await asyncio.sleep(20.0)
+        for volume_id in volumes:
+            lock, epoch = await cluster.meta.lock_status(volume_id)
+            assert lock is not None and lock.epoch == epoch
+        lease = await client.actor("heartbeat").lease.remote()
+        await asyncio.sleep(20.0)
+        assert await client.actor("heartbeat").lease.remote() == lease
+
+
+@virtual
 async def test_no_lease_ends_because_who_keeps_them_stood_still() -> None:
     """A machine that is paused or overloaded, and keeps the metadata: nobody could renew meanwhile.
 
