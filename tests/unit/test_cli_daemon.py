@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 from types import SimpleNamespace
 
 import pytest
 
-from torus_actors.cli.common import Failed
+from torus_actors.cli import daemon
+from torus_actors.cli.common import Failed, Settings
 from torus_actors.cli.daemon import serve_until_stopped
 
 
@@ -59,3 +61,21 @@ def test_what_was_there_at_the_start_is_not_looked_through_again(then: object) -
     """Each time would stop the process for as long as a request may take."""
     served = asyncio.run(serve(then))
     assert served.stopped and served.frozen > 10_000
+
+
+def test_a_daemon_opens_as_many_files_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the usual 1024, NBD clients alone could take all that the journal and peers need."""
+    monkeypatch.setattr(daemon, "set_up_logging", lambda *_, **__: None)
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    seen = 0
+
+    async def work() -> None:
+        nonlocal seen
+        seen, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), most))
+    try:
+        daemon.run_daemon(Settings(), work())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+    assert seen == most

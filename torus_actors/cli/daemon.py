@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -147,4 +149,15 @@ async def _until_over(
 def run_daemon(settings: Settings, work: Coroutine[Any, Any, None]) -> None:
     """Run a daemon's main coroutine on uvloop."""
     set_up_logging(settings, daemon=True)
+    _open_many_files()
     uvloop.run(work)
+
+
+def _open_many_files() -> None:
+    """Raise the limit of open files as far as it goes.
+
+    It is low for the sake of programs that use select(2), and each client of NBD is one file.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems cannot, where there is no limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
