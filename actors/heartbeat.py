@@ -67,6 +67,7 @@ class Heartbeat(LoopActor):
         backoff = Backoff(self.system.rng, max_s=1.0)
         told = ""
         while True:
+            began = self.system.loop.time()
             try:
                 if self._lease:
                     await self._meta.renew_lease(self._lease)
@@ -95,7 +96,8 @@ class Heartbeat(LoopActor):
             for waiter in waiting:
                 if not waiter.done():
                     waiter.set_result(self._lease)
-            await asyncio.sleep(self._ttl_s / 3)
+            # The lease's time may have begun as soon as it was asked for.
+            await asyncio.sleep(max(0.0, began + self._ttl_s / 3 - self.system.loop.time()))
 
     async def _begin_lease(self) -> None:
         """Make a lease, and hang on it what hung on the last one."""

@@ -143,6 +143,25 @@ async def test_many_locks_are_taken_along_however_long_that_takes(
 
 
 @virtual
+async def test_slow_answers_do_not_cost_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each renewal is made in time, and told when most of the lease's time has passed."""
+    async with Cluster() as cluster:
+        client = await cluster.client()
+        heartbeat: Any = client.system.cells["heartbeat"].actor
+        renew = heartbeat._meta.renew_lease
+
+        async def slow(lease: int) -> int:
+            ttl_s: int = await renew(lease)
+            await asyncio.sleep(4.5)
+            return ttl_s
+
+        monkeypatch.setattr(heartbeat._meta, "renew_lease", slow)
+        lease = await client.actor("heartbeat").lease.remote()
+        await asyncio.sleep(30.0)
+        assert await client.actor("heartbeat").lease.remote() == lease
+
+
+@virtual
 async def test_no_lease_ends_because_who_keeps_them_stood_still() -> None:
     """A machine that is paused or overloaded, and keeps the metadata: nobody could renew meanwhile.
 
