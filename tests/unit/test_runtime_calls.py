@@ -258,6 +258,22 @@ async def test_redelivery_is_for_idempotent_calls_only() -> None:
 
 
 @on_loop
+async def test_a_call_that_is_done_is_answered_though_its_actor_dies_just_then() -> None:
+    """It is neither done twice, nor told to have failed."""
+    diary = Diary()
+    async with system_of(worker(diary, max_concurrency=4)) as system:
+        handle = system.actor("worker")
+        refs = [handle.slow.remote("once"), handle.slow_again.remote("again")]
+        await until(lambda: diary.count("begin again"))
+        actor: Any = system.cells["worker"].actor
+        actor.gate.set()
+        system.loop.call_soon(system.cells["worker"].kill)
+        assert await get(refs) == ["once", "again"]
+        await until(lambda: diary.count("worker up") == 2)
+        assert diary.count("begin again") == 1
+
+
+@on_loop
 async def test_redelivery_is_bounded() -> None:
     """A call that kills every actor it meets is redelivered REDELIVERIES_MAX times, then fails."""
     diary = Diary()

@@ -180,6 +180,10 @@ class LoopActor(_Exposing, pykka.Actor):
         self._accepting = False
         if self._inbox.wake == self._wake:
             self._inbox.wake = None
+        for task, call in list(self._tasks.items()):
+            if call is not None and task.done():  # in this very turn of the loop: not cut off
+                task.remove_done_callback(self._task_done)
+                self._task_done(task)
         calls = [call for call in self._tasks.values() if call is not None]
         for task in self._tasks:
             task.remove_done_callback(self._task_done)
