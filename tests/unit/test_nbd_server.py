@@ -27,7 +27,7 @@ from torus_actors.nbd.memory import MemoryExports
 from torus_actors.nbd.protocol import Cmd, Errno, Opt, Rep
 from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
 from torus_actors.nbd.server import NbdListener, serve
-from torus_actors.runtime import ChildSpec, LoopActor, expose
+from torus_actors.runtime import ChildSpec, LoopActor, expose, get
 
 MIB = 1 << 20
 DEADLINE_S = 20.0
@@ -278,6 +278,11 @@ class Volume(LoopActor):
         self.users -= 1
 
     @expose()
+    async def work(self, gate: asyncio.Event) -> None:
+        """Do nothing else until the gate opens."""
+        await gate.wait()
+
+    @expose()
     def submit(self, conn: int, requests: list[Request]) -> None:
         """Keep the batch."""
         self.batch = conn, requests
@@ -340,6 +345,35 @@ def test_the_actor_lets_requests_finish_when_it_is_stopped(run: Callable[[Test],
             await client.ended()
             await stopping
             assert not volumes.users
+
+    run(body)
+
+
+def test_the_actor_gives_a_volume_back_to_who_is_overloaded(run: Callable[[Test], None]) -> None:
+    """Nobody would ask again."""
+
+    async def body(folder: Path) -> None:
+        path = str(folder / "s")
+        children = (
+            ChildSpec("volumes", Volume, inbox_max=1),
+            ChildSpec("nbd_server", lambda: NbdServer([NbdAddress(path=path)])),
+        )
+        async with system_of(*children) as system:
+            volumes: Any = system.cells["volumes"].actor
+            client = await Client.connect(path)
+            assert volumes.users == 1
+            gate = asyncio.Event()
+            work = system.actor("volumes").work
+            refs = [work.remote(gate)]
+            await until(lambda: not system.cells["volumes"].waiting())
+            refs.append(work.remote(gate))
+            await client.leave()
+            state = system.heirlooms["nbd_state"]
+            await until(lambda: not state.connections)
+            await asyncio.sleep(0.01)
+            gate.set()
+            await get(refs)
+            await until(lambda: not volumes.users)
 
     run(body)
 
