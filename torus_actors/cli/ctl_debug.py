@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,8 +13,15 @@ from torus_actors.cli.common import Failed, Group, Settings, json_option, run
 from torus_actors.cli.nodes import short
 from torus_actors.cli.output import print_json
 from torus_actors.cli.progress import Advance, progress_bar, shows_bars
+from torus_actors.errors import TRANSIENT
+
+if TYPE_CHECKING:
+    from torus_actors.cli.connect import Connection
 
 POLL_S = 0.3
+
+SILENT_S_MAX = 20.0
+"""A node that is busy, or is just started again, answers late; after so long it is given up."""
 
 
 @click.group(cls=Group)
@@ -85,20 +92,21 @@ def debug_rebalance(settings: Settings, timeout: float) -> None:
 
 
 async def _rebalance(settings: Settings, timeout_s: float) -> None:
-    from torus_actors.cli.connect import Connection, connect
+    from torus_actors.cli.connect import connect
 
     async def one_round(
         connection: Connection, addresses: dict[str, str], advance: Advance
     ) -> list[dict[str, Any]]:
         """Ask all for a pass, and wait until each has made a whole one."""
-        names, where = list(addresses), list(addresses.values())
-        before = _all_of(names, await connection.ask_all(where, "rebalancer", "status"))
-        # A pass that was under way did not see everything there is now.
-        wanted = [each["passes"] + (2 if each["running"] else 1) for each in before]
-        _all_of(names, await connection.ask_all(where, "rebalancer", "start_pass"))
+        before = await _ask_all(connection, addresses, "rebalancer", "status")
+        wanted = [_after_a_pass(each) for each in before]
+        await _ask_all(connection, addresses, "rebalancer", "start_pass")
         told = ""
         while True:
-            now = _all_of(names, await connection.ask_all(where, "rebalancer", "status"))
+            now = await _ask_all(connection, addresses, "rebalancer", "status")
+            for at, (each, was) in enumerate(zip(now, before, strict=True)):
+                if each["passes"] < was["passes"]:  # it was started again
+                    wanted[at], before[at] = 1, each
             busy = sum(each["running"] for each in now)
             totals = [max(each["total"], each["seen"]) for each in now]
             advance(sum(each["seen"] for each in now), sum(totals))
@@ -163,13 +171,15 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
             addresses = {i.peer_id: i.address for i in await connection.meta.peers()}
             if not addresses:
                 raise Failed("no node is up: start one with torus-node start")
-            names, where = list(addresses), list(addresses.values())
-            before = _all_of(names, await connection.ask_all(where, "scrubber", "status"))
-            wanted = [each["passes"] + (2 if each["running"] else 1) for each in before]
+            before = await _ask_all(connection, addresses, "scrubber", "status")
+            wanted = [_after_a_pass(each) for each in before]
             with progress_bar("scrubbing", None, "blocks") as advance:
                 while True:
-                    now = _all_of(names, await connection.ask_all(where, "scrubber", "status"))
+                    now = await _ask_all(connection, addresses, "scrubber", "status")
                     advance(sum(each["seen"] for each in now), sum(each["total"] for each in now))
+                    for at, (each, was) in enumerate(zip(now, before, strict=True)):
+                        if each["passes"] < was["passes"]:  # it was started again
+                            wanted[at], before[at] = 1, {**each, "damaged": 0, "failed": 0}
                     pairs = list(zip(now, wanted, before, strict=True))
                     if all(each["passes"] >= count for each, count, _ in pairs):
                         found = sum(each["damaged"] - was["damaged"] for each, _, was in pairs)
@@ -177,7 +187,7 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
                         return found, failed
                     late = [
                         w
-                        for w, (each, count, _) in zip(where, pairs, strict=True)
+                        for w, (each, count, _) in zip(addresses.values(), pairs, strict=True)
                         if each["passes"] < count
                     ]
                     await connection.ask_all(late, "scrubber", "start_pass")
@@ -189,8 +199,31 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
 _COUNTS = ("sent", "dropped", "failed", "waiting", "yielded")
 
 
-def _all_of(names: list[str], answers: list[Any]) -> list[Any]:
-    for name, answer in zip(names, answers, strict=True):
-        if isinstance(answer, Exception):
-            raise Failed(f"node {short(name)}: {answer}")
-    return answers
+def _after_a_pass(status: dict[str, Any]) -> int:
+    """How many passes a node has made when it has made a whole one from now on."""
+    # One that is under way did not see everything there is now.
+    return int(status["passes"]) + (2 if status["running"] else 1)
+
+
+async def _ask_all(
+    connection: Connection, addresses: dict[str, str], actor: str, method: str
+) -> list[Any]:
+    """Ask all nodes; those again that do not answer just now.
+
+    Raises:
+        Failed: one refuses, or stays silent.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + SILENT_S_MAX
+    answers: dict[str, Any] = {}
+    while True:
+        asked = [name for name in addresses if name not in answers]
+        found = await connection.ask_all([addresses[name] for name in asked], actor, method)
+        for name, answer in zip(asked, found, strict=True):
+            if not isinstance(answer, Exception):
+                answers[name] = answer
+            elif not isinstance(answer, TRANSIENT) or loop.time() > until:
+                raise Failed(f"node {short(name)}: {answer}")
+        if len(answers) == len(addresses):
+            return [answers[name] for name in addresses]
+        await asyncio.sleep(POLL_S)

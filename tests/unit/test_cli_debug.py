@@ -1,0 +1,116 @@
+"""Passes that ``torusctl debug`` has all nodes make, and waits for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.fakes import virtual
+from torus_actors.cli import connect
+from torus_actors.cli.common import Failed, Settings
+from torus_actors.cli.ctl_debug import SILENT_S_MAX, _rebalance, _scrub
+from torus_actors.errors import DeadlineExceeded, TorusError
+
+ZEROS = dict.fromkeys(
+    ("seen", "total", "left", "damaged", "failed", "sent", "dropped", "waiting", "yielded"), 0
+)
+
+
+class Node:
+    """Makes a pass in the time of three questions, and gives these errors before answers."""
+
+    def __init__(self, passes: int, errors: list[TorusError | None]) -> None:
+        self.passes, self.errors = passes, errors
+        self.left = 0
+        self.damaged = 7
+        self.starts_again = False
+
+    def ask(self, method: str) -> Any:
+        """Answer, or not."""
+        error = self.errors.pop(0) if self.errors else None
+        if error is not None:
+            return error
+        if method == "start_pass":
+            self.left = self.left or 3
+            if self.starts_again:
+                self.starts_again, self.passes, self.damaged = False, 0, 0
+            return None
+        if self.left:
+            self.left -= 1
+            self.passes += not self.left
+            self.damaged += not self.left
+        count = {"passes": self.passes, "running": self.left > 0, "damaged": self.damaged}
+        return {**ZEROS, **count}
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Node]:
+    """Two nodes, the second of which does not answer some questions."""
+    late = DeadlineExceeded("no answer within 2.5 s")
+    made = {"a": Node(4, []), "b": Node(9, [late, None, late, late, None, None, late])}
+
+    class Connection:
+        async def cluster(self) -> None:
+            pass
+
+        async def ask_all(self, addresses: list[str], actor: str, method: str) -> list[Any]:
+            return [made[address].ask(method) for address in addresses]
+
+        @property
+        def meta(self) -> Any:
+            async def peers() -> list[Any]:
+                return [SimpleNamespace(peer_id=name, address=name) for name in made]
+
+            return SimpleNamespace(peers=peers)
+
+    @contextlib.asynccontextmanager
+    async def connected(settings: Settings) -> AsyncIterator[Connection]:
+        yield Connection()
+
+    monkeypatch.setattr(connect, "connect", connected)
+    return made
+
+
+@virtual
+async def _scrubs() -> None:
+    assert await _scrub(Settings(), 60.0) == (2, 0)
+
+
+@virtual
+async def _rebalances() -> None:
+    await _rebalance(Settings(), 60.0)
+
+
+def test_a_node_that_is_busy_is_asked_again(nodes: dict[str, Node]) -> None:
+    """It leaves questions without an answer, in any place; the command goes on."""
+    errors = list(nodes["b"].errors)
+    _scrubs()
+    nodes["b"].errors = errors
+    _rebalances()
+    assert (nodes["a"].passes, nodes["b"].passes) == (6, 11)
+
+
+def test_a_node_that_starts_again_counts_from_the_beginning(nodes: dict[str, Node]) -> None:
+    """It has made a pass when it has made one since, not when it has made as many as before."""
+    nodes["b"].starts_again = True
+    _scrubs()
+    nodes["b"].starts_again = True
+    _rebalances()
+    assert nodes["b"].passes == 1
+
+
+@pytest.mark.parametrize("command", [_scrub, _rebalance])
+def test_a_node_that_stays_silent_is_named(nodes: dict[str, Node], command: Any) -> None:
+    """Not for ever: the one line says which, and how it failed."""
+    nodes["b"].errors = [DeadlineExceeded("no answer within 2.5 s")] * 1000
+
+    @virtual
+    async def fails() -> None:
+        with pytest.raises(Failed, match="node b: no answer"):
+            await command(Settings(), 10 * SILENT_S_MAX)
+
+    fails()
