@@ -12,12 +12,15 @@ do it: whoever comes second finds another ring. No partition and no outage may e
 - the transaction itself demands that the member is still not registered.
 
 A node that joins by itself does so again when it comes back under a new lease and finds that it was
-taken out meanwhile. Messages in: ``status``. Its death costs the time that it has counted.
+taken out meanwhile. Taken out while it was there, it was by an operator, and stays out: so it looks
+at once when a lease begins, and when the ring is seen without it. Messages in: ``status``,
+``lease_began``, ``view_changed``. Its death costs the time that it has counted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -78,14 +81,28 @@ class Evictor(LoopActor):
         self._missing: dict[str, float] = {}
         self._was_member = False
         self._evicted = 0
+        self._hurry = asyncio.Event()
 
     async def setup(self) -> None:
         """Start looking."""
+        self._hurry.set()
+        self.system.actor("ring_watcher").subscribe.tell("evictor")
         self._looked_at = self.system.loop.time()
         # In the ring as it was when this process started: whoever took this node out since then
         # did so before it was registered.
         self._was_member = self.system.node_id in self._view.ring.members
         self.spawn(self._work())
+
+    @expose()
+    def lease_began(self) -> None:
+        """Look now: what happens to the ring from here on, this node was there to see."""
+        self._hurry.set()
+
+    @expose()
+    def view_changed(self) -> None:
+        """Look now if this node has left the ring: its lease may end before the next look."""
+        if self._was_member and self.system.node_id not in self._view.ring.members:
+            self._hurry.set()
 
     @expose(remote=True)
     def status(self) -> dict[str, Any]:
@@ -99,7 +116,10 @@ class Evictor(LoopActor):
 
     async def _work(self) -> None:
         while True:
-            await asyncio.sleep(self._look_s * (0.75 + 0.5 * self.system.rng.random()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._look_s * (0.75 + 0.5 * self.system.rng.random())):
+                    await self._hurry.wait()
+            self._hurry.clear()
             try:
                 await self._look()
             except TorusError as error:
@@ -122,6 +142,8 @@ class Evictor(LoopActor):
             # Nothing else is taken note of: a machine that was suspended finds out late that its
             # lease is over, and that it was taken out of the ring it shall see under the next one.
             raise Again("this node is not registered")
+        if await self._valid_lease() != lease:
+            raise Again("the registration hangs on another lease than the one before")
         if lease != self._lease:
             await self._come_back(ring)
         if lease != self._lease or version != self._version or slept:

@@ -3,8 +3,8 @@
 A storage node is registered under the lease; the volumes that the process has open are locked under
 it, or kept for it as they were, if it only reads. When the lease ran out (the metadata was away, or
 the process slept) a new one is made and all that is put back, so an expired lease is never the end.
-Messages in: ``lease``, ``status``. Its own death costs at most one renewal; nothing waits for it on
-the data path.
+Messages in: ``lease``, ``status``; out: ``lease_began`` to the evictor. Its own death costs at most
+one renewal; nothing waits for it on the data path.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ class Heartbeat(LoopActor):
             except TorusError as error:
                 log.warning("volume %s under a new lease: %s", session.name, error)
         self._lease = self.system.heirlooms["lease"] = lease
+        self.system.actor("evictor").lease_began.tell()
 
     async def _register(self, lease: int) -> None:
         """Say that this node is up; again at each beat as long as another one is in its place."""

@@ -14,7 +14,7 @@ import pytest
 from tests.fakes import until, virtual
 from torus_actors.actors.evictor import Evictor
 from torus_actors.actors.heartbeat import Heartbeat
-from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
 from torus_actors.errors import CompareFailed, TorusError
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.kv import Delete
@@ -59,6 +59,7 @@ class Member:
             SupervisorSpec(
                 "root",
                 (
+                    ChildSpec("ring_watcher", lambda: RingWatcher(meta, view)),
                     ChildSpec(
                         "heartbeat", lambda: Heartbeat(meta, lambda: info, TTL_S), max_concurrency=9
                     ),
@@ -177,6 +178,34 @@ async def test_whom_an_operator_took_out_stays_out() -> None:
         ring = (await cluster.ring()).without_peer(out.id)
         await cluster.meta.set_ring(rings.marshal(ring), ring.version)
         await asyncio.sleep(AFTER_S / 2)
+        out.store.down = True
+        await asyncio.sleep(3 * TTL_S)
+        out.store.down = False
+        await asyncio.sleep(2 * AFTER_S)
+        assert out.id not in await cluster.ids()
+
+
+@pytest.mark.parametrize("when", ["running", "just started", "under a new lease"])
+@pytest.mark.parametrize("seed", range(3))
+@virtual
+async def test_whom_an_operator_took_out_stays_out_whatever_comes_next(
+    when: str, seed: int
+) -> None:
+    """Its lease ends a second later, before it would have looked at the ring by itself."""
+    async with running(4, 2) as cluster:
+        out = cluster.members[seed]
+        if when == "just started":
+            await out.stop()
+            await out.start()
+        if when == "under a new lease":
+            out.store.down = True
+            await asyncio.sleep(3 * TTL_S)
+            out.store.down = False
+            await asyncio.sleep(1.0)
+        await asyncio.sleep(1.0)
+        ring = (await cluster.ring()).without_peer(out.id)
+        await cluster.meta.set_ring(rings.marshal(ring), ring.version)
+        await asyncio.sleep(1.0)
         out.store.down = True
         await asyncio.sleep(3 * TTL_S)
         out.store.down = False
@@ -314,6 +343,31 @@ async def test_a_machine_that_was_suspended_comes_back_too() -> None:
         ring = (await cluster.ring()).without_peer(slept.id)
         await cluster.meta.set_ring(rings.marshal(ring), ring.version)
         evictor: Any = slept.system.cells["evictor"].actor
+        with contextlib.suppress(TorusError):
+            await evictor._look()
+        await asyncio.sleep(AFTER_S / 2)
+        assert slept.id in await cluster.ids()
+
+
+@virtual
+async def test_a_lease_that_is_replaced_while_the_node_looks_is_no_proof() -> None:
+    """It sees a ring without itself under the old lease, and its registration under the new one."""
+    async with running(4, 2) as cluster:
+        slept = cluster.members[0]
+        assert slept.system is not None
+        evictor: Any = slept.system.cells["evictor"].actor
+        peers = evictor._meta.peers
+
+        async def late() -> list[PeerInfo]:
+            evictor._meta.peers = peers
+            await asyncio.sleep(TTL_S / 2)
+            return await peers()
+
+        evictor._meta.peers = late
+        lease = (await slept.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(lease)
+        ring = (await cluster.ring()).without_peer(slept.id)
+        await cluster.meta.set_ring(rings.marshal(ring), ring.version)
         with contextlib.suppress(TorusError):
             await evictor._look()
         await asyncio.sleep(AFTER_S / 2)
