@@ -115,6 +115,15 @@ def test_full_stores_failures_and_waiting_blocks_are_told() -> None:
     assert rebalance_of(row(0, at, yielding)) == "4 left to others"
 
 
+def test_a_node_that_does_not_say_how_its_blocks_are_is_not_taken_for_well() -> None:
+    """It answers, but its store or its rebalancer does not: it hangs, or dies again and again."""
+    at = ring(2, 2)
+    for actor in ("block_store", "rebalancer"):
+        silent = answer(IDS[0], **{actor: {"error": "no answer within 2 s"}})
+        found = problems(at, [row(0, at, silent), row(1, at)])
+        assert found == [f"{actor} of node 10000000 does not answer: no answer within 2 s"]
+
+
 def test_damage_that_nobody_could_repair_is_told() -> None:
     """No cluster is healthy as long as a scrubber knows of a block without a good copy."""
     at = ring(2, 2)

@@ -102,6 +102,11 @@ def add_answer(row: Row, answer: Any) -> None:
     collector = answer.get("collector", {})
     if "garbage_bytes" in collector:
         row["collector"] = collector
+    row["silent_actors"] = {
+        name: said["error"]
+        for name, said in answer.items()
+        if isinstance(said, dict) and "error" in said
+    }
     row["unrepaired"] = answer.get("scrubber", {}).get("unrepaired", 0)
     rebalancer = answer.get("rebalancer", {})
     if "running" in rebalancer:
@@ -134,6 +139,8 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
             found.append(f"node {name} is not in the ring: torusctl peer add {name}")
         if row["up"] and not row["registered"]:
             found.append(f"node {name} answers, but is not registered")
+        for actor, error in row.get("silent_actors", {}).items():
+            found.append(f"{actor} of node {name} does not answer: {error}")
         if row.get("failure"):
             found.append(f"node {name}: {row['failure']}")
         if row.get("level", "ok") != "ok":
