@@ -142,6 +142,12 @@ def test_profiles_survive_a_round_trip_and_damage_is_told() -> None:
     profiles = {"default": {"metadata": "torus://a:1", "secret-file": 'a "quoted" \\ path'}}
     save_profiles(config_path(), profiles)
     assert load_profiles(config_path()) == profiles
+    odd = {"default": {"secret-file": "/etc/\N{KEY}/\x7f\t\n\u2028\xe9"}}
+    save_profiles(config_path(), odd)
+    assert load_profiles(config_path()) == odd
+    with pytest.raises(Invalid, match="UTF-8"):
+        save_profiles(config_path(), {"default": {"secret-file": "/etc/\udcff"}})
+    assert load_profiles(config_path()) == odd
     for damage in (b"not toml", b"[default]\nother = 1\n", b"default = 3\n", b"\xff\xfe[\0"):
         config_path().write_bytes(damage)
         with pytest.raises(Invalid, match=r"config\.toml"):

@@ -75,7 +75,7 @@ def save_profiles(path: Path, profiles: Profiles) -> None:
     """Write all profiles.
 
     Raises:
-        Invalid: a profile's name cannot be written.
+        Invalid: a profile's name, or a value, cannot be written.
     """
     lines: list[str] = []
     for name, values in sorted(profiles.items()):
@@ -83,13 +83,21 @@ def save_profiles(path: Path, profiles: Profiles) -> None:
             raise Invalid(f"{name!r} is no profile name: use letters, digits, '-' and '_'")
         if values:
             lines.append(f"[{name}]")
-            # A JSON string is a TOML string too, control characters and all.
-            lines += [f"{key} = {json.dumps(value)}" for key, value in sorted(values.items())]
+            lines += [f"{key} = {_quoted(value)}" for key, value in sorted(values.items())]
             lines.append("")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_text("\n".join(lines), "utf-8")
     temporary.replace(path)
+
+
+def _quoted(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Invalid(f"{text!r} cannot be kept in a profile, which is UTF-8") from error
+    # A JSON string is a TOML string too, control characters and all but this one.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def profile_value(key: str) -> str | None:
