@@ -158,6 +158,8 @@ def test_nothing_is_loaded_from_what_is_empty(
             with pytest.raises(Invalid, match="is empty: nothing was changed"):
                 await load(nothing)
         os.close(source)
+        with pytest.raises(Invalid, match="/dev/zero has more than the 1 MiB of volume v"):
+            await load(Path("/dev/zero"))
         await dump(tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == b"x" * SIZE
         os.truncate(empty, 4096)
@@ -183,6 +185,9 @@ def test_a_volume_that_exists_keeps_its_size(
         await load(file, "sized", create=True, size=8192)
         await load(file, "unsized", create=True)
         assert [each.size for each in await cluster.meta.volumes()] == [SIZE, 8192, 4096]
+        with pytest.raises(Invalid, match="has 4096 bytes, and volume small only 2048"):
+            await load(file, "small", create=True, size=2048)
+        assert len(await cluster.meta.volumes()) == 3, "one was made that this file does not fit"
         source, sink = os.pipe()
         os.write(sink, b"x")
         os.close(sink)

@@ -123,20 +123,23 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
             "make it again"
         )
     if create:
+        if size is not None:
+            _check_fits(file, length, name, size, "give more, or leave out --size")
         await _create_if_missing(settings, name, size, length)
     async with full_client(settings, name) as client:
         volume_size = await _size_of(client, name)
-        if length is not None and length > volume_size:
-            raise Invalid(
-                f"{_shown(file)} has {length} bytes, and volume {name} only {volume_size}: "
-                "resize it first"
-            )
+        _check_fits(file, length, name, volume_size, "resize it first")
         volume = client.system.actor(f"volume:{name}")
         with progress_bar(f"loading {name}", length) as advance:
-            loader = _Loader(volume, volume_size, name)
+            loader = _Loader(volume, volume_size, name, _shown(file))
             loaded = await loader.load(chunks, advance)
         await volume.flush.remote(timeout_s=OPERATION_TIMEOUT_S)
     return loaded
+
+
+def _check_fits(file: Path, length: int | None, name: str, size: int, advice: str) -> None:
+    if length is not None and length > size:
+        raise Invalid(f"{_shown(file)} has {length} bytes, and volume {name} only {size}: {advice}")
 
 
 async def _create_if_missing(
@@ -166,10 +169,11 @@ async def _create_if_missing(
 class _Loader:
     """Writes chunks, some at once; what is not written becomes a hole."""
 
-    def __init__(self, volume: ActorHandle, size: int, name: str) -> None:
+    def __init__(self, volume: ActorHandle, size: int, name: str, source: str) -> None:
         self._volume = volume
         self._size = size
         self._name = name
+        self._source = source
         self._writing: list[ObjectRef[None]] = []
         self._hole_from = 0
         self._loaded = 0
@@ -180,7 +184,7 @@ class _Loader:
             offset, data = chunk
             if offset + len(data) > self._size:
                 raise Invalid(
-                    f"standard input has more than the {format_size(self._size)} of volume "
+                    f"{self._source} has more than the {format_size(self._size)} of volume "
                     f"{self._name}: resize it first"
                 )
             if data != _ZEROS[: len(data)]:
