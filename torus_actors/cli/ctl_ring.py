@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,13 @@ def ring() -> None:
 
 
 async def _change(connection: Connection, change: Callable[[Ring], Ring | None]) -> Ring:
+    from torus_actors.metadata.patience import patiently
     from torus_actors.metadata.ring_changes import change_ring
 
+    work = change_ring, connection.meta, change
     try:
         async with asyncio.timeout(CHANGE_S_MAX):
-            return await change_ring(connection.meta, change)
+            return await patiently(*work, give_up_s=None, rng=random.Random())
     except TimeoutError as error:
         raise Failed(
             f"the ring could not be changed within {CHANGE_S_MAX:g} s: look with torusctl ring get"

@@ -1,0 +1,45 @@
+"""How ``torusctl peer`` and ``torusctl ring`` change the ring."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.fakes import virtual
+from torus_actors.cli.common import Failed
+from torus_actors.cli.ctl_ring import _change
+from torus_actors.metadata.faulty import FaultyStore
+from torus_actors.metadata.memory import MemoryStore
+from torus_actors.metadata.records import GlobalMetadata
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model import rings
+
+
+@pytest.mark.parametrize("away_s", [12.0, 60.0])
+@virtual
+async def test_a_change_outlasts_metadata_that_go_away_with_its_answer(away_s: float) -> None:
+    """It is made once; if they stay away nobody says that nothing was changed."""
+    store = FaultyStore(MemoryStore())
+    meta = MetadataService(store, rng=random.Random(1))
+    gmd = GlobalMetadata(1 << 14, "crc,base", 1, str(uuid.UUID(int=9)))
+    await meta.init(gmd, rings.marshal(rings.make_ring("ketama", version=1, replication=2)))
+
+    def change(present: rings.Ring) -> rings.Ring | None:
+        # The answer is lost, and nothing is answered for a while after that.
+        store.lose_answers = 1
+        asyncio.get_running_loop().call_later(0.001, setattr, store, "down", True)
+        asyncio.get_running_loop().call_later(away_s, setattr, store, "down", False)
+        return None if present.replication == 3 else present.with_replication(3)
+
+    connection: Any = SimpleNamespace(meta=meta)
+    if away_s < 20:
+        assert (await _change(connection, change)).version == 2
+    else:
+        with pytest.raises(Failed, match="look with torusctl ring get"):
+            await _change(connection, change)
+    await store.close()
