@@ -451,3 +451,21 @@ def test_remove_after_is_checked(given: str, told: str) -> None:
 
     done = CliRunner().invoke(cli, ["start", f"--remove-after={given}"])
     assert done.exit_code == 2 and told in done.output
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("auto-join = 3", "'3' is not a valid boolean"),
+        ('auto-join = "perhaps"', "'perhaps' is not a valid boolean"),
+        ("lease = true", "'True' is not a valid integer"),
+        ("zone = 1.5", "neither text nor number"),
+        ("colour = 1", "there is no option colour"),
+    ],
+)
+def test_what_a_file_of_options_says_is_checked(tmp_path: Path, line: str, told: str) -> None:
+    """Like what is said on the command line: what is no such value is bad usage."""
+    file = tmp_path / "node.toml"
+    file.write_text(f"{line}\n")
+    done = CliRunner().invoke(node, ["start", "--config", str(file)])
+    assert done.exit_code == 2 and told in done.output, done.exception

@@ -108,7 +108,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             raise click.BadParameter(f"{path}: there is no option {name}", ctx, param)
         if not isinstance(value, (str, int, bool)):
             raise click.BadParameter(f"{path}: {name} is neither text nor number", ctx, param)
-        flag = isinstance(option, click.Option) and option.is_flag
+        flag = isinstance(option, click.Option) and option.is_flag and isinstance(value, bool)
         defaults[option.name] = value if flag or option.name == "verbose" else str(value)
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
