@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import random
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from tests.fakes import virtual
 from torus_actors.cli.blk import cli as blk
 from torus_actors.cli.common import (
     Command,
@@ -37,6 +40,11 @@ from torus_actors.cli.units import (
     parse_size,
 )
 from torus_actors.errors import Invalid, NotExist, TorusError
+from torus_actors.metadata.memory import MemoryStore
+from torus_actors.metadata.records import GlobalMetadata, PeerInfo
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model import rings
+from torus_actors.model.peers import Peer
 
 GIB = 1 << 30
 
@@ -409,6 +417,37 @@ def test_a_dev_cluster_is_not_started_with_fewer_nodes_than_it_has(tmp_path: Pat
         (tmp_path / f"node-{index}").mkdir()
     with pytest.raises(Invalid, match="--nodes 4"):
         DevCluster(dev_config(tmp_path), Settings()).check()
+
+
+@virtual
+async def test_a_dev_cluster_whose_first_start_was_cut_off_has_its_copies() -> None:
+    """Its directories are there; until it had its first volume, copies are as many as by default.
+
+    Afterwards they are what somebody made of them.
+    """
+    meta = MetadataService(MemoryStore(), rng=random.Random(1))
+    peers = [Peer(str(uuid.UUID(int=n)), 1 << 20, "", f"127.0.0.1:{n}") for n in (1, 2, 3)]
+    gmd = GlobalMetadata(1 << 14, "crc,base", 1, str(uuid.UUID(int=9)))
+    await meta.init(gmd, rings.marshal(rings.make_ring("ketama", peers, version=1, replication=1)))
+    for peer in peers:
+        await meta.register_peer(PeerInfo(peer.peer_id, peer.address), await meta.grant_lease(60))
+
+    class Connected:
+        def __init__(self) -> None:
+            self.meta = meta
+
+        async def cluster(self) -> tuple[GlobalMetadata, rings.Ring]:
+            return gmd, rings.unmarshal((await meta.ring())[0])
+
+    connection: Any = Connected()
+    cluster = DevCluster(dev_config(Path("dev")), Settings())
+    for copies in (2, 1):
+        await cluster._prepare(connection)
+        assert cluster.replication == copies
+        await meta.delete_volume("demo")
+        ring = (await connection.cluster())[1].with_replication(1)
+        await meta.set_ring(rings.marshal(ring), ring.version)
+    await meta.close()
 
 
 def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:

@@ -241,7 +241,6 @@ class DevCluster:
 
     async def start(self) -> None:
         """Start everything, and wait until it is up."""
-        fresh = not (self.config.directory / "node-0").exists()
         self.config.directory.mkdir(parents=True, exist_ok=True)
         async with asyncio.timeout(READY_S_MAX):
             for node in self.nodes:
@@ -251,7 +250,7 @@ class DevCluster:
             connection = Connection(self.url, self.settings.secret())
             try:
                 await connection.start()
-                await self._prepare(connection, fresh)
+                await self._prepare(connection)
             finally:
                 await connection.stop()
             self.client.start()
@@ -263,7 +262,7 @@ class DevCluster:
                 raise Failed(f"{child.name} did not start: {child.failure}")
             await asyncio.sleep(POLL_S)
 
-    async def _prepare(self, connection: Connection, fresh: bool) -> None:
+    async def _prepare(self, connection: Connection) -> None:
         """Wait until all nodes are registered; set replication, make the volume."""
         from torus_actors.metadata.ring_changes import change_ring
 
@@ -278,7 +277,8 @@ class DevCluster:
                 pass
             await asyncio.sleep(POLL_S)
         copies = self.config.replication
-        if copies is None and fresh:
+        # A first start that was cut off leaves everything but a volume, which is made last.
+        if copies is None and not await meta.volumes() and not await meta.deleted_volumes():
             copies = min(REPLICATION_DEFAULT, self.config.nodes)
         if copies is not None:
             wanted = copies
