@@ -243,6 +243,11 @@ def test_an_audit_is_explained_in_one_line(silent: list[str]) -> None:
     told = str(explain(audit))
     assert "3 of 9 blocks" in told and "2 have none" in told and "\n" not in told
     assert ("20000000" in told) is bool(silent)
+    assert ("debug rebalance" in told) is (not silent)
+    # What is damaged the rebalancer takes for a copy like others.
+    audit.corrupt = 1
+    told = str(explain(audit))
+    assert ("debug scrub" in told) is (not silent) and "rebalance" not in told
 
 
 def test_garbage_is_told_by_node_and_for_all() -> None:

@@ -352,5 +352,7 @@ def explain(audit: Audit) -> TorusError | None:
     elif audit.scarce:
         text += "; the ring has too few members for more: add some with torusctl peer add"
     elif not audit.unsafe:
-        text += "; let the cluster repair it: torusctl debug rebalance"
+        # A rebalancer does not read the copies that there are.
+        how = "scrub" if audit.corrupt else "rebalance"
+        text += f"; let the cluster repair it: torusctl debug {how}"
     return BlockUnavailable(text)
