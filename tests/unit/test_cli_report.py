@@ -19,7 +19,7 @@ from torus_actors.cli.report import (
     state_of,
     usage_of,
 )
-from torus_actors.errors import Again, PeerLost
+from torus_actors.errors import ActorNotFound, Again, PeerLost
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
@@ -177,6 +177,10 @@ def test_unreachable_metadata_is_told_with_the_innermost_reason() -> None:
         "start one with: torus-node start"
     )
     assert "is etcd running?" in str(unreachable("etcd://h:1", error))
+    # A node runs there, which has others keep the metadata.
+    error.__cause__ = ActorNotFound("no actor metadata on this node")
+    told = str(unreachable("torus://h:1", error))
+    assert "the node there does not keep it" in told and "is a node running" not in told
 
 
 # -- audits ----------------------------------------------------------------------------------------

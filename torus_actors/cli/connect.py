@@ -18,7 +18,14 @@ from torus_actors import __version__
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.metadata import ActorStore, MetadataActor
 from torus_actors.cli.common import Settings
-from torus_actors.errors import Again, DeadlineExceeded, NotSupported, PeerLost, TorusError
+from torus_actors.errors import (
+    ActorNotFound,
+    Again,
+    DeadlineExceeded,
+    NotSupported,
+    PeerLost,
+    TorusError,
+)
 from torus_actors.metadata.kv import KeyValueStore
 from torus_actors.metadata.patience import Backoff, refusal
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
@@ -165,6 +172,9 @@ def unreachable(url: str, error: TorusError) -> Again:
     if isinstance(cause, DeadlineExceeded):
         reason = "no answer"
     hint = "is a node running? start one with: torus-node start"
+    if isinstance(cause, ActorNotFound) and url.startswith("torus:"):
+        reason = "the node there does not keep it"
+        hint = "give the URL that the node was started with"
     if url.startswith("etcd:"):
         hint = "is etcd running?"
     return Again(f"cannot reach the metadata at {url}: {reason}; {hint}")
