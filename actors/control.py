@@ -19,6 +19,7 @@ ASK_TIMEOUT_S = 2.0
 
 ASKED = (
     "block_store",
+    "journal",
     "replicator",
     "rebalancer",
     "collector",
@@ -48,7 +49,7 @@ class Control(LoopActor):
     @expose(remote=True)
     async def status(self) -> dict[str, Any]:
         """What this process does, and how it is."""
-        questions = {"block_store": "stats", "bridge": "peers"}
+        questions = {"block_store": "stats", "journal": "stats", "bridge": "peers"}
         refs = {
             name: getattr(self.system.actor(name), questions.get(name, "status")).remote(
                 timeout_s=ASK_TIMEOUT_S

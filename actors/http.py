@@ -114,6 +114,9 @@ def problems_of(status: dict[str, Any]) -> list[str]:
             store = stores.get(name, {})
             if store.get("failure"):
                 problems.append(f"{name}: {store['failure']}")
+    journal = status.get("journal")
+    if isinstance(journal, dict) and journal.get("failure"):
+        problems.append(f"journal: {journal['failure']}")
     return problems
 
 

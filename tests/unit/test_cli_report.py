@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from tests.fakes import virtual
 from torus_actors.actors.block_messages import Status
+from torus_actors.actors.control import Control
+from torus_actors.actors.http import problems_of
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.cli.connect import unreachable
 from torus_actors.cli.report import (
@@ -24,6 +28,7 @@ from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
 from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, SupervisorSpec, expose
 from torus_actors.volume.audit import Audit, Auditor, explain
 
 IDS = [f"{i}0000000-0000-4000-8000-000000000000" for i in range(1, 5)]
@@ -104,6 +109,10 @@ def test_full_stores_failures_and_waiting_blocks_are_told() -> None:
     assert any("3 blocks of node 10000000 wait" in each for each in found)
     assert any("node 20000000: sync failed" in each for each in found)
     assert any("could not move 1 block" in each for each in found)
+    broken = answer(IDS[0], journal={"failure": "failed (I/O error); restart the node"})
+    found = problems(at, [row(0, at, broken), row(1, at)])
+    assert found == ["node 10000000: the journal failed (I/O error); restart the node"]
+    assert problems_of(broken) == ["journal: failed (I/O error); restart the node"]
     pages = answer(IDS[0])
     pages["block_store"]["inodes"]["level"] = "full"
     assert any("store of node 10000000 is full" in e for e in problems(at, [row(0, at, pages)]))
@@ -122,6 +131,25 @@ def test_a_node_that_does_not_say_how_its_blocks_are_is_not_taken_for_well() -> 
         silent = answer(IDS[0], **{actor: {"error": "no answer within 2 s"}})
         found = problems(at, [row(0, at, silent), row(1, at)])
         assert found == [f"{actor} of node 10000000 does not answer: no answer within 2 s"]
+
+
+@virtual
+async def test_a_node_says_of_its_journal_too_that_it_failed() -> None:
+    """Status asks the control actor only."""
+
+    class Failed(LoopActor):
+        @expose()
+        def stats(self) -> dict[str, Any]:
+            """Of a journal."""
+            return {"failure": "failed (I/O error)"}
+
+    system = ActorSystem(asyncio.get_running_loop(), node_id=IDS[0])
+    view = ClusterView(GlobalMetadata(1024, "crc,base", 1, IDS[0]), ring(1, 1))
+    control = ChildSpec("control", lambda: Control(view, "node"), max_concurrency=16)
+    await system.start(SupervisorSpec("root", (ChildSpec("journal", Failed), control)))
+    said = await system.actor("control").status.remote()
+    assert said["journal"] == {"failure": "failed (I/O error)"}
+    await system.stop()
 
 
 def test_damage_that_nobody_could_repair_is_told() -> None:

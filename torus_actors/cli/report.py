@@ -96,6 +96,9 @@ def add_answer(row: Row, answer: Any) -> None:
         # One without room for pages takes no commits, however much there is for data.
         row["level"] = next((each for each in ("full", "warning") if each in levels), levels[0])
         row["failure"] = " ".join(each["failure"] for each in sizes).strip()
+    failed = answer.get("journal", {}).get("failure")
+    if failed:
+        row["failure"] = f"{row.get('failure', '')} the journal {failed}".strip()
     evictor = answer.get("evictor", {})
     if "missing_s" in evictor:
         row["evictor"] = evictor
