@@ -173,23 +173,24 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
                 raise Failed("no node is up: start one with torus-node start")
             before = await _ask_all(connection, addresses, "scrubber", "status")
             wanted = [_after_a_pass(each) for each in before]
+            ended: dict[int, dict[str, Any]] = {}
             with progress_bar("scrubbing", None, "blocks") as advance:
                 while True:
                     now = await _ask_all(connection, addresses, "scrubber", "status")
                     advance(sum(each["seen"] for each in now), sum(each["total"] for each in now))
-                    for at, (each, was) in enumerate(zip(now, before, strict=True)):
-                        if each["passes"] < was["passes"]:  # it was started again
+                    for at, each in enumerate(now):
+                        if each["passes"] < before[at]["passes"] and at not in ended:
+                            # It was started again.
                             wanted[at], before[at] = 1, {**each, "damaged": 0, "failed": 0}
-                    pairs = list(zip(now, wanted, before, strict=True))
-                    if all(each["passes"] >= count for each, count, _ in pairs):
-                        found = sum(each["damaged"] - was["damaged"] for each, _, was in pairs)
-                        failed = sum(each["failed"] - was["failed"] for each, _, was in pairs)
+                        if each["passes"] >= wanted[at]:
+                            # What it finds in a pass after that it has told already.
+                            ended.setdefault(at, each)
+                    if len(ended) == len(now):
+                        pairs = [(ended[at], was) for at, was in enumerate(before)]
+                        found = sum(each["damaged"] - was["damaged"] for each, was in pairs)
+                        failed = sum(each["failed"] - was["failed"] for each, was in pairs)
                         return found, failed
-                    late = [
-                        w
-                        for w, (each, count, _) in zip(addresses.values(), pairs, strict=True)
-                        if each["passes"] < count
-                    ]
+                    late = [w for at, w in enumerate(addresses.values()) if at not in ended]
                     await connection.ask_all(late, "scrubber", "start_pass")
                     await asyncio.sleep(POLL_S)
     except TimeoutError as error:
