@@ -67,7 +67,8 @@ class Scrubber(LoopActor):
         self._pause_s = pause_s
         self._asked = asyncio.Event()
         self._hurry = False
-        self._counts = {"passes": 0, "checked": 0, "damaged": 0, "repaired": 0, "failed": 0}
+        names = ("passes", "checked", "damaged", "repaired", "failed", "unread")
+        self._counts = dict.fromkeys(names, 0)
         self._unrepaired: dict[BlockRef, None] = {}
         """Damaged blocks of which no good copy was found."""
         self._running = False
@@ -89,9 +90,9 @@ class Scrubber(LoopActor):
     def status(self) -> dict[str, Any]:
         """Counts of blocks since the start.
 
-        ``failed`` are those that the disk did not read in time, and damaged ones of which no good
-        copy was found; ``unrepaired`` are those of the latter that are damaged still. ``seen`` of
-        ``total`` are those of the pass under way, or of the last one.
+        ``failed`` are those that the disk did not read in time (``unread``), and damaged ones of
+        which no good copy was found; ``unrepaired`` are those of the latter that are damaged still.
+        ``seen`` of ``total`` are those of the pass under way, or of the last one.
         """
         return {
             **self._counts,
@@ -136,6 +137,7 @@ class Scrubber(LoopActor):
                 for ref, (status, root) in zip(refs, statuses, strict=True):
                     if status == Status.FAILED:
                         self._counts["failed"] += 1
+                        self._counts["unread"] += 1
                         continue
                     self._counts["checked"] += 1
                     if status == Status.CORRUPT:

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from tests.fakes import virtual
 from torus_actors.cli import connect
 from torus_actors.cli.common import Failed, Settings
-from torus_actors.cli.ctl_debug import SILENT_S_MAX, _rebalance, _scrub
+from torus_actors.cli.ctl_debug import SILENT_S_MAX, _rebalance, _scrub, debug
 from torus_actors.errors import DeadlineExceeded, TorusError
 
-ZEROS = dict.fromkeys(
-    ("seen", "total", "left", "damaged", "failed", "sent", "dropped", "waiting", "yielded"), 0
-)
+COUNTS = "seen total left damaged failed unread sent dropped waiting yielded"
+ZEROS = dict.fromkeys(COUNTS.split(), 0)
 
 
 class Node:
@@ -28,6 +28,7 @@ class Node:
         self.left, self.length = 0, 3
         self.asked = False
         self.damaged = 7
+        self.failed = self.unread = 0
         self.starts_again = False
 
     def ask(self, method: str) -> Any:
@@ -47,7 +48,7 @@ class Node:
             self.passes += not self.left
             self.damaged += not self.left
         count = {"passes": self.passes, "running": self.left > 0, "damaged": self.damaged}
-        return {**ZEROS, **count}
+        return {**ZEROS, **count, "failed": self.failed, "unread": self.unread}
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Node]:
 
 @virtual
 async def _scrubs() -> None:
-    assert await _scrub(Settings(), 60.0) == (2, 0)
+    assert await _scrub(Settings(), 60.0) == (2, 0, 0)
 
 
 @virtual
@@ -111,6 +112,21 @@ def test_damage_is_counted_once(nodes: dict[str, Node]) -> None:
     nodes["b"].errors, nodes["b"].length = [], 12
     _scrubs()
     assert nodes["a"].damaged > 8
+
+
+def test_what_a_disk_did_not_read_is_no_damage(nodes: dict[str, Node]) -> None:
+    """It is told as what it is, and beside what was repaired."""
+    nodes["b"].errors = []
+    ask = nodes["b"].ask
+
+    def slow(method: str) -> Any:
+        nodes["b"].failed = nodes["b"].unread = 3 * (method == "start_pass" or nodes["b"].asked)
+        return ask(method)
+
+    nodes["b"].ask = slow  # type: ignore[method-assign]
+    done = CliRunner().invoke(debug, ["scrub"], obj=Settings())
+    assert done.output == "scrubbed: 2 damaged copies found, 2 repaired\n"
+    assert str(done.exception) == "3 copies were not read by their disk in time: see its node's log"
 
 
 @pytest.mark.parametrize("command", [_scrub, _rebalance])

@@ -70,6 +70,7 @@ async def test_what_is_too_slow_to_be_read_hides_nothing_behind_it() -> None:
         node.opened.verify = verify_slowly  # type: ignore[method-assign]
         status = await scrubbed(node)
         assert (status["checked"], status["repaired"], status["failed"]) == (39 + 2, 2, 1)
+        assert (status["damaged"], status["unread"]) == (2, 1)
 
 
 @virtual

@@ -156,13 +156,19 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
 @click.pass_obj
 def debug_scrub(settings: Settings, timeout: float) -> None:
     """Have all nodes verify every block they store now, and repair what is damaged."""
-    damaged, failed = run(settings, _scrub(settings, timeout))
-    click.echo(f"scrubbed: {damaged} damaged copies found, {damaged - failed} repaired")
-    if failed:
-        raise Failed(f"{failed} damaged copies could not be repaired: no good copy was found")
+    damaged, lost, unread = run(settings, _scrub(settings, timeout))
+    click.echo(f"scrubbed: {damaged} damaged copies found, {damaged - lost} repaired")
+    problems = []
+    if lost:
+        problems.append(f"{lost} damaged copies could not be repaired: no good copy was found")
+    if unread:
+        problems.append(f"{unread} copies were not read by their disk in time: see its node's log")
+    if problems:
+        raise Failed("; ".join(problems))
 
 
-async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
+async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int, int]:
+    """Returns damaged copies, those of them without a good one, and copies that were not read."""
     from torus_actors.cli.connect import connect
 
     try:
@@ -181,15 +187,18 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
                     for at, each in enumerate(now):
                         if each["passes"] < before[at]["passes"] and at not in ended:
                             # It was started again.
-                            wanted[at], before[at] = 1, {**each, "damaged": 0, "failed": 0}
+                            wanted[at], before[at] = 1, {**each, **dict.fromkeys(_FOUND, 0)}
                         if each["passes"] >= wanted[at]:
                             # What it finds in a pass after that it has told already.
                             ended.setdefault(at, each)
                     if len(ended) == len(now):
                         pairs = [(ended[at], was) for at, was in enumerate(before)]
-                        found = sum(each["damaged"] - was["damaged"] for each, was in pairs)
-                        failed = sum(each["failed"] - was["failed"] for each, was in pairs)
-                        return found, failed
+                        # An older node does not tell the last of them.
+                        damaged, failed, unread = (
+                            sum(each.get(key, 0) - was.get(key, 0) for each, was in pairs)
+                            for key in _FOUND
+                        )
+                        return damaged, failed - unread, unread
                     late = [w for at, w in enumerate(addresses.values()) if at not in ended]
                     await connection.ask_all(late, "scrubber", "start_pass")
                     await asyncio.sleep(POLL_S)
@@ -197,6 +206,7 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int]:
         raise Failed(f"not scrubbed within {timeout_s:g} s") from error
 
 
+_FOUND = ("damaged", "failed", "unread")
 _COUNTS = ("sent", "dropped", "failed", "waiting", "yielded")
 
 
