@@ -8,14 +8,18 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.fakes import Cluster
-from torus_actors.cli import images
+from tests.fakes import Cluster, virtual
+from torus_actors.actors.volumes import REPLAY_COMMIT_S
+from torus_actors.cli import full, images
 from torus_actors.cli.common import Settings
 from torus_actors.errors import Invalid
+from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, SupervisorSpec, expose
+from torus_actors.volume.journal import RECOVER_PATIENCE_S
 
 SIZE = 1 << 20
 
@@ -196,3 +200,24 @@ def test_a_volume_that_exists_keeps_its_size(
         os.close(source)
 
     run(monkeypatch, test)
+
+
+@virtual
+async def test_a_volume_may_take_its_time_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member of its journal is silent, and what that has is committed by slow nodes first."""
+
+    class Slow(LoopActor):
+        @expose()
+        async def open(self, name: str) -> None:
+            """What ``Volumes`` waits for at most."""
+            await asyncio.sleep(RECOVER_PATIENCE_S + REPLAY_COMMIT_S)
+
+    system = ActorSystem(asyncio.get_running_loop(), node_id="n")
+    await system.start(SupervisorSpec("root", (ChildSpec("volumes", Slow),)))
+
+    async def start_client(config: Any, patience_s: float) -> Any:
+        return SimpleNamespace(system=system, stop=system.stop)
+
+    monkeypatch.setattr(full, "start_client", start_client)
+    async with full.full_client(Settings(metadata="torus://127.0.0.1:1"), "v"):
+        pass

@@ -10,6 +10,9 @@ from torus_actors.cli.connect import PATIENCE_S, unreachable
 from torus_actors.errors import Again
 from torus_actors.node import Client, ClientConfig, NbdConfig, start_client
 
+OPEN_TIMEOUT_S = 60.0
+"""For opening a volume, which may wait for its journal, and then for a commit of what that has."""
+
 
 @contextlib.asynccontextmanager
 async def full_client(
@@ -34,7 +37,7 @@ async def full_client(
         raise unreachable(url, error) from error
     try:
         if volume is not None:
-            await client.system.actor("volumes").open.remote(volume)
+            await client.system.actor("volumes").open.remote(volume, timeout_s=OPEN_TIMEOUT_S)
         yield client
     finally:
         await client.stop()
