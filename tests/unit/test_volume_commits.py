@@ -17,6 +17,7 @@ from torus_actors.runtime import ChildSpec
 from torus_actors.volume import journal
 from torus_actors.volume.change_log import ChangeLog, Replay
 from torus_actors.volume.file import DISCARD_S, File
+from torus_actors.volume.opening import close_session
 
 BLOCK = 16 << 10
 SIZE = 100 * BLOCK
@@ -211,6 +212,30 @@ async def test_a_replay_that_cannot_be_committed_outlasts_another_crash(
             await asyncio.sleep(60)
             last = await reopened(again)
         assert await last.read(70 * BLOCK, 2) == b"bb"
+        assert await last.read(60 * BLOCK, 7) == b"flushed"
+
+
+@virtual
+async def test_a_session_that_is_closed_twice_keeps_what_it_could_not_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever closes it dies when the last commit has failed, and the successor closes it again."""
+
+    async def fails(self: Any, index: int, layer: Any) -> None:
+        raise BlockUnavailable("nodes are away")
+
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        await device.write(60 * BLOCK, b"flushed")
+        await device.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(File, "_assemble", fails)
+            again = await reopened(device)
+            session = again.client.session("v")
+            with pytest.raises(BlockUnavailable):
+                await close_session(session, again.client.meta)
+            await close_session(session, again.client.meta)
+        last = await reopened(again)
         assert await last.read(60 * BLOCK, 7) == b"flushed"
 
 

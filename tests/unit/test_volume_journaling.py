@@ -607,3 +607,22 @@ async def test_an_audit_does_not_count_on_a_disk_that_failed() -> None:
         assert (found.fewer, found.missing, found.unsafe) == (1, 0, [])
         await tool.actor("replicator").repair.remote(ref, root, node.node_id)
         assert (await audit()).good
+
+
+@virtual
+async def test_a_volume_closed_without_its_journal_needs_no_member_of_it() -> None:
+    """The journal ended with a node, there was no other for a new one, and all is in the head."""
+    async with Cluster(nodes=2, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        await cluster.node(0).crash()
+        await device.write(0, b"later")
+        await device.flush()
+        assert not session.journal.active and session.all_covered
+        await device.release()
+        other = await cluster.client()
+        for node in cluster.ids:
+            cluster.network.cut(other.node_id, node)
+        again = await other.open("v")
+        cluster.network.heal()
+        assert await again.read(0, 5) == b"later"

@@ -297,10 +297,11 @@ class SessionJournal:
             later.done(self._lost())
 
     async def retire(self) -> None:
-        """A head covers everything, and the session ends: the next one need ask no member."""
-        was_active, self.active = self.active, False
-        if not was_active:
-            return
+        """A head covers everything, and the session ends: the next one need ask no member.
+
+        Nor one of an ensemble that was lost, and that the metadata still names.
+        """
+        self.active = False
         try:
             async with asyncio.timeout(APPEND_TIMEOUT_S):
                 await self._meta.set_journal(

@@ -333,8 +333,10 @@ class Session:
 
     @property
     def all_covered(self) -> bool:
-        """Whether the head in the metadata has all that the journal has."""
-        return self.heads.owed is None and self.log.seq == self.covered_seq
+        """Whether the head in the metadata has all that the journal has, or the last one had."""
+        if self.replaying is not None or self.heads.owed is not None:
+            return False
+        return self.log.seq == self.covered_seq
 
     def _commit_is_due(self) -> bool:
         if self.file.failure is not None or self.committer.clean:
