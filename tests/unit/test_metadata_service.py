@@ -734,12 +734,12 @@ def test_a_head_that_resizes_its_volume(backend: Backend) -> None:
         demo = await service.create_volume("demo", GIB)
         epoch = await service.attach(demo.id, "vm1 pid 1", await service.grant_lease(60))
         half = dataclasses.replace(head_of(1, epoch), size=GIB // 2)
-        revision = await service.commit_head(demo.id, epoch, 0, half, resizes=True)
+        revision = await service.commit_head(demo.id, epoch, 0, half, resized=GIB // 2)
         assert await service.volume("demo") == dataclasses.replace(demo, size=GIB // 2)
-        assert await service.commit_head(demo.id, epoch, 0, half, resizes=True) == revision
+        assert await service.commit_head(demo.id, epoch, 0, half, resized=GIB // 2) == revision
         quarter = dataclasses.replace(head_of(2, epoch), size=GIB // 4)
         with pytest.raises(CompareFailed):
-            await service.commit_head(demo.id, epoch, revision - 1, quarter, resizes=True)
+            await service.commit_head(demo.id, epoch, revision - 1, quarter, resized=GIB // 4)
 
         txn = service.store.txn
 
@@ -750,13 +750,13 @@ def test_a_head_that_resizes_its_volume(backend: Backend) -> None:
 
         service.store.txn = after_another  # type: ignore[method-assign]
         with pytest.raises(CompareFailed):
-            await service.commit_head(demo.id, epoch, revision, quarter, resizes=True)
+            await service.commit_head(demo.id, epoch, revision, quarter, resized=GIB // 4)
         assert (await service.volume("demo")).size == 2 * GIB
         assert await service.head(demo.id) == (half, revision)
         await service.detach(demo.id, epoch)
         await service.attach(demo.id, "vm2 pid 1", await service.grant_lease(60))
         with pytest.raises(Fenced):
-            await service.commit_head(demo.id, epoch, revision, quarter, resizes=True)
+            await service.commit_head(demo.id, epoch, revision, quarter, resized=GIB // 4)
         assert (await service.volume("demo")).size == 2 * GIB
 
     run(backend, test)

@@ -21,6 +21,7 @@ from torus_actors.errors import Invalid, Locked, NotExist, OutcomeUnknown
 from torus_actors.metadata import keys as table
 from torus_actors.nbd.protocol import Errno
 from torus_actors.volume import opening
+from torus_actors.volume.commit import Committer
 
 HALF = SIZE // 2
 
@@ -286,3 +287,25 @@ async def test_a_head_of_a_part_does_not_bring_back_what_was_cut_off() -> None:
         assert found[BLOCK:] == pattern(1)[BLOCK : HALF + 100] + bytes(HALF - 100)
         head, _ = await cluster.meta.head(1)
         assert head is not None and head.size == SIZE
+
+
+@virtual
+async def test_a_head_of_a_part_cuts_no_more_than_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The volume was made larger since its last head, and the cluster is full as it is cut."""
+    commit = Committer.commit
+
+    async def in_parts(self: Committer, force: bool = False) -> None:
+        await self._checkpoint()
+        await commit(self, force)
+
+    async with Cluster(journals=True) as cluster:
+        await written(cluster)
+        await cluster.meta.resize_volume("v", 2 * SIZE)
+        monkeypatch.setattr(Committer, "commit", in_parts)
+        await shrink(await cluster.client(), SIZE + HALF)
+        assert (await cluster.meta.volume("v")).size == SIZE + HALF
+        head, _ = await cluster.meta.head(1)
+        assert head is not None and head.size == SIZE + HALF
+        assert await content(cluster, "v", SIZE + HALF) == pattern(1) + bytes(HALF)

@@ -135,7 +135,7 @@ class SessionOperations(MetadataBase):
         expected_revision: int,
         head: Head,
         *,
-        resizes: bool = False,
+        resized: int | None = None,
     ) -> int:
         """Make a checkpoint the volume's version. Repeating it after a lost answer is fine.
 
@@ -144,7 +144,7 @@ class SessionOperations(MetadataBase):
             epoch: the session's.
             expected_revision: of the head that this one replaces.
             head: with the session's epoch and an INode number of its own.
-            resizes: its size is the volume's from now on, in the same transaction.
+            resized: the volume's size from now on, in the same transaction; None leaves it.
 
         Returns:
             The new head's revision: expected by the next commit.
@@ -157,14 +157,14 @@ class SessionOperations(MetadataBase):
         if head.epoch != epoch:
             raise Invalid(f"a head of epoch {head.epoch} in a session of epoch {epoch}")
         key = self.keys.of(table.HEAD, volume_id)
-        if not resizes:
+        if resized is None:
             return await self._commit(volume_id, epoch, expected_revision, key, head)
         volume_key = self.keys.of(table.VOLUME, volume_id)
         volume, at = await self._read(volume_key, VolumeRecord)
         if volume is None:
             raise Fenced("the volume was deleted while it was open")
-        resized = dataclasses.replace(volume, size=head.size)
-        also = (Compare(volume_key, mod_revision=at), Put(volume_key, resized.encode()))
+        volume = dataclasses.replace(volume, size=resized)
+        also = (Compare(volume_key, mod_revision=at), Put(volume_key, volume.encode()))
         return await self._commit(volume_id, epoch, expected_revision, key, head, also)
 
     async def journal(self, volume_id: int) -> tuple[Journal | None, int]:

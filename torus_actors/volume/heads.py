@@ -43,8 +43,9 @@ class Heads:
     Attributes:
         owed: the newest head, if the journal has it and the metadata does not.
         recorded: heads recorded so far, here or there.
-        resizing: the next head makes the volume smaller. It is recorded with the volume's size or
-            not at all: beside the old size it would look as if zeros had been written there.
+        resizing: bytes that the volume has from the next head on, if that makes it smaller. It is
+            recorded with the volume's size or not at all: beside the old size it would look as if
+            zeros had been written there.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Heads:
         self._told = ""
         self.owed: Head | None = None
         self.recorded = 0
-        self.resizing = False
+        self.resizing: int | None = None
 
     @property
     def revision(self) -> int:
@@ -92,11 +93,11 @@ class Heads:
         while True:
             try:
                 self._revision = await self._meta.commit_head(
-                    self._volume_id, self._epoch, self._revision, head, resizes=self.resizing
+                    self._volume_id, self._epoch, self._revision, head, resized=self.resizing
                 )
                 self.recorded += 1
                 self.owed = None
-                self.resizing = False
+                self.resizing = None
                 self._told = ""
                 return
             except CompareFailed:

@@ -149,7 +149,7 @@ async def open_session(
             session.covered_size = min(head.size, record.size)
             session.file.size = head.size
             await session.file.truncate(record.size)
-        session.heads.resizing = shrink_to is not None
+        session.heads.resizing = shrink_to
         await _apply(session, replay)
         session.replayed = replay.records
         session.replaying = replay if replay.records else None

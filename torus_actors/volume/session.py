@@ -382,7 +382,7 @@ class Session:
         # or because the metadata does not have the last one yet, and a new ensemble would hide it.
         # Or because the volume is to be smaller.
         heads = self.heads
-        force = self._covering_seq != self.covered_seq or heads.owed is not None or heads.resizing
+        force = self._covering_seq != self.covered_seq or bool(heads.owed or heads.resizing)
         try:
             await self.committer.commit(force)
         except BaseException:
