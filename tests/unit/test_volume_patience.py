@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from typing import Any
 
@@ -180,3 +181,31 @@ async def test_a_flush_completes_what_has_too_few_copies(lost: str) -> None:
         await asyncio.sleep(10)
         again = await client.open("v")
         assert await again.read(5 * BLOCK, 4) == b"ffff"
+
+
+@virtual
+async def test_a_flush_outlasts_a_crash_beside_a_slow_sync() -> None:
+    """A node crashes as it is asked to sync, and the disk of the other has a lot to write."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        cluster.gmd = dataclasses.replace(cluster.gmd, inode_replication=2)
+        device = await cluster.volume(SIZE)
+        crashing, slow = cluster.node(0), cluster.node(1)
+        loop = asyncio.get_running_loop()
+        restarts: list[asyncio.Task[None]] = []
+
+        def traced(source: str, target: str, actor: str, method: str) -> None:
+            if method == "flush" and target == crashing.node_id and not restarts:
+                restarts.append(loop.create_task(crashing.restart()))
+                cluster.network.delay_s[slow.node_id] = 25.0
+                loop.call_later(20.0, cluster.network.heal)
+
+        cluster.network.trace = traced
+        await device.write(0, b"x" * BLOCK)
+        await device.flush()
+        assert restarts
+        await device.client.crash()
+        await slow.crash()
+        client = await cluster.client()
+        await asyncio.sleep(10)
+        again = await client.open("v")
+        assert await again.read(0, BLOCK) == b"x" * BLOCK

@@ -245,7 +245,7 @@ class Committer:
         file = self._file
         replicator = self._system.actor("replicator")
         backoff = Backoff(self._system.rng, first_s=0.02, max_s=0.5)
-        end = self._system.loop.time() + PATIENCE_S
+        end = 0.0
         for rounds in itertools.count(1):
             peers = sorted({peer for stored in pending.values() for peer, _ in stored.placed})
             if not peers:
@@ -269,7 +269,8 @@ class Committer:
                 await self._place_all_again(short)
             if not lost and not short:
                 return
-            if len(lost) < len(pending):
+            # A disk that has a lot to write may take longer than that for the first answer alone.
+            if rounds == 1 or len(lost) < len(pending):
                 end = self._system.loop.time() + PATIENCE_S
             pending = lost | short
             if not lost:
