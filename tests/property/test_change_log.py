@@ -144,7 +144,7 @@ class Volume:
                     self.layers.freeze(index)
         head = Head(
             inode=1, root=bytes(24), root_crc=0, size=0, epoch=1, journal_seq=covered,
-            map_seq=self.layers.log.seq, extra=msgpack.packb(list(self.map.items())),
+            map_seq=self.layers.log.map_cut(), extra=msgpack.packb(list(self.map.items())),
         )  # fmt: skip
         self.fresh.clear()
         garbage = self.stored.keys() - self.map.values()
@@ -155,6 +155,7 @@ class Volume:
                 del self.stored[ref]
         record = b"".join(self.layers.log.cut_head(head))
         self.records[self.layers.log.seq] = record
+        self.layers.log.in_head(covered, head.map_seq)
         if self.rng.random() < 0.7:
             self.records = {seq: each for seq, each in self.records.items() if seq > covered}
 

@@ -626,3 +626,39 @@ async def test_a_volume_closed_without_its_journal_needs_no_member_of_it() -> No
         again = await other.open("v")
         cluster.network.heal()
         assert await again.read(0, 5) == b"later"
+
+
+@virtual
+async def test_what_a_head_has_no_record_need_tell() -> None:
+    """A client writes for long and never flushes: what is kept for records does not grow with it.
+
+    A commit comes by itself from time to time. What it has not in its head is told.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        there, go_on = asyncio.Event(), asyncio.Event()
+        record = session.committer._record
+
+        async def held(*args: Any) -> None:
+            there.set()
+            await go_on.wait()
+            await record(*args)
+
+        for index in range(BLOCKS - 1):
+            await device.write(index * BLOCK, b"x" * BLOCK)
+        session.committer._record = held
+        committed = asyncio.get_running_loop().create_future()
+        session.commit_soon(committed.set_result)
+        await there.wait()
+        for index in (5, BLOCKS - 1):
+            await device.write(index * BLOCK, b"y" * BLOCK)
+        await until(lambda: not session.file.layers.size)
+        go_on.set()
+        assert await committed is None
+        assert len(session.log.refs()) == 2
+        await device.flush()
+        again = await reopened(device)
+        for index in range(BLOCKS):
+            told = index in (5, BLOCKS - 1)
+            assert await again.read(index * BLOCK, 1) == (b"y" if told else b"x")

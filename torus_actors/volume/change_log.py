@@ -72,6 +72,7 @@ class ChangeLog:
         self._extents: dict[int, ExtentMap] = {}
         self._frozen: dict[int, ExtentMap] = {}
         self._blocks: dict[int, tuple[BlockRef | None, int]] = {}
+        self._in_map: dict[int, tuple[BlockRef | None, int]] = {}
 
     def start(self, seq: int = 0) -> None:
         """Begin to collect, with nothing to tell."""
@@ -121,6 +122,27 @@ class ChangeLog:
             for index in [i for i in table if first <= i < last]:
                 del table[index]
         self.needs_commit = True
+
+    # -- heads -------------------------------------------------------------------------------------
+
+    def map_cut(self) -> int:
+        """The map of blocks was cut for a head; returns the number of the last record before."""
+        self._in_map = dict(self._blocks)
+        return self.seq
+
+    def in_head(self, before: int, seq: int) -> None:
+        """That head is recorded: no record need name the blocks in it that none has named.
+
+        Args:
+            before: number of the last record that it covers.
+            seq: what ``map_cut`` returned. If that is another, what was cut between is replayed
+                over the head, and only a record that names a newer block keeps it from that.
+        """
+        if before == seq:
+            for index, block in self._in_map.items():
+                if self._blocks.get(index) is block:
+                    del self._blocks[index]
+        self._in_map = {}
 
     # -- records -----------------------------------------------------------------------------------
 

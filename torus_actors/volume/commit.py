@@ -144,7 +144,7 @@ class Committer:
                 file.fresh.clear()  # from here on a head may name them
                 # The same synchronous step as the plan: exactly what the plan may name.
                 covered = dict(file.unsynced)
-                self.map_seq = file.layers.log.seq
+                self.map_seq = file.layers.log.map_cut()
             except BaseException:
                 file.map.commit_failed(plan)
                 raise

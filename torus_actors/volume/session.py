@@ -392,6 +392,7 @@ class Session:
             changes.committing = False
         self.covered_seq = self._covering_seq
         self.covered_size = self.size
+        changes.in_head(self.covered_seq, self.committer.map_seq)
         self.replaying = None
         if journal.active:
             journal.cut(self.covered_seq, covering_bytes)
