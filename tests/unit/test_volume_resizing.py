@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from tests.fakes import Client, Cluster, Device, DeviceError, virtual
+from tests.fakes import Client, Cluster, Device, DeviceError, until, virtual
 from tests.unit.test_snapshots import (
     content,
     crashes_at_each_step,
@@ -309,3 +309,26 @@ async def test_a_head_of_a_part_cuts_no_more_than_was_asked_for(
         head, _ = await cluster.meta.head(1)
         assert head is not None and head.size == SIZE + HALF
         assert await content(cluster, "v", SIZE + HALF) == pattern(1) + bytes(HALF)
+
+
+@virtual
+async def test_what_a_head_of_a_part_has_behind_its_end_is_cut_off() -> None:
+    """A session that is larger than the last head stores some of what it has, and crashes.
+
+    The volume is cut to where that head ended, and has nothing there when it grows again.
+    """
+    async with Cluster(journals=True) as cluster:
+        await written(cluster)
+        await cluster.meta.resize_volume("v", 2 * SIZE)
+        device = await (await cluster.client()).open("v")
+        await device.write(SIZE, b"x" * BLOCK)
+        file = device.client.session("v").file
+        await until(lambda: not file.layers.size)
+        await device.client.session("v").committer._checkpoint()
+        head, _ = await cluster.meta.head(1)
+        assert head is not None and head.size == SIZE
+        await device.client.crash()
+        await asyncio.sleep(10.0)
+        await shrink(await cluster.client(), SIZE)
+        await cluster.meta.resize_volume("v", 2 * SIZE)
+        assert await content(cluster, "v", 2 * SIZE) == pattern(1) + bytes(SIZE)

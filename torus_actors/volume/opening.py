@@ -145,7 +145,8 @@ async def open_session(
                 replay_bytes=write_cache_bytes,
             ),
         )
-        if head is not None and head.size != record.size:
+        # The map of a head of a part may be longer than that says.
+        if head is not None and (head.size, blockset.length) != (record.size, nblocks):
             session.covered_size = min(head.size, record.size)
             session.file.size = head.size
             await session.file.truncate(record.size)
