@@ -185,6 +185,28 @@ async def test_no_journal_has_fewer_members_than_copies_are_wanted() -> None:
 
 
 @virtual
+async def test_a_node_whose_journal_failed_is_no_member() -> None:
+    """Its blocks may be well, so it is up all the time: the next node takes its place."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        failed, other = session.journal.members
+        node = cluster.nodes[failed]
+        assert node.journal is not None
+        node.disks[2].inject("sync", times=1 << 30)
+        node.disks[2].inject("write", times=1 << 30)
+        for n in range(3):
+            await flushed(device, n * PAGE, b"%d" % n)
+        assert node.journal.store.failure is not None
+        assert session.journal.active
+        assert set(session.journal.members) == set(cluster.ids) - {failed}
+        await cluster.nodes[other].crash()
+        again = await reopened(device)
+        for n in range(3):
+            assert await again.read(n * PAGE, 1) == b"%d" % n
+
+
+@virtual
 async def test_an_ensemble_is_the_one_that_the_metadata_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

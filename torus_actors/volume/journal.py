@@ -139,20 +139,33 @@ class SessionJournal:
         up = [p for p in order if transport is not None and not transport.is_down(p)]
         if not wanted or len(up) < wanted:
             raise BlockUnavailable(f"{len(up)} of {len(order)} peers are up, {wanted} are wanted")
-        members = tuple(up[:wanted])
         homes: dict[str, _Home] = {}
         room: list[int] = []
-        for member in members:
+        failure = ""
+        # A node may be up and yet take no records: its journal's disk failed, or hangs. The next
+        # one is asked instead, as long as no more fail than may be lost.
+        for member in up[: 2 * wanted - 1]:
+            if len(homes) == wanted:
+                break
             home = self._system.actor("journal", node=member)
-            # Also the member's promise to refuse older sessions.
-            fenced = await home.fence.remote(
-                self._volume_id, self._epoch, timeout_s=APPEND_TIMEOUT_S
-            )
+            try:
+                # Also the member's promise to refuse older sessions.
+                fenced = await home.fence.remote(
+                    self._volume_id, self._epoch, timeout_s=APPEND_TIMEOUT_S
+                )
+                if covered_seq:
+                    # One that missed the last ones need not have them, nor refuse what follows.
+                    await home.cut.remote(self._volume_id, self._epoch, covered_seq)
+            except Fenced:
+                raise
+            except TorusError as error:
+                failure = f"; peer {member[:8]}: {error}"
+                continue
             homes[member] = _Home(home, fenced[4])
             room.append(fenced[5])
-            if covered_seq:
-                # A member that missed the last ones need not have them, nor refuse what follows.
-                await home.cut.remote(self._volume_id, self._epoch, covered_seq)
+        if len(homes) < wanted:
+            raise BlockUnavailable(f"{len(homes)} peers take records, {wanted} are wanted{failure}")
+        members = tuple(homes)
         extra: bytes = msgpack.packb({each: home.identity for each, home in homes.items()})
         record = Journal(epoch=self._epoch, ensemble=members, extra=extra)
         try:
