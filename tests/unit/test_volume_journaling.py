@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes import Cluster, Device, until, virtual
 from tests.unit.test_volume_flush import reopened
-from torus_actors.errors import BlockUnavailable, OutcomeUnknown
+from torus_actors.errors import BlockUnavailable, OutcomeUnknown, OutOfSpace
 from torus_actors.volume import change_log, commit, flushing, journal
 from torus_actors.volume.audit import Audit, audit_volume, explain
 from torus_actors.volume.file import PUTS_BESIDE_FLUSHES, PUTS_MAX
@@ -204,6 +204,28 @@ async def test_a_node_whose_journal_failed_is_no_member() -> None:
         again = await reopened(device)
         for n in range(3):
             assert await again.read(n * PAGE, 1) == b"%d" % n
+
+
+@virtual
+async def test_a_node_whose_journal_is_full_is_no_member_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It promises to refuse older sessions, but takes no record: flushes go on without it."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        full, _ = session.journal.members
+        node = cluster.nodes[full]
+        assert node.journal is not None
+
+        def takes_none(*_: Any) -> None:
+            raise OutOfSpace("the journal is full")
+
+        monkeypatch.setattr(node.journal.store, "append", takes_none)
+        for n in range(3):
+            await flushed(device, n * PAGE, b"%d" % n)
+        assert session.journal.active
+        assert set(session.journal.members) == set(cluster.ids) - {full}
 
 
 @virtual

@@ -119,6 +119,8 @@ class SessionJournal:
         self.size_max = 0
         self.began_at = 0.0
         self.broken = ""
+        self._failed_at: dict[str, float] = {}
+        """When a peer has last not stored a record, by the loop's clock."""
 
     async def form(self, covered_seq: int) -> None:
         """Choose an ensemble and record it; only right after a commit that covers all records.
@@ -137,6 +139,8 @@ class SessionJournal:
         order = ring.permutation(BlockRef.of(self._volume_id, 0, 0))
         wanted = min(self._view.replication, len(order))
         up = [p for p in order if transport is not None and not transport.is_down(p)]
+        # Who has just failed may do so again, though it is up and gives its promise.
+        up.sort(key=lambda peer: self._failed_at.get(peer, 0.0))
         if not wanted or len(up) < wanted:
             raise BlockUnavailable(f"{len(up)} of {len(order)} peers are up, {wanted} are wanted")
         homes: dict[str, _Home] = {}
@@ -309,6 +313,10 @@ class SessionJournal:
         for later in unsent:
             later.done(self._lost())
 
+    def member_failed(self, member: str) -> None:
+        """A member has not stored a record: others are asked before it from now on."""
+        self._failed_at[member] = self._system.loop.time()
+
     async def retire(self) -> None:
         """A head covers everything, and the session ends: the next one need ask no member.
 
@@ -401,6 +409,7 @@ class _Append:
             # That the session is over says more than anything else.
             if not isinstance(self._failure, Fenced):
                 self._failure = error
+            self._journal.member_failed(member)
         self._left -= 1
         if not self._left:
             self._record = []
