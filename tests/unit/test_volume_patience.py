@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes import Cluster, until, virtual
 from tests.unit.test_volume_flush import journaling, reopened
+from torus_actors.model.inode_tree_pages import FANOUT
 
 BLOCK = 16 << 10
 SIZE = 100 * BLOCK
@@ -113,6 +114,22 @@ async def test_a_commit_has_time_while_blocks_are_stored() -> None:
         began = asyncio.get_running_loop().time()
         await flush
         assert asyncio.get_running_loop().time() - began > 20
+
+
+@virtual
+async def test_a_commit_has_time_while_pages_are_stored() -> None:
+    """Small writes all over a large volume change so many that they take more than a minute."""
+    pages = 520
+    async with Cluster(nodes=2, replication=2, blocks=2 * pages) as cluster:
+        device = await cluster.volume(pages * FANOUT * BLOCK, write_bytes=64 << 20)
+        for n in range(pages):
+            await device.write(n * FANOUT * BLOCK, b"x" * 512)
+        await until(lambda: not device.client.session("v").file.layers.frozen)
+        cluster.network.latency_s = 1.0
+        await device.flush()
+        cluster.network.latency_s = 0.0
+        again = await reopened(device)
+        assert await again.read((pages - 1) * FANOUT * BLOCK, 1) == b"x"
 
 
 @virtual

@@ -41,6 +41,11 @@ PATIENCE_S = 20.0
 """How long a flush waits for peers to take the next block, or to make it durable, before it fails;
 the data stays in the cache, and a later flush may succeed."""
 
+PAGES_TOGETHER = 128
+PAGES_TIMEOUT_S = 60.0
+"""So many pages of the map are put in one call, which has that time. Small writes all over a large
+volume change thousands."""
+
 SYNC_AHEAD_SHARE = 0.5
 """Of the blocks that are kept until they are durable: with so many, a commit has them synced while
 it puts more. Of those that come when all are kept, a flush beside the commit would wait for a sync.
@@ -152,11 +157,14 @@ class Committer:
             if self.complete:
                 file.release_writes()
         try:
-            pages = await self._system.actor("inode_store").put_pages.remote(
-                [list(page) for page in plan.blocks], timeout_s=60.0
-            )
-            for (ref, data), (root, placed) in zip(plan.blocks, pages, strict=True):
-                covered[ref] = Stored(root, placed, data=data)
+            inode_store = self._system.actor("inode_store")
+            for first in range(0, len(plan.blocks), PAGES_TOGETHER):
+                some = plan.blocks[first : first + PAGES_TOGETHER]
+                pages = await inode_store.put_pages.remote(
+                    [list(page) for page in some], timeout_s=PAGES_TIMEOUT_S
+                )
+                for (ref, data), (root, placed) in zip(some, pages, strict=True):
+                    covered[ref] = Stored(root, placed, data=data)
             await self.make_durable(covered)
             if file.failure is not None:
                 raise file.failure
