@@ -226,3 +226,21 @@ async def test_a_flush_outlasts_a_crash_beside_a_slow_sync() -> None:
         await asyncio.sleep(10)
         again = await client.open("v")
         assert await again.read(0, BLOCK) == b"x" * BLOCK
+
+
+@virtual
+async def test_a_flush_has_time_to_place_anew_what_a_node_lost() -> None:
+    """A node crashes that had taken so many blocks that it takes more than 20 s to send them."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        device = await cluster.volume(200 * BLOCK, write_bytes=400 * BLOCK)
+        file = device.client.session("v").file
+        for n in range(120):
+            await device.write(n * BLOCK, b"x" * BLOCK)
+        await until(lambda: not file.layers.size)
+        await cluster.node(0).restart()
+        cluster.network.latency_s = 1.0
+        await device.flush()
+        cluster.network.latency_s = 0.0
+        await cluster.node(1).crash()
+        again = await reopened(device)
+        assert await again.read(119 * BLOCK, 1) == b"x"

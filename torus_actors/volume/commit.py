@@ -283,7 +283,10 @@ class Committer:
             pending = lost | short
             if not lost:
                 continue
+            began = self._system.loop.time()
             failure = await self._place_all_again(lost)
+            if failure is None:  # all that gets on, however much there is
+                end += self._system.loop.time() - began
             log.info("%d blocks placed anew after a node was lost", len(lost))
             pending.update(lost)
             if isinstance(failure, OutOfSpace) and rounds >= FULL_ROUNDS:
