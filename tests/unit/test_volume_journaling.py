@@ -228,6 +228,45 @@ async def test_a_node_whose_journal_is_full_is_no_member_again(
         assert set(session.journal.members) == set(cluster.ids) - {full}
 
 
+@pytest.mark.parametrize("busy", [False, True])
+@virtual
+async def test_a_journal_has_as_many_members_as_copies_are_wanted_by_now(busy: bool) -> None:
+    """The replication is raised while a volume is open: its journal gets another member soon."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        cluster.set_ring(cluster.ring.with_replication(3))
+        for n in range(100):
+            if busy:
+                await flushed(device, n * PAGE, b"busy")
+            await asyncio.sleep(0.05)
+        assert session.journal.active and len(session.journal.members) == 3
+        await flushed(device, SIZE - PAGE, b"three")
+        for member in session.journal.members[:2]:
+            await cluster.nodes[member].crash()
+        again = await reopened(device)
+        assert await again.read(SIZE - PAGE, 5) == b"three"
+
+
+@virtual
+async def test_a_journal_that_is_to_have_more_members_goes_on_while_the_metadata_is_away() -> None:
+    """They cannot be recorded then: flushes are records, as before, and wait for nothing."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        device.client.store.down = True
+        cluster.set_ring(cluster.ring.with_replication(3))
+        loop = asyncio.get_running_loop()
+        for n in range(30):
+            began = loop.time()
+            await flushed(device, n * PAGE, b"away")
+            assert loop.time() - began < 0.5
+            await asyncio.sleep(0.5)
+        assert session.journal.active and len(session.journal.members) == 2
+        device.client.store.down = False
+        await until(lambda: session.journal.active and len(session.journal.members) == 3)
+
+
 @virtual
 async def test_an_ensemble_is_the_one_that_the_metadata_names(
     monkeypatch: pytest.MonkeyPatch,

@@ -134,11 +134,8 @@ class SessionJournal:
             Again, OutcomeUnknown: the metadata cannot be reached; nothing is active.
         """
         self.active = False
-        ring = self._view.ring
-        transport: Any = self._system.transport
-        order = ring.permutation(BlockRef.of(self._volume_id, 0, 0))
+        order, up = self._candidates()
         wanted = min(self._view.replication, len(order))
-        up = [p for p in order if transport is not None and not transport.is_down(p)]
         # Who has just failed may do so again, though it is up and gives its promise.
         up.sort(key=lambda peer: self._failed_at.get(peer, 0.0))
         if not wanted or len(up) < wanted:
@@ -189,6 +186,20 @@ class SessionJournal:
         self.size = 0
         self.size_max = min(room)
         self.began_at = self._system.loop.time()
+
+    def _candidates(self) -> tuple[Sequence[str], list[str]]:
+        """Who may be a member, in the order of the ring; and those of them that are not down."""
+        transport: Any = self._system.transport
+        order = self._view.ring.permutation(BlockRef.of(self._volume_id, 0, 0))
+        return order, [p for p in order if transport is not None and not transport.is_down(p)]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether more copies are wanted by now than it has members, and there are peers for it."""
+        if not self.active or len(self._homes) >= self._view.replication:
+            return False
+        order, up = self._candidates()
+        return len(self._homes) < min(self._view.replication, len(order)) <= len(up)
 
     @property
     def members(self) -> tuple[str, ...]:

@@ -339,9 +339,13 @@ class Session:
         return self.log.seq == self.covered_seq
 
     def _commit_is_due(self) -> bool:
-        if self.file.failure is not None or self.committer.clean:
-            return False
         journal = self.journal
+        if self.file.failure is not None:
+            return False
+        if journal.is_short:
+            return True
+        if self.committer.clean:
+            return False
         now = self.system.loop.time()
         quiet = now - self._written_at > IDLE_FLUSH_S
         old = now - journal.began_at > (COMMIT_AGE_S if quiet else COMMIT_AGE_S_MAX)
@@ -382,7 +386,10 @@ class Session:
         # or because the metadata does not have the last one yet, and a new ensemble would hide it.
         # Or because the volume is to be smaller.
         heads = self.heads
-        force = self._covering_seq != self.covered_seq or bool(heads.owed or heads.resizing)
+        # Or because a journal with more members takes the place of this one: that needs the
+        # metadata too, and is left if it is away.
+        owed = bool(heads.owed or heads.resizing)
+        force = self._covering_seq != self.covered_seq or owed or journal.is_short
         try:
             await self.committer.commit(force)
         except BaseException:
@@ -394,12 +401,13 @@ class Session:
         self.covered_size = self.size
         changes.in_head(self.covered_seq, self.committer.map_seq)
         self.replaying = None
-        if journal.active:
+        if journal.active and (not journal.is_short or heads.owed is not None):
             journal.cut(self.covered_seq, covering_bytes)
             return
         if changes.seq != self.covered_seq:
-            # The journal was lost while this ran. Records that came meanwhile may be acknowledged,
-            # and only the old members have them: they are to be asked until a head covers those.
+            # The journal was lost while this ran, or is short. Records that came meanwhile may be
+            # acknowledged, and only the old members have them: they are to be asked until a head
+            # covers those.
             changes.needs_commit = True
             self.commit_soon(lambda _: None)
             return
