@@ -289,6 +289,7 @@ _JOURNAL = (
             "if not wanted or len(up) < wanted:",
             "if not wanted:",
         ),
+        Edit("volume.journal:SessionJournal.form", "if len(homes) < wanted:", "if not homes:"),
         hunted_in=("crashes_everywhere", "many_crashes"),
     ),
     _mutant(
