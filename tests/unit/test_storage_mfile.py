@@ -26,7 +26,7 @@ from torus_actors.storage.index import (
 )
 from torus_actors.storage.mfile import MFileStore
 from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
-from torus_actors.storage.simdisk import SimDisk
+from torus_actors.storage.simdisk import PowerCut, SimDisk
 
 BLOCK_SIZE = 8192
 LAYOUT = Layout(BLOCK_SIZE)
@@ -576,6 +576,35 @@ def test_interrupted_making_is_finished() -> None:
     store = filled(disk)
     assert store.get(ref(1)) == block(1)
     assert disk.listdir() == [DATA_PATH, INDEX_PATH]
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("kind", ["kill", "sync"])
+def test_what_a_first_opening_left_in_memory_only_is_not_lost(kind: str, flushed: bool) -> None:
+    """Killed, or given up for a failed sync, anywhere: who opens it next makes it durable."""
+    step, cut = 0, True
+    while cut:
+        for seed in range(10):
+            disk = SimDisk(random.Random(seed))
+            if kind == "kill":
+                disk.cut_before(step)
+            else:
+                disk.inject("sync", skip=step)
+            try:
+                start(disk, 4)
+                cut = False
+            except (PowerCut, OSError):
+                pass
+            disk = disk.kill()
+            disk.heal()
+            store = start(disk, 4)
+            if flushed:
+                store.put(ref(1), block(1))
+                store.flush()
+            store = start(disk.crash())
+            assert not flushed or store.get(ref(1)) == block(1)
+        step += 1
+    assert step > 5
 
 
 @pytest.mark.parametrize("failed", [False, True])

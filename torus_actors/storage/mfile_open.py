@@ -143,7 +143,6 @@ def _create(disk: Disk, layout: Layout, header: Header) -> None:
     # The names first, then the one that makes it a store.
     disk.fsync_dir()
     disk.rename(NEW_INDEX_PATH, INDEX_PATH)
-    disk.fsync_dir()
 
 
 def _open_data(disk: Disk, index: File, layout: Layout, header: Header) -> File:
@@ -159,9 +158,11 @@ def _open_data(disk: Disk, index: File, layout: Layout, header: Header) -> File:
             if file.size() < size:
                 raise Corruption(f"{path} is cut short: {file.size()} of {size} bytes")
         mark = data.pread(DATA_OFFSET, 0)
-        if mark != header.data_mark:
-            if any(mark) or header.incarnation:
-                raise Corruption(f"{DATA_PATH} does not belong to {INDEX_PATH}, or is damaged")
+        if mark != header.data_mark and (any(mark) or header.incarnation):
+            raise Corruption(f"{DATA_PATH} does not belong to {INDEX_PATH}, or is damaged")
+        if not header.incarnation:
+            # Also where both are there: after a kill, or a failed sync, maybe in memory only.
+            disk.fsync_dir()
             data.pwrite(header.data_mark, 0)
             data.fdatasync()
     except (OSError, TorusError):
