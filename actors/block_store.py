@@ -45,6 +45,7 @@ from torus_actors.runtime import ActorHandle, ActorSystem, LoopActor, Reply, exp
 from torus_actors.storage.aio import READ, AioQueue, Transfer
 from torus_actors.storage.disk import Disk, RealDisk
 from torus_actors.storage.mfile import MFileStore
+from torus_actors.storage.mfile_open import INDEX_PATH
 from torus_actors.storage.store import BlockStore, DirectRead, FlushBatch, Level, Location
 from torus_actors.wire.limits import PAYLOAD_MAX
 
@@ -151,6 +152,12 @@ class OpenStores:
                 ("blocks", "inodes"), (config.block_size, INODE_BLOCK_SIZE), sizes, strict=True
             ):
                 disk = config.open_disk(config.directory / name)
+                if stores and size is None and not disk.exists(INDEX_PATH):
+                    blocks = stores[DATA].stats()
+                    if not blocks.used:
+                        # The first start was cut off between the two.
+                        size = blocks.total * config.block_size // (INODE_SHARE - 1)
+                        size = max(size, INODE_ROOM_MIN)
                 stores.append(
                     MFileStore.open(
                         disk, block_size=block_size, size_bytes=size, rng=rng, allocate=allocate

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from torus_actors.actors.block_messages import (
 )
 from torus_actors.actors.block_store import VOUCH_S, BlockStoreActor, OpenStores, StoreConfig
 from torus_actors.actors.disk import disk_workers
+from torus_actors.cli.node import store_size
 from torus_actors.errors import Closed, Exists, Invalid, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
+from torus_actors.storage.disk import Disk, RealDisk
 from torus_actors.storage.simdisk import SimDisk
 from torus_actors.storage.store import BLOCK_SIZE_MAX
 from torus_actors.wire.frames import Kind, encode
@@ -412,6 +415,35 @@ def test_a_range_behind_a_blocks_end_leaves_nothing_pinned(tmp_path: Path) -> No
             for spec in disk_workers(opened.stores):
                 await system.remove(spec.name)
             opened.close()
+
+    on_uvloop(play)()
+
+
+def test_a_node_killed_between_the_making_of_its_two_stores_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without --size, as it was started before."""
+    monkeypatch.setattr("torus_actors.cli.node.SIZE_DEFAULT", 64 << 20)
+    opened: list[Path] = []
+
+    def open_one(path: Path) -> RealDisk:
+        if opened:
+            raise KeyboardInterrupt
+        opened.append(path)
+        return RealDisk(path)
+
+    async def play() -> None:
+        async with system_of() as system:
+
+            def start(opener: Callable[[Path], Disk]) -> OpenStores:
+                size = store_size(tmp_path, None)
+                config = StoreConfig(tmp_path, size, BLOCK, opener)
+                return OpenStores.open(system, config, random.Random(3))
+
+            with pytest.raises(KeyboardInterrupt):
+                start(open_one)
+            for _ in range(2):
+                start(RealDisk).close()
 
     on_uvloop(play)()
 
