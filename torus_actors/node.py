@@ -633,8 +633,8 @@ def claim_data_dir(disk: Disk, cluster_id: str) -> None:
     elif owner != cluster_id:
         raise Invalid(
             f"the data directory has blocks of cluster {owner[:8]}, and this is cluster "
-            f"{cluster_id[:8]}: give another --data-dir, or remove its blocks, inodes and "
-            f"{NODE_FILE} to start empty"
+            f"{cluster_id[:8]}: give another --data-dir, or remove its blocks, inodes, journal "
+            f"and {NODE_FILE} to start empty"
         )
 
 

@@ -612,6 +612,18 @@ async def test_metadata_that_was_lost_is_not_made_anew_over_the_blocks(
     assert not path.exists() or not path.stat().st_size
 
 
+def test_who_removes_what_a_refusal_names_starts_empty(tmp_path: Path) -> None:
+    """Nothing of the other cluster is left: its journal would fence the new one's volumes."""
+    disk = REAL_MACHINE.open_disk(tmp_path)
+    load_node_id(disk, random.Random(1))
+    claim_data_dir(disk, str(uuid.UUID(int=5)))
+    for area in ("blocks", "inodes", "journal"):
+        (tmp_path / area).mkdir()
+    with pytest.raises(Invalid) as refused:
+        claim_data_dir(disk, str(uuid.UUID(int=6)))
+    assert [path.name for path in tmp_path.iterdir() if path.name not in str(refused.value)] == []
+
+
 @on_uvloop
 async def test_a_disk_that_stalls_while_the_actor_is_killed_ends_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
