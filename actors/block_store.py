@@ -183,6 +183,11 @@ class OpenStores:
         """Likewise; what a put and the flush that covers it have in common."""
         return self.stores[DATA].incarnation_id
 
+    @property
+    def size_bytes(self) -> int:
+        """Room for blocks and pages."""
+        return sum(store.stats().total * store.block_size for store in self.stores)
+
     async def _own(self, coroutine: Any) -> Any:
         """Run to the end, whatever becomes of the one who waits."""
         task = self.system.loop.create_task(coroutine)

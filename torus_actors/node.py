@@ -425,7 +425,7 @@ class StorageNode(Process):
             self.system,
             config.machine.open_disk(config.data_dir / "journal"),
             self.system.rng,
-            JournalLimits.of_node(config.size_bytes),
+            JournalLimits.of_node(config.size_bytes or stores.size_bytes),
         )
         self.journal = journal
         if config.auto_join or (self.embedded and not view.ring.members):

@@ -7,6 +7,7 @@ import contextlib
 import random
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,10 @@ from torus_actors.errors import (
     OutcomeUnknown,
     TorusError,
 )
+from torus_actors.machine import Machine
+from torus_actors.node import NodeConfig, start_node
 from torus_actors.runtime import ChildSpec, get
+from torus_actors.scenarios.processes import free_ports
 from torus_actors.storage.disk import Disk
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_space import JournalLimits
@@ -227,3 +231,26 @@ async def test_stop_settles_what_is_waiting() -> None:
         there = (await journal.read_tail.remote(1, 1, 1, 1000)).joined()
         assert len(there) >= acked >= 1
         assert bytes(there) == bytes(range(1, len(there) + 1))
+
+
+@on_uvloop
+async def test_a_journal_stays_as_small_as_its_node(tmp_path: Path) -> None:
+    """Also when the node is started again without its size, which its stores know."""
+    disks: dict[Path, SimDisk] = {}
+
+    def open_disk(path: Path) -> SimDisk:
+        return disks.setdefault(path, SimDisk(random.Random(1)))
+
+    machine = Machine(open_disk=open_disk)
+    limits: list[int] = []
+    for size in (4 << 30, None):
+        address = ("127.0.0.1", free_ports(1))
+        url = f"torus://127.0.0.1:{address[1]}"
+        config = NodeConfig(tmp_path, size, address, metadata=url, machine=machine)
+        node = await start_node(config, random.Random(1))
+        assert node.journal is not None
+        limits.append(node.journal.store.limits.journal_bytes_max)
+        await node.stop()
+        disks = {path: disk.kill() for path, disk in disks.items()}
+    assert limits[0] == 512 << 20
+    assert limits[0] * 0.9 < limits[1] <= limits[0]
