@@ -361,6 +361,32 @@ def test_shrinking() -> None:
     assert (store.stats().total, store.stats().used) == (300, 10)
 
 
+@pytest.mark.parametrize(("old", "new"), [(10, 200), (200, 10)])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("ending", ["kill", "crash"])
+def test_a_resize_that_was_cut_off_keeps_no_room(
+    old: int, new: int, again: bool, ending: str
+) -> None:
+    """The next opening goes on with it if told to, else gives back what its size has not."""
+    step, cut = 0, True
+    while cut:
+        disk = new_disk(capacity_bytes=size_for(200))
+        filled(disk, slots=old).close()
+        disk.cut_before(step)
+        try:
+            start(disk, new)
+            cut = False
+        except PowerCut:
+            pass
+        disk = disk.kill() if ending == "kill" else disk.crash()
+        slots = start(disk, new if again else None).stats().total
+        assert slots == new or (slots == old and not again)
+        assert disk.open(DATA_PATH).size() == LAYOUT.data_size(slots)
+        assert disk.open(INDEX_PATH).size() == LAYOUT.index_size(slots)
+        step += 1
+    assert step > 5
+
+
 def test_read_misses_the_cache() -> None:
     """What is not in memory is left to a worker, which gets it."""
     disk = new_disk(miss_percent=100)

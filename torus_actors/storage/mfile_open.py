@@ -81,7 +81,7 @@ def open_files(disk: Disk, block_size: int, size_bytes: int | None, rng: random.
     try:
         _load(opened)
         if slots is not None and slots < header.slots:
-            _shrink(opened, layout, slots)
+            _shrink(opened, slots)
         else:
             _begin(disk, opened, layout, slots or header.slots)
             return opened
@@ -229,10 +229,11 @@ def _begin(disk: Disk, opened: Opened, layout: Layout, slots: int) -> None:
     header = opened.header
     if slots > header.slots:
         data_size, index_size = layout.data_size(slots), layout.index_size(slots)
-        grown = data_size - layout.data_size(header.slots)
-        _check_room(disk, grown + index_size - layout.index_size(header.slots))
         # What lies behind the end may be left from an interrupted shrinking.
         opened.index.truncate(layout.index_size(header.slots))
+        # Or from an interrupted growth, which has the room already.
+        grown = max(0, data_size - opened.data.size())
+        _check_room(disk, grown + index_size - layout.index_size(header.slots))
         opened.data.allocate(data_size)
         try:
             opened.index.allocate(index_size)
@@ -244,20 +245,24 @@ def _begin(disk: Disk, opened: Opened, layout: Layout, slots: int) -> None:
     _write_headers(
         opened, dataclasses.replace(header, slots=slots, incarnation=header.incarnation + 1)
     )
+    # Only now: a header that tells of more than is there would be one of a damaged store.
+    for file, size in (
+        (opened.index, layout.index_size(slots)),
+        (opened.data, layout.data_size(slots)),
+    ):
+        if file.size() > size:
+            file.truncate(size)
 
 
-def _shrink(opened: Opened, layout: Layout, slots: int) -> None:
-    """Give up the last slots, if they are empty."""
+def _shrink(opened: Opened, slots: int) -> None:
+    """Give up the last slots, if they are empty; the next opening cuts them off."""
     highest = opened.table.highest_used()
     if highest >= slots:
         raise Invalid(
             f"the block store cannot shrink to {slots} blocks: block {highest + 1} of "
             f"{opened.header.slots} is in use"
         )
-    # Before anything is cut off: a header that tells of more would be one of a damaged store.
     _write_headers(opened, dataclasses.replace(opened.header, slots=slots))
-    opened.index.truncate(layout.index_size(slots))
-    opened.data.truncate(layout.data_size(slots))
 
 
 def _write_headers(opened: Opened, header: Header) -> None:
