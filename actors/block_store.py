@@ -35,7 +35,6 @@ from torus_actors.errors import (
     DeadlineExceeded,
     Exists,
     Invalid,
-    OutOfSpace,
     TorusError,
 )
 from torus_actors.model.buffers import BufferPool
@@ -215,14 +214,12 @@ class OpenStores:
             if each.failure is not None:
                 # A flush is of both stores: none would ever confirm this block.
                 raise Closed(f"block store {each.failure}")
+        instead: Location | None = None
         if replace and store.has(ref):
             location = store.locate(ref)
             if not await self.verify(kind, location):
-                if not store.stats().free:
-                    # What of it is right may be so nowhere else, and nothing would replace it.
-                    raise OutOfSpace(f"no room for a good copy of the damaged block {ref}")
-                store.mark_corrupt(ref, location)
-        ticket = store.reserve(ref, root)
+                instead = location
+        ticket = store.reserve(ref, root, instead)
         if ticket is None:
             return
         try:
@@ -236,6 +233,9 @@ class OpenStores:
         except BaseException:
             store.abandon(ticket)
             raise
+        if instead is not None:
+            # Only now: what of it is right may be so nowhere else.
+            store.mark_corrupt(ref, instead)
         store.commit(ticket)
         self.flush_later()
         level = store.level()

@@ -29,6 +29,7 @@ from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
 from torus_actors.storage.disk import Disk, RealDisk
+from torus_actors.storage.mfile_open import DATA_PATH
 from torus_actors.storage.simdisk import SimDisk
 from torus_actors.storage.store import BLOCK_SIZE_MAX
 from torus_actors.wire.frames import Kind, encode
@@ -225,6 +226,28 @@ async def test_a_damaged_copy_stays_until_there_is_room_for_a_good_one() -> None
         await node.actor("block_store").flush.remote()
         await put(node, ref_of(1), bytes([1]) * BLOCK, replace=True)
         assert node.stores[0].get(ref_of(1)) == bytes([1]) * BLOCK
+
+
+@virtual
+async def test_a_damaged_copy_stays_until_a_good_one_is_written() -> None:
+    """What comes for it may be damaged itself, or the disk may not take it."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        data = bytes([1]) * BLOCK
+        await put(node, ref_of(1), data)
+        node.rot(ref_of(1), 5000)
+        sums = sums_of(data)
+        for payload in (bytes([2]) * BLOCK, b"short", data):
+            node.disks[0].inject("write", path=DATA_PATH)
+            with pytest.raises(TorusError):
+                await node.actor("block_store").put_block.remote(
+                    ref_of(1), root_of(sums), sums, True, payload=memoryview(payload)
+                )
+            node.disks[0].heal()
+            assert await read(node, (ref_of(1), 0, 4096)) == [(Status.OK, data[:4096])]
+        await put(node, ref_of(1), data, replace=True)
+        assert node.stores[0].get(ref_of(1)) == data
+        assert node.stores[0].stats().quarantined == 2  # the copy, and where it was not written
 
 
 @virtual

@@ -372,6 +372,24 @@ def test_corrupt_copy_is_replaced(store: BlockStore) -> None:
     assert store.stats().quarantined == 1
 
 
+def test_a_bad_copy_can_stay_until_the_good_one_is_written(store: BlockStore) -> None:
+    """A put may begin beside it; one that comes too late finds the new copy."""
+    store.put(ref(1), block(1))
+    bad = store.locate(ref(1))
+    sums = sums_of(block(1))
+    tickets = [store.reserve(ref(1), root_of(sums), bad) for _ in range(2)]
+    for ticket in tickets:
+        assert ticket is not None and store.has(ref(1))
+        store.write(ticket, sums, block(1))
+        store.mark_corrupt(ref(1), bad)
+        assert store.commit(ticket) is (ticket is tickets[0])
+    assert store.reserve(ref(1), root_of(sums), bad) is None
+    store.flush()
+    assert store.get(ref(1)) == block(1)
+    stats = store.stats()
+    assert (stats.used, stats.reserved, stats.quarantined) == (1, 0, 1)
+
+
 def test_listing_in_slot_order(store: BlockStore) -> None:
     """Refs are listed in batches, resumable by slot, each exactly once."""
     for index in range(1, 31):

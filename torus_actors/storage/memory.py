@@ -110,10 +110,10 @@ class MemoryStore(BlockStore):
     def close(self) -> None:
         self._failure = "closed"
 
-    def reserve(self, ref: BlockRef, root: int) -> Ticket | None:
+    def reserve(self, ref: BlockRef, root: int, instead: Location | None = None) -> Ticket | None:
         self._check_usable()
         check_ref(ref)
-        if ref in self._by_ref:
+        if ref in self._by_ref and self.locate(ref) != instead:
             self._check_same(ref, root)
             return None
         if self._free:

@@ -227,12 +227,12 @@ class MFileStore(BlockStore):
 
     # Put.
 
-    def reserve(self, ref: BlockRef, root: int) -> Ticket | None:
+    def reserve(self, ref: BlockRef, root: int, instead: Location | None = None) -> Ticket | None:
         self._check_usable()
         check_ref(ref)
         table = self._table
         slot = table.find(ref)
-        if slot >= 0:
+        if slot >= 0 and self.locate(ref) != instead:
             self._check_same(ref, slot, root)
             return None
         slot = table.lowest_free()

@@ -181,8 +181,13 @@ class BlockStore(abc.ABC):
     # Put.
 
     @abc.abstractmethod
-    def reserve(self, ref: BlockRef, root: int) -> Ticket | None:
+    def reserve(self, ref: BlockRef, root: int, instead: Location | None = None) -> Ticket | None:
         """Begin a put.
+
+        Args:
+            ref: the block's name.
+            root: its root checksum.
+            instead: a bad copy of it, which counts as none; `mark_corrupt` is due before `commit`.
 
         Returns:
             A ticket for `write`; None if the block is stored already.
