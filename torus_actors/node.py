@@ -524,7 +524,7 @@ class StorageNode(Process):
                 await self.system.actor("block_store").flush.remote(timeout_s=30.0)
         await super().stop()
         if self.journal is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, TorusError):
                 self.journal.close()
         if self.stores is not None:
             self.stores.close()

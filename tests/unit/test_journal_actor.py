@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 import threading
 from collections.abc import AsyncIterator
@@ -254,3 +255,29 @@ async def test_a_journal_stays_as_small_as_its_node(tmp_path: Path) -> None:
         disks = {path: disk.kill() for path, disk in disks.items()}
     assert limits[0] == 512 << 20
     assert limits[0] * 0.9 < limits[1] <= limits[0]
+
+
+@on_uvloop
+async def test_a_node_whose_journal_cannot_be_closed_in_order_closes_its_stores(
+    tmp_path: Path,
+) -> None:
+    """A file system that copies what it writes may be full then, or its disk may fail."""
+    disks: dict[Path, SimDisk] = {}
+
+    def open_disk(path: Path) -> SimDisk:
+        return disks.setdefault(path, SimDisk(random.Random(1)))
+
+    for error in (errno.ENOSPC, errno.EIO):
+        disks.clear()
+        (tmp_path / "metadata.sqlite").unlink(missing_ok=True)
+        address = ("127.0.0.1", free_ports(1))
+        url = f"torus://127.0.0.1:{address[1]}"
+        machine = Machine(open_disk=open_disk)
+        config = NodeConfig(tmp_path, 64 << 20, address, metadata=url, machine=machine)
+        node = await start_node(config, random.Random(1))
+        append = node.system.actor("journal").append
+        await append.remote(1, 1, 1, payload=memoryview(b"record"))
+        disks[tmp_path / "journal"].inject("write", error)
+        await node.stop()
+        assert node.stores is not None
+        assert [store.failure for store in node.stores.stores] == ["closed", "closed"]
