@@ -344,6 +344,16 @@ def test_growing_without_room(skip: int | None) -> None:
     assert disk.open(DATA_PATH).size() == LAYOUT.data_size(10)
 
 
+def test_growing_beyond_all_disks() -> None:
+    """The room is looked at before memory is taken for so many slots."""
+    disk = new_disk()
+    block_size = 512 << 10
+    start(disk, 100, block_size).close()
+    with pytest.raises(OutOfSpace, match="choose a smaller size"):
+        MFileStore.open(disk, block_size=block_size, size_bytes=1 << 50, rng=random.Random(1))
+    assert start(disk, None, block_size).stats().used == 0
+
+
 def test_shrinking() -> None:
     """A smaller size is refused while a block lies beyond it, and taken when none does."""
     disk = new_disk()

@@ -77,13 +77,17 @@ def open_files(disk: Disk, block_size: int, size_bytes: int | None, rng: random.
     except (OSError, TorusError):
         index.close()
         raise
-    opened = Opened(data, index, header, SlotTable(max(header.slots, slots or 0)), 0, 0)
     try:
+        if slots is not None:
+            # What an interrupted growth has is there already.
+            grown = max(0, layout.data_size(slots) - data.size())
+            _check_room(disk, grown + max(0, layout.index_size(slots) - index.size()))
+        opened = Opened(data, index, header, SlotTable(max(header.slots, slots or 0)), 0, 0)
         _load(opened)
         if slots is not None and slots < header.slots:
             _shrink(opened, slots)
         else:
-            _begin(disk, opened, layout, slots or header.slots)
+            _begin(opened, layout, slots or header.slots)
             return opened
     except (OSError, TorusError):
         data.close()
@@ -224,16 +228,13 @@ def _load_chunk(opened: Opened, chunk: bytearray, first: int, seed: int, stale: 
     opened.damaged += len(damaged)
 
 
-def _begin(disk: Disk, opened: Opened, layout: Layout, slots: int) -> None:
+def _begin(opened: Opened, layout: Layout, slots: int) -> None:
     """Grow if asked to, and note that the store is in use."""
     header = opened.header
     if slots > header.slots:
         data_size, index_size = layout.data_size(slots), layout.index_size(slots)
         # What lies behind the end may be left from an interrupted shrinking.
         opened.index.truncate(layout.index_size(header.slots))
-        # Or from an interrupted growth, which has the room already.
-        grown = max(0, data_size - opened.data.size())
-        _check_room(disk, grown + index_size - layout.index_size(header.slots))
         opened.data.allocate(data_size)
         try:
             opened.index.allocate(index_size)
