@@ -286,13 +286,16 @@ class OpenStores:
         self._changed_at = self.system.loop.time()
         if self._idle_flush is None:
             self._changed_since = self._changed_at
-            pause = IDLE_FLUSH_S if self.level is Level.OK else PRESSED_FLUSH_S
+            pause = PRESSED_FLUSH_S if self._is_pressed() else IDLE_FLUSH_S
             self._idle_flush = self.system.loop.call_later(pause, self._flush_idle)
+
+    def _is_pressed(self) -> bool:
+        return any(store.level() is not Level.OK for store in self.stores)
 
     def _flush_idle(self) -> None:
         now = self.system.loop.time()
         quiet_at = self._changed_at + IDLE_FLUSH_S
-        if self.level is Level.OK and now < min(quiet_at, self._changed_since + UNFLUSHED_MAX_S):
+        if now < min(quiet_at, self._changed_since + UNFLUSHED_MAX_S) and not self._is_pressed():
             self._idle_flush = self.system.loop.call_at(quiet_at, self._flush_idle)
             return
         self._idle_flush = None

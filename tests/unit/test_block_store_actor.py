@@ -209,6 +209,31 @@ async def test_torus_401_a_full_store_says_so_and_works_again_after_deletes() ->
         await put(node, ref_of(100), b"x" * BLOCK)
 
 
+@pytest.mark.parametrize("kind", BlockType)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_is_deleted_in_a_full_store_is_free_soon(kind: BlockType, restarted: bool) -> None:
+    """Also while more is deleted; be it full of blocks or of pages, or full since it was opened."""
+
+    @virtual
+    async def play() -> None:
+        async with Cluster(nodes=1, blocks=4) as cluster:
+            node = cluster.node(0)
+            stored = 0
+            with pytest.raises(OutOfSpace):
+                while True:
+                    await put(node, ref_of(stored, kind), b"x")
+                    stored += 1
+            await node.actor("block_store").flush.remote()
+            if restarted:
+                await node.restart()
+            for n in range(4):
+                await node.actor("block_store").delete_blocks.remote(ref_of(n, kind))
+                await asyncio.sleep(1.0)
+            assert node.stores[kind].stats().free
+
+    play()
+
+
 @virtual
 async def test_a_damaged_copy_stays_until_there_is_room_for_a_good_one() -> None:
     """All pages but one can still be read from it, maybe from nowhere else."""
