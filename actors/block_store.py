@@ -28,6 +28,7 @@ from torus_actors.actors.block_messages import (
 from torus_actors.actors.disk import READERS
 from torus_actors.errors import (
     ActorCrashed,
+    ActorNotFound,
     BlockNotExist,
     BlockUnavailable,
     Closed,
@@ -308,6 +309,9 @@ class OpenStores:
             await self.flush()
         except TorusError as error:
             log.error("flush failed: %s", error)
+            over = isinstance(error, ActorNotFound) or any(s.failure for s in self.stores)
+            if not over and self._idle_flush is None:
+                self._idle_flush = self.system.loop.call_later(IDLE_FLUSH_S, self._flush_idle)
 
     async def _flush_all(self) -> None:
         waiters: list[asyncio.Future[None]] = []

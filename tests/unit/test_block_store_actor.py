@@ -29,7 +29,7 @@ from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
 from torus_actors.storage.disk import Disk, RealDisk
-from torus_actors.storage.mfile_open import DATA_PATH
+from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
 from torus_actors.storage.simdisk import SimDisk
 from torus_actors.storage.store import BLOCK_SIZE_MAX
 from torus_actors.wire.frames import Kind, encode
@@ -522,5 +522,17 @@ async def test_what_nobody_flushes_is_durable_soon() -> None:
         await put(node, ref_of(1), b"x" * BLOCK)
         await asyncio.sleep(5.0)
         await put(node, ref_of(2), b"y" * BLOCK)
+        await node.restart()
+        assert node.refs() == {ref_of(1)}
+
+
+@virtual
+async def test_what_could_not_be_flushed_is_flushed_later() -> None:
+    """A flush that nobody asked for met an error that passes: it is made again."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        node.disks[0].inject("write", path=INDEX_PATH, times=2)
+        await put(node, ref_of(1), b"x" * BLOCK)
+        await asyncio.sleep(15.0)
         await node.restart()
         assert node.refs() == {ref_of(1)}
