@@ -21,7 +21,7 @@ from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
 from torus_actors.scenarios.cuts import Cut, ways_of
 from torus_actors.scenarios.oracle import SECTOR, Reading, describe
 from torus_actors.scenarios.snapshots import Kept
-from torus_actors.scenarios.workload import VERIFY_BYTES, Driver
+from torus_actors.scenarios.workload import VERIFY_BYTES, Driver, give_back
 
 if TYPE_CHECKING:
     from torus_actors.scenarios.field import Field
@@ -150,7 +150,7 @@ class Readers:
                 if not await self._read(reader, offset, length, check, who):
                     break
         cluster.say(f"{who} has done")
-        await _release(system, reader.export)
+        await give_back(system, reader.export, OPEN_S_MAX)
 
     async def _read(
         self,
@@ -208,7 +208,7 @@ class Readers:
                 data = await volume.read.remote(offset, length, timeout_s=OPEN_S_MAX)
                 self._last[driver.name].check(offset, data, who)
             if again:
-                await _release(system, driver.name)
+                await give_back(system, driver.name, OPEN_S_MAX)
         except TorusError as error:
             self.cluster.fail(f"{who} cannot read it: {error!r}")
 
@@ -218,10 +218,6 @@ async def _open(system: Any, export: str) -> int:
     size: int
     _, size, _, _ = await system.actor("volumes").open.remote(export, timeout_s=OPEN_S_MAX)
     return size
-
-
-async def _release(system: Any, export: str) -> None:
-    await system.actor("volumes").release.remote(export, timeout_s=OPEN_S_MAX)
 
 
 def _same_as(kept: Kept, violated: Callable[[str], None]) -> Callable[[int, bytes, str], None]:

@@ -23,7 +23,7 @@ from torus_actors.metadata.kv import Put
 from torus_actors.metadata.records import SnapshotRequest
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.oracle import SECTOR, Taking, VolumeOracle, describe, stamp
-from torus_actors.scenarios.workload import Driver
+from torus_actors.scenarios.workload import Driver, give_back
 from torus_actors.volume.snapshots import restore_snapshot, take_snapshot
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ async def read_all(host: Host, export: str) -> bytes:
         )
         return content
     finally:
-        await system.actor("volumes").release.remote(export, timeout_s=READ_S_MAX)
+        await give_back(system, export, READ_S_MAX)
 
 
 def judge(oracle: VolumeOracle, kept: Kept, content: bytes) -> None:

@@ -8,11 +8,13 @@ of operations under way do not overlap, as with any sane user of a disk.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from dataclasses import dataclass
 from typing import Any
 
 from torus_actors.errors import (
+    ActorCrashed,
     ActorNotFound,
     BlockUnavailable,
     Closed,
@@ -247,7 +249,7 @@ class Driver:
                 await self._flush(volume, session, who)
         began = self.cluster.loop.time()
         try:
-            await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
+            await give_back(system, self.name, OP_S_MAX)
         except TorusError as error:
             self._failed("closing", error, who, session, began)
 
@@ -441,3 +443,9 @@ class Driver:
         if not ended and not (expected and self.blocks_may_lack):
             self.cluster.fail(f"{who}: {what} of {self.name} failed: {error!r}")
         return True
+
+
+async def give_back(system: Any, name: str, timeout_s: float) -> None:
+    """Close a volume or snapshot; if the actor dies over it, its successor does."""
+    with contextlib.suppress(ActorCrashed):
+        await system.actor("volumes").release.remote(name, timeout_s=timeout_s)

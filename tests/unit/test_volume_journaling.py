@@ -249,6 +249,25 @@ async def test_a_journal_has_as_many_members_as_copies_are_wanted_by_now(busy: b
 
 
 @virtual
+async def test_flushes_that_never_pause_do_not_keep_a_journal_from_more_members() -> None:
+    """The second commit takes what came during the first, and nothing comes during that."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+
+        async def write_and_flush(at: int) -> None:
+            while len(session.journal.members) < 3:
+                await flushed(device, at * PAGE, b"on and on")
+
+        workers = [asyncio.ensure_future(write_and_flush(at)) for at in range(4)]
+        await asyncio.sleep(0.1)
+        before = session.heads.recorded
+        cluster.set_ring(cluster.ring.with_replication(3))
+        await asyncio.wait_for(asyncio.gather(*workers), 10.0)
+        assert session.heads.recorded - before <= 3
+
+
+@virtual
 async def test_a_journal_that_is_to_have_more_members_goes_on_while_the_metadata_is_away() -> None:
     """They cannot be recorded then: flushes are records, as before, and wait for nothing."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:

@@ -281,21 +281,17 @@ async def attach(
     system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
 ) -> tuple[int, int]:
     """Take the lock; returns epoch and lease."""
-    nonce = ""
-
-    async def ask(lease: int) -> int:
-        nonlocal nonce
-        nonce = nonce or meta.new_nonce()
-        return await meta.attach(volume_id, holder, lease, nonce)
+    nonce = meta.new_nonce()
 
     async def take(lease: int) -> int:
-        attaching = asyncio.ensure_future(ask(lease))
+        attaching = asyncio.ensure_future(meta.attach(volume_id, holder, lease, nonce))
         try:
             return await asyncio.shield(attaching)
         except _MAY_BE_DONE:
             # Whoever wanted the volume has died, or is told that it is not open. A lock that has
             # been taken, or is yet, would be nobody's.
-            undoing = _undo_attach(system, meta, volume_id, attaching, partial(ask, lease))
+            again = partial(meta.attach, volume_id, holder, lease, nonce)
+            undoing = _undo_attach(system, meta, volume_id, attaching, again)
             _in_background(system, undoing)
             raise
 
