@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.fakes import virtual
-from torus_actors.cli import connect
+from torus_actors.cli import common, connect
 from torus_actors.cli.common import Failed, Settings
 from torus_actors.cli.ctl_debug import SILENT_S_MAX, _rebalance, _scrub, debug
 from torus_actors.errors import DeadlineExceeded, TorusError
@@ -114,8 +114,11 @@ def test_damage_is_counted_once(nodes: dict[str, Node]) -> None:
     assert nodes["a"].damaged > 8
 
 
-def test_what_a_disk_did_not_read_is_no_damage(nodes: dict[str, Node]) -> None:
+def test_what_a_disk_did_not_read_is_no_damage(
+    nodes: dict[str, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is told as what it is, and beside what was repaired."""
+    monkeypatch.setattr(common, "set_up_logging", lambda *_, **__: None)
     nodes["b"].errors = []
     ask = nodes["b"].ask
 
