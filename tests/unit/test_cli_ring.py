@@ -12,12 +12,13 @@ import pytest
 
 from tests.fakes import virtual
 from torus_actors.cli.common import Failed
-from torus_actors.cli.ctl_ring import _change
+from torus_actors.cli.ctl_ring import _all_copies_on, _change
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
+from torus_actors.model.peers import Peer
 
 
 @pytest.mark.parametrize("away_s", [12.0, 60.0])
@@ -43,3 +44,16 @@ async def test_a_change_outlasts_metadata_that_go_away_with_its_answer(away_s: f
         with pytest.raises(Failed, match="look with torusctl ring get"):
             await _change(connection, change)
     await store.close()
+
+
+@pytest.mark.parametrize(
+    ("replication", "leaving", "told"), [(1, 1, True), (2, 1, False), (2, 2, True), (3, 2, False)]
+)
+def test_who_removes_all_copies_of_a_block_is_told(
+    replication: int, leaving: int, told: bool
+) -> None:
+    """Only nodes out of the ring know of such blocks, and no status tells of them any more."""
+    ring = rings.make_ring("ketama", version=1, replication=replication)
+    for number in range(4):
+        ring = ring.with_peer(Peer(str(uuid.UUID(int=number)), 1 << 30))
+    assert bool(_all_copies_on(ring, ring.members[:leaving])) == told

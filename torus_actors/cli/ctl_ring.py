@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -147,8 +147,8 @@ def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
         from torus_actors.cli.connect import connect
 
         async with connect(settings) as connection:
-            _, now = await connection.cluster()
-            ids = {pick(each, now.members, "node in the ring") for each in peers}
+            _, before = await connection.cluster()
+            ids = {pick(each, before.members, "node in the ring") for each in peers}
 
             def remove(present: Ring) -> Ring | None:
                 leaving = [each for each in ids if each in present.members]
@@ -160,8 +160,21 @@ def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
                 return None if after is present else _one_step(present, after)
 
             _told(await _change(connection, remove))
+            note = _all_copies_on(before, ids)
+            if note:
+                click.echo(note)
 
     run(settings, work())
+
+
+def _all_copies_on(before: Ring, leaving: Collection[str]) -> str:
+    """What is to be known when blocks may have all their copies on nodes that leave the ring."""
+    if len(leaving) < min(before.replication, len(before.members)):
+        return ""
+    return (
+        "note: of some blocks all copies are on what was removed: keep it running until torusctl "
+        "debug rebalance is done; where it does not run, they are lost unless it comes back"
+    )
 
 
 def _nobody_left() -> Invalid:
