@@ -357,7 +357,7 @@ _JOURNAL = (
         Edit(
             "volume.session:Session._commit",
             "    try:\n        await self.committer.commit(force)\n",
-            "    if journal.active:\n        journal.cut(self._covering_seq)\n"
+            "    if journal.active:\n        journal.cut(self._covering_seq, covering_bytes)\n"
             "    try:\n        await self.committer.commit(force)\n",
         ),
         hunted_in=("journal_replay",),
