@@ -68,6 +68,8 @@ class Checker:
         """Durable copies of what a new head leads to."""
         self.copies_left_min = 1
         """Durable copies elsewhere when a node deletes one that is not its own."""
+        self.nothing_rots = False
+        """No fault damages what is on a disk: then no node starts with a bad copy of anything."""
         self._keys = Keys()
         self._epochs: dict[str, int] = {}
         self._heads: dict[str, Head] = {}
@@ -95,7 +97,9 @@ class Checker:
     # -- while it runs -----------------------------------------------------------------------------
 
     def _watch_node(self, host: Host) -> None:
-        """Look at what a node that has just started deletes."""
+        """Look at what a node that has just started has, and at what it deletes."""
+        if self.nothing_rots and self.damaged(host):
+            self.cluster.fail(f"{host.name} starts with an entry of a block that is not there")
         for store in host.tree.stores.stores:
             self._watch_store(host, store)
 

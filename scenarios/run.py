@@ -156,6 +156,7 @@ class _Play:
             self.checker.copies_min = drawn.shape.replication
         if not COPIES_LOST & set(scenario.faults):
             self.checker.copies_left_min = drawn.shape.replication
+        self.checker.nothing_rots = not DAMAGING & set(scenario.faults)
         self.oracles = [
             VolumeOracle(number, size, cluster.fail)
             for number, size in enumerate(drawn.shape.volume_bytes)
