@@ -9,7 +9,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torus_actors.nbd.memory import MemoryExports
 from torus_actors.nbd.protocol import Cmd, Errno, Opt, Rep
 from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
 from torus_actors.nbd.server import NbdListener, serve
-from torus_actors.runtime import ChildSpec, LoopActor, expose, get
+from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, expose, get
 
 MIB = 1 << 20
 DEADLINE_S = 20.0
@@ -293,24 +293,31 @@ class Volume(LoopActor):
         self.system.actor("nbd_server").replies.tell(conn, [Reply(each) for each in requests])
 
 
+@contextlib.asynccontextmanager
+async def flush_under_way(folder: Path) -> AsyncIterator[tuple[ActorSystem, Client]]:
+    """A server whose client waits for a flush, until the actor ``volume:x`` is told to answer."""
+    path = str(folder / "s")
+    children = (
+        ChildSpec("volumes", Volume),
+        ChildSpec("volume:x", Volume),
+        ChildSpec("nbd_server", lambda: NbdServer([NbdAddress(path=path)])),
+    )
+    async with system_of(*children) as system:
+        client = await Client.connect(path)
+        client.send(Cmd.FLUSH, cookie=1)
+        await until(lambda: hasattr(system.cells["volume:x"].actor, "batch"))
+        yield system, client
+
+
 def test_the_actor_gives_back_the_volume_of_a_client_that_was_lost(
     run: Callable[[Test], None],
 ) -> None:
     """Its requests were in flight; the volume is given back when they have been answered."""
 
     async def body(folder: Path) -> None:
-        path = str(folder / "s")
-        children = (
-            ChildSpec("volumes", Volume),
-            ChildSpec("volume:x", Volume),
-            ChildSpec("nbd_server", lambda: NbdServer([NbdAddress(path=path)])),
-        )
-        async with system_of(*children) as system:
+        async with flush_under_way(folder) as (system, client):
             volumes: Any = system.cells["volumes"].actor
             volume: Any = system.cells["volume:x"].actor
-            client = await Client.connect(path)
-            client.send(Cmd.FLUSH, cookie=1)
-            await until(lambda: hasattr(volume, "batch"))
             await client.leave()
             state = system.heirlooms["nbd_state"]
             await until(lambda: not state.connections)
@@ -326,18 +333,9 @@ def test_the_actor_lets_requests_finish_when_it_is_stopped(run: Callable[[Test],
     """Their answers come as messages, which are taken until the last."""
 
     async def body(folder: Path) -> None:
-        path = str(folder / "s")
-        children = (
-            ChildSpec("volumes", Volume),
-            ChildSpec("volume:x", Volume),
-            ChildSpec("nbd_server", lambda: NbdServer([NbdAddress(path=path)])),
-        )
-        async with system_of(*children) as system:
+        async with flush_under_way(folder) as (system, client):
             volumes: Any = system.cells["volumes"].actor
             volume: Any = system.cells["volume:x"].actor
-            client = await Client.connect(path)
-            client.send(Cmd.FLUSH, cookie=1)
-            await until(lambda: hasattr(volume, "batch"))
             stopping = asyncio.ensure_future(system.cells["nbd_server"].stop(final=True))
             await until(lambda: not (folder / "s").exists())
             volume.answer()
