@@ -168,8 +168,8 @@ class Volumes(LoopActor):
                 self._open[name] = volume
                 self._sessions[name] = session
                 await self._start_actor(name, session)
-                if session.replayed and session.epoch:
-                    if session.replay_certain:
+                if session.replaying is not None and session.epoch:
+                    if session.replaying.certain:
                         session.commit_soon(lambda _: None)
                     else:
                         await self._commit_replay(name, session)

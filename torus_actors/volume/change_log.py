@@ -327,7 +327,7 @@ class Replay:
         blocks: by position, ref (None: a hole), root checksum, number of the record that names it.
         records: how many were taken in.
         certain: whether every member of the journal has these records and no others, so that
-            another replay cannot end differently.
+            another replay cannot end differently; also if there is no journal to be replayed.
     """
 
     def __init__(self, map_seq: int = 0, epoch: int = 0, covered: int = 0, last: int = 0) -> None:
@@ -339,7 +339,7 @@ class Replay:
         self.blocks: dict[int, tuple[BlockRef | None, int, int]] = {}
         self._extents: dict[int, dict[tuple[int, int], tuple[int, Buffer | None]]] = {}
         self.records = 0
-        self.certain = False
+        self.certain = True
 
     def add(self, seq: int, payload: Buffer) -> None:
         """Take in the next record.

@@ -152,9 +152,7 @@ async def open_session(
             await session.file.truncate(record.size)
         session.heads.resizing = shrink_to
         await _apply(session, replay)
-        session.replayed = replay.records
-        session.replaying = replay if replay.records else None
-        session.replay_certain = replay.certain
+        session.replaying = replay if replay.records or not replay.certain else None
         if replay.head is not None:
             session.heads.owed = replay.head  # until this session's first one takes its place
         if epoch:

@@ -170,14 +170,11 @@ class Session:
         """Whether its lock, or its reader's record, is being given up."""
         self.reader: Reader | None = None
         """What keeps from being collected what is read here, if it is opened only for that."""
-        self.replayed = 0
-        """Records of the last session's journal that are in the layers."""
         self.replaying: Replay | None = None
         """The replay, until a head of this session has all of it. One that is recorded before says
-        so, or the last session's journal would count as replayed."""
-        self.replay_certain = False
-        """Whether another replay would give the same. If not, they are to be committed before the
-        first read: another one might end with fewer of those that nobody acknowledged."""
+        so, or the last session's journal would count as replayed. One that is not certain is to be
+        committed before the first read, also if it has no record: another one might end with fewer
+        of those that nobody acknowledged, or with more."""
         self._handlers: dict[int, Callable[[int, Request, list[Reply]], None]] = {
             Op.READ: self._on_read,
             Op.WRITE: self._on_write,
@@ -382,14 +379,17 @@ class Session:
         changes.committing, changes.needs_commit = changes.needs_commit, False
         self._covering_seq = changes.seq
         covering_bytes = journal.size
-        # A head may be wanted though nothing in the file has changed: for records that none covers,
-        # or because the metadata does not have the last one yet, and a new ensemble would hide it.
-        # Or because the volume is to be smaller.
+        # A head may be wanted though nothing in the file has changed: for records that none covers;
+        # because the metadata does not have the last one yet, and a new ensemble would hide it; so
+        # that the last session's journal is not replayed once more; because the volume is to be
+        # smaller; or because a journal with more members takes the place of this one, which needs
+        # the metadata too, and is left if they are away.
         heads = self.heads
-        # Or because a journal with more members takes the place of this one: that needs the
-        # metadata too, and is left if it is away.
-        owed = bool(heads.owed or heads.resizing)
-        force = self._covering_seq != self.covered_seq or owed or journal.is_short
+        force = (
+            self._covering_seq != self.covered_seq
+            or bool(heads.owed or self.replaying or heads.resizing)
+            or journal.is_short
+        )
         try:
             await self.committer.commit(force)
         except BaseException:
