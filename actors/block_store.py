@@ -90,6 +90,9 @@ VOUCH_S = 60.0
 
 DATA, INODES = 0, 1
 
+STORE_NAMES = ("blocks", "inodes")
+"""Their directories, in that order."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
@@ -146,28 +149,40 @@ class OpenStores:
             sizes = [config.size_bytes - inodes, inodes]
             if config.size_bytes < 2 * INODE_ROOM_MIN:
                 raise Invalid(f"a node needs at least {2 * INODE_ROOM_MIN >> 20} MiB")
-        stores: list[BlockStore] = []
+        disks = [config.open_disk(config.directory / name) for name in STORE_NAMES]
+        there = {kind: disks[kind].exists(INDEX_PATH) for kind in (DATA, INODES)}
+        block_sizes = (config.block_size, INODE_BLOCK_SIZE)
+        opened: dict[int, BlockStore] = {}
         try:
-            for name, block_size, size in zip(
-                ("blocks", "inodes"), (config.block_size, INODE_BLOCK_SIZE), sizes, strict=True
-            ):
-                disk = config.open_disk(config.directory / name)
-                if stores and size is None and not disk.exists(INDEX_PATH):
-                    blocks = stores[DATA].stats()
-                    if not blocks.used:
+            # What is there comes first: it tells whether the other one may be made anew.
+            for kind in sorted(there, key=lambda kind: not there[kind]):
+                size = sizes[kind]
+                if opened and not there[kind]:
+                    ((other, store),) = opened.items()
+                    found = store.stats()
+                    if found.used:
+                        raise Invalid(
+                            f"there is no block store in {config.directory / STORE_NAMES[kind]}, "
+                            f"but {found.used} blocks in {STORE_NAMES[other]} beside it: is a disk "
+                            "not mounted? If it is lost, move both directories away, and the node "
+                            "begins with empty stores"
+                        )
+                    if size is None:
                         # The first start was cut off between the two.
-                        size = blocks.total * config.block_size // (INODE_SHARE - 1)
+                        size = found.total * config.block_size // (INODE_SHARE - 1)
                         size = max(size, INODE_ROOM_MIN)
-                stores.append(
-                    MFileStore.open(
-                        disk, block_size=block_size, size_bytes=size, rng=rng, allocate=allocate
-                    )
+                opened[kind] = MFileStore.open(
+                    disks[kind],
+                    block_size=block_sizes[kind],
+                    size_bytes=size,
+                    rng=rng,
+                    allocate=allocate,
                 )
         except BaseException:
-            for store in stores:
+            for store in opened.values():
                 store.close()
             raise
-        return cls(system, stores)
+        return cls(system, [opened[DATA], opened[INODES]])
 
     def kind_of(self, ref: BlockRef) -> int:
         """Which of the stores a block belongs to."""
@@ -562,7 +577,7 @@ class BlockStoreActor(LoopActor):
             "incarnation": self._opened.incarnation,
             "requests": self._opened.requests,
         }
-        for name, store in zip(("blocks", "inodes"), self._stores, strict=True):
+        for name, store in zip(STORE_NAMES, self._stores, strict=True):
             stats = store.stats()
             answer[name] = {
                 "block_size": store.block_size,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,17 +22,26 @@ from torus_actors.actors.block_messages import (
     Status,
     split_records,
 )
-from torus_actors.actors.block_store import VOUCH_S, BlockStoreActor, OpenStores, StoreConfig
+from torus_actors.actors.block_store import (
+    DATA,
+    INODES,
+    STORE_NAMES,
+    VOUCH_S,
+    BlockStoreActor,
+    OpenStores,
+    StoreConfig,
+)
 from torus_actors.actors.disk import disk_workers
 from torus_actors.cli.node import store_size
 from torus_actors.errors import Closed, Exists, Invalid, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
-from torus_actors.storage.disk import Disk, RealDisk
+from torus_actors.storage.disk import Disk
+from torus_actors.storage.mfile import MFileStore
 from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
 from torus_actors.storage.simdisk import SimDisk
-from torus_actors.storage.store import BLOCK_SIZE_MAX
+from torus_actors.storage.store import BLOCK_SIZE_MAX, BlockStore
 from torus_actors.wire.frames import Kind, encode
 from torus_actors.wire.messages import encode_call, encode_reply
 
@@ -472,26 +482,69 @@ def test_a_node_killed_between_the_making_of_its_two_stores_starts_again(
 ) -> None:
     """Also without --size, as it was started before."""
     monkeypatch.setattr("torus_actors.cli.node.SIZE_DEFAULT", 64 << 20)
-    opened: list[Path] = []
+    made: list[BlockStore] = []
 
-    def open_one(path: Path) -> RealDisk:
-        if opened:
+    def open_one(disk: Disk, **kwargs: Any) -> MFileStore:
+        if made:
             raise KeyboardInterrupt
-        opened.append(path)
-        return RealDisk(path)
+        made.append(MFileStore.open(disk, **kwargs))
+        return cast(MFileStore, made[0])
 
     async def play() -> None:
         async with system_of() as system:
 
-            def start(opener: Callable[[Path], Disk]) -> OpenStores:
-                size = store_size(tmp_path, None)
-                config = StoreConfig(tmp_path, size, BLOCK, opener)
+            def start() -> OpenStores:
+                config = StoreConfig(tmp_path, store_size(tmp_path, None), BLOCK)
                 return OpenStores.open(system, config, random.Random(3))
 
-            with pytest.raises(KeyboardInterrupt):
-                start(open_one)
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr("torus_actors.actors.block_store.MFileStore", Mock(open=open_one))
+                start()
+            assert (tmp_path / "blocks" / INDEX_PATH).exists()
+            assert not (tmp_path / "inodes" / INDEX_PATH).exists()
             for _ in range(2):
-                start(RealDisk).close()
+                start().close()
+
+    on_uvloop(play)()
+
+
+@pytest.mark.parametrize("kind", [DATA, INODES])
+def test_a_store_that_is_missing_beside_one_with_blocks_is_not_made_anew(
+    tmp_path: Path, kind: int
+) -> None:
+    """As where its disk is not mounted: the blocks are there, and no second store hides them.
+
+    Beside an empty one it is made: nothing can be missing.
+    """
+
+    async def play() -> None:
+        async with system_of() as system:
+
+            def start() -> OpenStores:
+                return OpenStores.open(system, config, random.Random(3))
+
+            config = StoreConfig(tmp_path, 64 << 20, BLOCK)
+            start().close()
+            away = tmp_path / STORE_NAMES[kind]
+            there = tmp_path / "elsewhere"
+            shutil.rmtree(away)
+            opened = start()
+            store = opened.stores[1 - kind]
+            block_type = BlockType.DATA if kind == INODES else BlockType.INODE
+            store.put(BlockRef.of(1, 1, 1, block_type), bytes(store.block_size))
+            store.flush()
+            opened.close()
+            away.rename(there)
+            for _ in range(2):
+                with pytest.raises(Invalid, match="is a disk not mounted"):
+                    start()
+            assert not (away / INDEX_PATH).exists()
+            if away.exists():
+                away.rmdir()
+            there.rename(away)
+            opened = start()
+            assert opened.stores[1 - kind].stats().used == 1
+            opened.close()
 
     on_uvloop(play)()
 
