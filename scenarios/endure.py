@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import shutil
 import time
@@ -42,6 +43,15 @@ VOLUME_BYTES = 16 << 20
 FIO_BYTES = 8 << 20
 STORE_BYTES = 512 << 20
 """Overwriting makes garbage faster than a small node can collect it."""
+
+FULL_SHARE = 0.5
+"""Of a node's room: who has more used is left alive until it has collected garbage. That takes two
+passes in one life, and here few live so long."""
+
+LOOK_EVERY = 5
+"""Rounds; then it is looked how full the nodes are."""
+
+ROOM_S_MAX = 120.0
 
 LEASE_S = 2
 """Short: every reopening after the death of a client has to wait for it."""
@@ -86,6 +96,7 @@ class EnduranceResult(RealResult):
         durable: sectors of the volume that some flush covered in the end.
         fio_jobs: that ended well.
         reopened_s: from the kill to the end of reading back, for each round.
+        fullest: the largest share of a node's room that was seen used.
     """
 
     rounds: dict[str, int] = field(default_factory=dict)
@@ -93,6 +104,7 @@ class EnduranceResult(RealResult):
     durable: int = 0
     fio_jobs: int = 0
     reopened_s: list[float] = field(default_factory=list)
+    fullest: float = 0.0
 
     def summary(self) -> str:
         """In a few lines."""
@@ -103,7 +115,8 @@ class EnduranceResult(RealResult):
             f"{self.describe()}\n"
             f"{self.sectors} sectors read back and compared, {self.durable} of the volume's are "
             f"flushed; {self.fio_jobs} fio jobs verified; from kill to read back "
-            f"{times[len(times) // 2]:.1f} s in the middle, {times[-1]:.1f} s at most"
+            f"{times[len(times) // 2]:.1f} s in the middle, {times[-1]:.1f} s at most; "
+            f"the fullest node was {self.fullest:.0%} full"
         )
 
 
@@ -178,6 +191,8 @@ class _Endurance:
                 if cluster.failures:
                     return
                 await self._round(f"round {number} of {rounds}", self._victims(), "random")
+                if not number % LOOK_EVERY:
+                    await self._wait_for_room()
             self.fio_stopping = True
             await fio
         finally:
@@ -188,6 +203,8 @@ class _Endurance:
             if cluster.failures:
                 return
             await self._round(f"everything {number} of {everything_rounds}", everybody, "of all")
+            if not number % LOOK_EVERY:
+                await self._wait_for_room()
         await self._leave()
         await cluster.heal()
         await last_look(cluster, [self.driver])
@@ -248,6 +265,28 @@ class _Endurance:
             f"{title}: killed {what}; {driver.flushes - before} flushes before, all of it read "
             f"back after {took_s:.1f} s"
         )
+
+    async def _wait_for_room(self) -> None:
+        """Kill nobody while a node is too full; the load goes on.
+
+        Raises:
+            Unexpected: it does not get emptier.
+        """
+        end = time.monotonic() + ROOM_S_MAX
+        while (fullest := await self._fullest()) > FULL_SHARE and not self.cluster.failures:
+            if time.monotonic() > end:
+                raise Unexpected(f"a node is {fullest:.0%} full, {ROOM_S_MAX:g} s without a kill")
+            self.cluster.say(f"a node is {fullest:.0%} full: waiting for its collector")
+            await asyncio.sleep(5.0)
+
+    async def _fullest(self) -> float:
+        """The largest share of a node's room that is used."""
+        status = json.loads(await self.cluster.tool("torusctl", "status", "--json"))
+        # Who has just been started may not answer yet.
+        rows = [row for row in status["peers"] if "used_bytes" in row]
+        fullest = max((row["used_bytes"] / row["total_bytes"] for row in rows), default=0.0)
+        self.result.fullest = max(self.result.fullest, fullest)
+        return fullest
 
     async def _restart(self, hosts: list[RealHost], etcd: bool) -> None:
         cluster = self.cluster

@@ -33,6 +33,7 @@ from torus_actors.model.inode_tree import CommitPlan
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.file import File
+from torus_actors.volume.room import RoomToCome
 from torus_actors.volume.stored import Stored
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,6 @@ SYNC_AHEAD_SHARE = 0.5
 """Of the blocks that are kept until they are durable: with so many, a commit has them synced while
 it puts more. Of those that come when all are kept, a flush beside the commit would wait for a sync.
 """
-
-FULL_ROUNDS = 8
-"""So often blocks are placed anew before a flush fails because the cluster is full."""
 
 PLACED_AT_ONCE_MAX = 8
 """Blocks placed anew at the same time: each is held in memory whole."""
@@ -254,6 +252,7 @@ class Committer:
         replicator = self._system.actor("replicator")
         backoff = Backoff(self._system.rng, first_s=0.02, max_s=0.5)
         end = 0.0
+        room: RoomToCome | None = None
         for rounds in itertools.count(1):
             peers = sorted({peer for stored in pending.values() for peer, _ in stored.placed})
             if not peers:
@@ -285,12 +284,15 @@ class Committer:
                 continue
             began = self._system.loop.time()
             failure = await self._place_all_again(lost)
-            if failure is None:  # all that gets on, however much there is
+            if isinstance(failure, OutOfSpace):
+                room = room or file.room_to_come()
+                if not await room.may_come():
+                    raise failure
+            if failure is None or isinstance(failure, OutOfSpace):
+                # All that gets on, however much there is; and how long to wait for room is bounded.
                 end += self._system.loop.time() - began
             log.info("%d blocks placed anew after a node was lost", len(lost))
             pending.update(lost)
-            if isinstance(failure, OutOfSpace) and rounds >= FULL_ROUNDS:
-                raise failure
             if not await backoff.wait(end):
                 told = failure or "peers restart faster than they flush"
                 raise BlockUnavailable(

@@ -37,6 +37,7 @@ from torus_actors.nbd.requests import Piece
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.read_side import Done, ReadSide, ignore
+from torus_actors.volume.room import RoomToCome
 from torus_actors.volume.stored import Stored
 from torus_actors.volume.write_back import EXTENT_OVERHEAD_BYTES, WriteBack
 
@@ -77,14 +78,6 @@ DISCARD_S = 0.25
 
 DISCARDED_MAX = 4096
 """Refs remembered after they were discarded, for reads that were under way."""
-
-RECLAIM_PATIENCE_S = 20.0
-"""How long a full cluster is given to collect garbage before writers are told that it is full."""
-
-RECLAIM_EMPTY_MAX = 4
-"""So often in a row must collectors know of no garbage before the cluster counts as full of data.
-What they answer is from their last pass: two answers may be from before the commit that made the
-garbage, and a third from a pass that ran beside it."""
 
 CLEAR_RANGE_MIN = 64
 """Trims of this many whole blocks clear the map at once instead of block by block."""
@@ -633,22 +626,19 @@ class File(ReadSide):
             self._retry_timer = self.loop.call_later(self._retry_s, self._retry)
             self._retry_s = min(self._retry_s * 2, RETRY_MAX_S)
 
+    def room_to_come(self) -> RoomToCome:
+        """The cluster is full: whom to ask whether it stays so."""
+        return RoomToCome(self.loop, self._replicator, self._send_discards)
+
     async def _reclaim(self, error: TorusError) -> None:
         """The cluster is full: let garbage be collected first, then tell the writers."""
         try:
-            end = self.loop.time() + RECLAIM_PATIENCE_S
-            empty = 0
             self.commit_soon()
-            while self.loop.time() < end and empty < RECLAIM_EMPTY_MAX:
-                self._send_discards()
+            room = self.room_to_come()
+            may_come = True
+            while may_come:
                 stored = self.stored
-                try:
-                    found = await self._replicator.reclaim.remote()
-                except TorusError as failed:
-                    log.debug("volume %s: looking for garbage: %s", self.name, failed)
-                    found = 0
-                empty = 0 if found else empty + 1
-                await asyncio.sleep(1.0)
+                may_come = await room.may_come()
                 if self.stored != stored:
                     return
             self.put_error = error
