@@ -134,6 +134,48 @@ async def crash_client_and_member(field: Field) -> None:
     field.whole(member)
 
 
+async def tell_half(field: Field) -> None:
+    """A record reaches one member of the journal, and its client dies.
+
+    Who opens the volume next reaches some of the members, reads, and dies as well; the one after it
+    reaches the others. What the first one read must be what the second one finds.
+    """
+    cluster, rng = field.cluster, field.rng
+    driver = rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    process = host.process
+    volume = await cluster.meta.volume(driver.name)
+    journal, _ = await cluster.meta.journal(volume.id)
+    ensemble = () if journal is None else journal.ensemble
+    members = [node for node in cluster.nodes if node.node_id in ensemble and node.up]
+    if len(members) < 2 or host.process is not process:
+        return
+    lacking = rng.choice(members)
+    cluster.expendable.add(process.name)
+    with Cut(cluster, ways_of(host.address, [lacking.address], "out")[0]):
+        await driver.wait_for("flush asked for", 4.0)
+        await asyncio.sleep(0.01 * rng.random())
+        if host.process is process:
+            field.say(f"{process.name} is killed when {lacking.name} cannot have its last record")
+            cluster.kill(host)
+    having = [node for node in members if node is not lacking]
+    for hidden in rng.sample([[lacking], having], 2):
+        addresses = [node.address for node in hidden]
+        ways = [way for each in driver.hosts for way in ways_of(each.address, addresses)[0]]
+        names = ", ".join(node.name for node in hidden)
+        field.say(f"no client of {driver.name} reaches {names}")
+        with Cut(cluster, ways):
+            await driver.wait_for("read back", 20.0)
+            await asyncio.sleep(rng.choice((0.0, 0.01, 0.3)) * rng.random())
+            host = driver.host
+            if host.up and host.process is not None:
+                field.say(f"{host.process.name} is killed")
+                cluster.expendable.add(host.process.name)
+                cluster.kill(host)
+
+
 async def second_client(field: Field) -> None:
     """Another client opens a volume that is in use; it gets it when the first has let go."""
     driver = field.rng.choice(field.drivers)

@@ -33,6 +33,7 @@ from torus_actors.scenarios.client_faults import (
     cut_client,
     freeze_client,
     second_client,
+    tell_half,
 )
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
 from torus_actors.scenarios.cuts import Cut, ways_of
@@ -616,6 +617,7 @@ FAULTS: dict[str, Fault] = {
     "freeze_node": freeze_node,
     "crash_client": crash_client,
     "crash_at_flush": crash_at_flush,
+    "tell_half": tell_half,
     "crash_client_and_member": crash_client_and_member,
     "second_client": second_client,
     "metadata_out": metadata_out,

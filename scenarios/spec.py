@@ -437,6 +437,17 @@ _LIST = (
         },
     ),
     Scenario(
+        "half_told",
+        "What nobody acknowledged is there for good once somebody has read it",
+        {"tell_half": (0.5, 2), "crash_client": (8, 20)},
+        replication=(2, 3),
+        clients=(1, 3),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, whole_blocks=0.2, pause_s=0.05, hot_share=0.8),
+        errors_allowed=True,
+        duration_s=(25, 40),
+    ),
+    Scenario(
         "foreseen_flush",
         "A flush waits for its record, also for one that left before anybody asked for it",
         {"crash_at_flush": (0.5, 2), "crash_node": (6, 20), "slow_network": (1, 4)},

@@ -340,6 +340,7 @@ class Driver:
                 continue
             session.verify(offset, data)
             offset += length
+        self.note("read back")
         return True
 
     async def _work(self, volume: Any, session: Session, who: str) -> None:
