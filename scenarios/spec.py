@@ -440,7 +440,6 @@ _LIST = (
         "half_told",
         "What nobody acknowledged is there for good once somebody has read it",
         {"tell_half": (0.5, 2), "crash_client": (8, 20)},
-        replication=(2, 3),
         clients=(1, 3),
         lease_ttl_s=2,
         workload=Workload(flush=3.0, whole_blocks=0.2, pause_s=0.05, hot_share=0.8),

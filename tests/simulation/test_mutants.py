@@ -22,12 +22,9 @@ from torus_actors.volume.write_back import WriteBack
 QUICK = {
     "flush_without_fdatasync": 1,
     "one_copy": 1,
-    "no_hand_off": 3,
-    "head_without_epoch": 3,
     "last_record_not_replayed": 4,
-    "lost_journal_is_empty": 4,
-    "reader_without_the_journal": 1,
     "cut_off_blocks_stay": 1,
+    "uncertain_replay_is_read": 6,
 }
 """Mutants that are found within so many runs."""
 
