@@ -17,7 +17,7 @@ from tests.fakes import Cluster, virtual
 from torus_actors.actors.volumes import REPLAY_COMMIT_S
 from torus_actors.cli import full, images
 from torus_actors.cli.common import Settings
-from torus_actors.errors import Invalid
+from torus_actors.errors import BlockUnavailable, Invalid
 from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, SupervisorSpec, expose
 from torus_actors.volume.journal import RECOVER_PATIENCE_S
 
@@ -170,6 +170,28 @@ def test_nothing_is_loaded_from_what_is_empty(
         assert await load(empty) == 0
         await dump(tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == bytes(SIZE)
+
+    run(monkeypatch, test)
+
+
+def test_a_dump_replaces_a_file_once_something_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older one is not lost because the volume cannot be read; of a longer one nothing stays."""
+    file = tmp_path / "image"
+    file.write_bytes(b"old" * SIZE)
+
+    async def test(cluster: Cluster) -> None:
+        async def unreadable(*_: Any) -> bool:
+            raise BlockUnavailable("no copy")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "_has_data", unreadable)
+            with pytest.raises(BlockUnavailable):
+                await dump(file)
+        assert file.read_bytes() == b"old" * SIZE
+        assert await dump(file) == 0
+        assert file.read_bytes() == bytes(SIZE)
 
     run(monkeypatch, test)
 

@@ -56,6 +56,9 @@ async def dump(settings: Settings, name: str, file: Path) -> int:
             sparse = stat.S_ISREG(os.fstat(fd).st_mode) and str(file) != "-"
             written = 0
             async for offset, data in _read_all(volume, size):
+                if sparse and not offset:
+                    # Not before something could be read: the file may be an older dump.
+                    os.ftruncate(fd, 0)
                 if data is not None:
                     await _beside(_write_fully, fd, data, offset if sparse else None)
                     written += len(data)
@@ -288,7 +291,7 @@ def _open_output(file: Path) -> int:
         stdout = open_stdout()
         stdout.flush()
         return stdout.fileno()
-    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    return os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
 
 
 async def _beside(function: Callable[..., T], *args: object) -> T:
