@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from torus_actors import __version__
+from torus_actors.cli.log_floods import FloodGate
 from torus_actors.cli.profile import profile_value
 from torus_actors.cli.units import parse_address, parse_size
 from torus_actors.errors import Invalid, TorusError
@@ -304,6 +305,8 @@ def set_up_logging(settings: Settings, *, daemon: bool) -> None:
         level = "WARNING" if daemon else "CRITICAL"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PlainFormatter())
+    if daemon and level != "DEBUG":
+        handler.addFilter(FloodGate())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # These have much to say about their own insides.
     for name in ("pykka", "asyncio", "grpc", "aiohttp.access"):
