@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import click
 from rich.console import Console
@@ -25,6 +26,9 @@ FAILURES_SHOWN = 10
 
 SEEDS = 200
 """As many as the default tests run."""
+
+TELL_EVERY_S = 60.0
+"""Where the output is no terminal, and there is no bar to look at."""
 
 
 @click.group()
@@ -121,11 +125,12 @@ def explore_(
         TimeElapsedColumn(),
     )
     simulated = cpu = 0.0
+    told = time.monotonic()
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("runs", total=seeds)
 
         def done(result: Result) -> None:
-            nonlocal simulated, cpu
+            nonlocal simulated, cpu, told
             runs.append(result.seed)
             simulated += result.virtual_s
             cpu += result.cpu_s
@@ -138,6 +143,9 @@ def explore_(
                     markup=False,
                 )
                 progress.update(bar, description=f"{len(failed)} failed")
+            if not console.is_terminal and time.monotonic() - told > TELL_EVERY_S:
+                told = time.monotonic()  # a bar is shown in the end only
+                progress.console.print(f"{len(runs)} runs, {len(failed)} failed so far")
 
         explore(jobs_of(names, first, seeds), jobs, minutes, done)
     speed = simulated / cpu if cpu else 0.0

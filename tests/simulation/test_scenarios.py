@@ -186,6 +186,16 @@ def test_the_command_line() -> None:
     assert "copies, blocks of" in done.output and "passed" in done.output
 
 
+def test_exploring_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no terminal: now and then a line."""
+    monkeypatch.setattr("torus_actors.scenarios.__main__.TELL_EVERY_S", 0.0)
+    args = ["explore", "--scenario", "calm", "--seeds", "2", "--jobs", "1"]
+    done = CliRunner().invoke(main, args)
+    lines = done.output.splitlines()
+    assert lines[:2] == ["1 runs, 0 failed so far", "2 runs, 0 failed so far"]
+    assert lines[-1].startswith("2 runs, 0 failed; ")
+
+
 def test_a_failure_prints_the_command_that_replays_it() -> None:
     """``run`` and ``explore`` end with 1 and print the seed's command."""
     runner = CliRunner()
