@@ -267,17 +267,21 @@ class _Endurance:
         )
 
     async def _wait_for_room(self) -> None:
-        """Kill nobody while a node is too full; the load goes on.
+        """Where a node is too full, kill nobody and write little until it is not.
 
         Raises:
             Unexpected: it does not get emptier.
         """
+        if (fullest := await self._fullest()) <= FULL_SHARE:
+            return
+        self.cluster.say(f"a node is {fullest:.0%} full: waiting for its collector")
+        await self._leave()
         end = time.monotonic() + ROOM_S_MAX
         while (fullest := await self._fullest()) > FULL_SHARE and not self.cluster.failures:
             if time.monotonic() > end:
                 raise Unexpected(f"a node is {fullest:.0%} full, {ROOM_S_MAX:g} s without a kill")
-            self.cluster.say(f"a node is {fullest:.0%} full: waiting for its collector")
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(2.0)
+        await self._reopen(self.driver.host)
 
     async def _fullest(self) -> float:
         """The largest share of a node's room that is used."""
