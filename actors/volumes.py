@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 VOLUME_KINDS = {"block"}
 """Kinds of volume that can be served."""
 
+JOURNAL_S = 3.0
+"""How long opening a volume waits until it has a journal; one may come later, with a flush."""
+
 REPLAY_COMMIT_S = 30.0
 """How long opening a volume waits for the commit of what the last session left in its journal."""
 
@@ -168,11 +171,8 @@ class Volumes(LoopActor):
                 self._open[name] = volume
                 self._sessions[name] = session
                 await self._start_actor(name, session)
-                if session.replaying is not None and session.epoch:
-                    if session.replaying.certain:
-                        session.commit_soon(lambda _: None)
-                    else:
-                        await self._commit_replay(name, session)
+                if session.epoch:
+                    await self._first_commit(name, session)
                 self._hand_out_requests()
             elif volume.session.file.failure is not None:
                 # Fenced: those who have it open may read on, but it is not what the volume is now.
@@ -181,24 +181,32 @@ class Volumes(LoopActor):
             session = volume.session
         return [name, session.size, f"torus volume {name}", not session.epoch]
 
-    async def _commit_replay(self, name: str, session: Session) -> None:
-        """Make what was replayed the volume's version before anybody reads it.
+    async def _first_commit(self, name: str, session: Session) -> None:
+        """Begin the session's journal, so that its flushes need no metadata any more.
 
-        Where that cannot be done (a full cluster) the volume opens all the same, for what was
-        flushed must be readable; the journal stays as it is until a commit succeeds.
+        What was replayed and not all members of the last journal have is made the volume's version
+        before anybody reads it. Where that cannot be done (a full cluster) the volume opens all the
+        same, for what was flushed must be readable; the old journal stays until a commit succeeds.
 
         Raises:
             Fenced: another client has opened the volume; it is closed here again.
         """
+        replay = session.replaying
+        if replay is not None and replay.certain:
+            session.commit_soon(lambda _: None)  # nobody need wait for all that is written then
+            return
         volume = self.system.actor(_actor_name(name))
         try:
-            await volume.commit.remote(timeout_s=REPLAY_COMMIT_S)
+            await volume.commit.remote(timeout_s=JOURNAL_S if replay is None else REPLAY_COMMIT_S)
         except Fenced:
             session.close()
             await self._forget(name)
             raise
         except TorusError as error:
-            log.warning("volume %s: its journal cannot be folded in now: %s", name, error)
+            if replay is not None:
+                log.warning("volume %s: its journal cannot be folded in now: %s", name, error)
+            else:
+                log.info("volume %s: it has no journal yet: %s", name, error)
 
     def _resolve(self, name: str) -> str:
         if not name:

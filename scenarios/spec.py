@@ -28,7 +28,8 @@ lost member of its journal another: an operation may wait until they are back.""
 
 BROKEN_S_MAX = 10.0
 """Where connections break as often as every half second, and to make one and be answered over it
-takes three ways there and back, of up to 0.4 s each."""
+takes three ways there and back, of up to 0.4 s each; or where a peer dies while another one is as
+slow as that, so that a commit, after its wait for the first, makes many such ways."""
 
 KNOBS: dict[str, Any] = {
     "torus_actors.actors.block_store.INODE_ROOM_MIN": 32 << 20,
@@ -466,6 +467,7 @@ _LIST = (
         ),
         errors_allowed=True,
         duration_s=(20, 35),
+        op_s_max=BROKEN_S_MAX,
         knobs={"torus_actors.volume.flushing.FORESEE_AFTER": 0},
         direct_writes=0.5,
     ),

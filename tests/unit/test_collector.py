@@ -403,7 +403,7 @@ async def test_what_the_journal_names_is_safe_for_as_long_as_it_takes(
         watched = Watched(cluster)
         device = await cluster.volume(SIZE)
         await device.write(0, bytes([1]) * SIZE)
-        await device.flush()
+        await device.client.actor("volume:v").commit.remote()
         await device.write(0, bytes([2]) * BLOCK * 4)
         await device.flush()
         head, _ = await cluster.meta.head(1)

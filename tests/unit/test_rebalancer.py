@@ -593,6 +593,7 @@ async def test_copies_that_the_block_spec_asks_for_are_kept_and_made() -> None:
         await started(cluster)
         await device.write(0, b"x" * device.size)
         await device.flush()
+        await device.client.actor("volume:v").commit.remote()
         await device.write(0, b"y")
         await device.flush()
         assert len(device.client.session("v").journal.members) == 3

@@ -316,11 +316,12 @@ async def test_a_record_that_was_never_sent_leaves_no_gap() -> None:
         await device.write(90 * BLOCK, b"y" * 512)
         committed = begin_commit(session)
         await there.wait()
+        before = session.log.seq
         await device.write(5 * BLOCK, b"z" * BLOCK)
         await until(lambda: not session.file.layers.size)
         session.committer.make_durable = fails
         flush = asyncio.ensure_future(device.flush())
-        await until(lambda: session.log.seq == 1 and session._commit_waiting)
+        await until(lambda: session.log.seq == before + 1 and session._commit_waiting)
         session.committer.make_durable = make_durable
         commit = session.committer.commit
 
@@ -341,16 +342,14 @@ async def test_a_record_that_was_never_sent_leaves_no_gap() -> None:
         assert await again.read(50 * BLOCK, 4) == b"more"
 
 
-@pytest.mark.parametrize("opened_before", [False, True])
 @virtual
-async def test_records_are_not_cut_before_any_head_covers_them(opened_before: bool) -> None:
+async def test_records_are_not_cut_before_any_head_covers_them() -> None:
     """A journal without a head of its session, and zeros over holes, which change no map."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await cluster.volume(SIZE)
-        if opened_before:
-            await device.write(95 * BLOCK, b"a" * BLOCK)
-            await device.flush()
-            device = await reopened(device)
+        await device.write(95 * BLOCK, b"a" * BLOCK)
+        await device.client.actor("volume:v").commit.remote()
+        device = await reopened(device)
         assert await snapshot(cluster, "s") is not None
         session = device.client.session("v")
         assert session.journal.active and not session.heads.recorded

@@ -10,6 +10,7 @@ import pytest
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
 from tests.unit.test_volume_commits import begin_commit, hold_heads
 from tests.unit.test_volume_flush import journaling, reopened
+from torus_actors.actors.volumes import JOURNAL_S
 from torus_actors.errors import (
     Corruption,
     OutOfSpace,
@@ -48,6 +49,49 @@ async def test_a_journal_keeps_to_the_room_of_its_members(monkeypatch: pytest.Mo
         await write_on(device, 300)
         assert owner.heads.recorded > heads, "the journal was not folded"
         assert owner.journal.active and owner.journal.size < 2 * SMALL
+
+
+@pytest.mark.parametrize("before", ["new", "written", "grown"])
+@virtual
+async def test_the_metadata_may_go_away_as_soon_as_a_volume_is_open(before: str) -> None:
+    """A session has its journal from its opening: its very first flush needs nothing else."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        if before != "new":
+            await device.write(0, b"old" * 1000)
+            await device.release()
+            if before == "grown":
+                await cluster.meta.resize_volume("v", 2 * SIZE)
+            device = await (await cluster.client()).open("v")
+        device.client.store.down = True
+        last = 2 * SIZE if before == "grown" else SIZE
+        for offset in (1000, last - 5):
+            began = asyncio.get_running_loop().time()
+            await device.write(offset, b"fresh")
+            await device.flush()
+            assert asyncio.get_running_loop().time() - began < 1.0
+        device.client.store.down = False
+        again = await reopened(device)
+        assert await again.read(1000, 5) == await again.read(last - 5, 5) == b"fresh"
+        assert await again.read(0, 3) == (bytes(3) if before == "new" else b"old")
+
+
+@virtual
+async def test_a_volume_opens_though_there_can_be_no_journal() -> None:
+    """Too few nodes are up, or some say nothing: it opens soon, and its flushes work."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.release()
+        client = await cluster.client()
+        for node in cluster.ids[:2]:
+            cluster.network.cut(client.node_id, node)
+        began = asyncio.get_running_loop().time()
+        device = await client.open("v")
+        assert asyncio.get_running_loop().time() - began < JOURNAL_S + 3.0
+        cluster.network.heal()
+        await device.write(0, b"later")
+        await device.flush()
+        assert await (await reopened(device)).read(0, 5) == b"later"
 
 
 async def cut_off(cluster: Cluster) -> Device:

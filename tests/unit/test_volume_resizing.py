@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.unit.test_snapshots import (
     snapshot,
 )
 from tests.unit.test_volume_flush import BLOCK, SIZE
-from torus_actors.errors import Invalid, Locked, NotExist, OutcomeUnknown
+from torus_actors.errors import Invalid, Locked, NotExist, OutcomeUnknown, OutOfSpace
 from torus_actors.metadata import keys as table
 from torus_actors.nbd.protocol import Errno
 from torus_actors.volume import opening
@@ -312,7 +313,9 @@ async def test_a_head_of_a_part_cuts_no_more_than_was_asked_for(
 
 
 @virtual
-async def test_what_a_head_of_a_part_has_behind_its_end_is_cut_off() -> None:
+async def test_what_a_head_of_a_part_has_behind_its_end_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A session that is larger than the last head stores some of what it has, and crashes.
 
     The volume is cut to where that head ended, and has nothing there when it grows again.
@@ -320,7 +323,9 @@ async def test_what_a_head_of_a_part_has_behind_its_end_is_cut_off() -> None:
     async with Cluster(journals=True) as cluster:
         await written(cluster)
         await cluster.meta.resize_volume("v", 2 * SIZE)
-        device = await (await cluster.client()).open("v")
+        with monkeypatch.context() as patch:
+            patch.setattr(Committer, "commit", AsyncMock(side_effect=OutOfSpace("full")))
+            device = await (await cluster.client()).open("v")
         await device.write(SIZE, b"x" * BLOCK)
         file = device.client.session("v").file
         await until(lambda: not file.layers.size)

@@ -382,12 +382,15 @@ class Session:
         # A head may be wanted though nothing in the file has changed: for records that none covers;
         # because the metadata does not have the last one yet, and a new ensemble would hide it; so
         # that the last session's journal is not replayed once more; because the volume is to be
-        # smaller; or because a journal with more members takes the place of this one, which needs
-        # the metadata too, and is left if they are away.
+        # smaller, is larger than the last one says, or has none, without which there is no journal;
+        # or because a journal with more members takes the place of this one, which needs the
+        # metadata too, and is left if they are away.
         heads = self.heads
         force = (
             self._covering_seq != self.covered_seq
             or bool(heads.owed or self.replaying or heads.resizing)
+            or self.covered_size != self.size
+            or not heads.revision
             or journal.is_short
         )
         try:
