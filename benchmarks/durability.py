@@ -247,7 +247,6 @@ def recovery(folder: Path, rounds: int) -> list[Row]:
             client.command[1:3] = ["-c", LARGE_JOURNAL]
             client.start("serving ")
             uri = uri_of(path, "bench")
-            flushed(uri, size, 1)  # the first flush is a commit, and begins a journal
             # Without metadata a small journal is not folded, and this client's counts as small.
             cluster.etcd.kill()
             options = ("--rw=randwrite", "--bs=4k", "--fsync=1", f"--size={size}", "--thread")
