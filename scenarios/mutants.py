@@ -419,16 +419,6 @@ _JOURNAL = (
         hunted_in=("half_told",),
     ),
     _mutant(
-        "nothing_to_replay_is_certain",
-        "Nothing to replay is committed too where another member may have something",
-        Edit(
-            "volume.opening:open_session",
-            "replay if replay.records or not replay.certain else None",
-            "replay if replay.records else None",
-        ),
-        hunted_in=("half_told",),
-    ),
-    _mutant(
         "old_journal_replayed",
         "A journal of a session that a newer one's head covers is not replayed",
         Edit("volume.journal:is_unreplayed", " and journal.epoch >= head_epoch", ""),
