@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torus_actors.scenarios.mutants import MUTANTS
-from torus_actors.scenarios.mutation import Mutant
+from torus_actors.scenarios.mutation import Mutant, put_in
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS
 
@@ -130,7 +130,13 @@ def hunt(
 
     Returns:
         All hunts, in the order of ``names``.
+
+    Raises:
+        Invalid: a mutant does not fit the code. Run, it would fail at once, and look found.
     """
+    for name in names:
+        with put_in(MUTANTS[name]):
+            pass
     hunts = [Hunt(MUTANTS[name], runs_max) for name in names]
     if cores <= 1:
         for each in hunts:

@@ -415,7 +415,11 @@ _JOURNAL = (
     _mutant(
         "uncertain_replay_is_read",
         "What not all members of a journal say is committed before anybody reads it",
-        Edit("actors.volumes:Volumes.open", "if session.replaying.certain:", "if True:"),
+        Edit(
+            "actors.volumes:Volumes._first_commit",
+            "replay is not None and replay.certain",
+            "replay is not None",
+        ),
         hunted_in=("half_told",),
     ),
     _mutant(

@@ -23,7 +23,7 @@ QUICK = {
     "flush_without_fdatasync": 1,
     "one_copy": 1,
     "last_record_not_replayed": 4,
-    "cut_off_blocks_stay": 1,
+    "cut_off_blocks_stay": 2,
     "uncertain_replay_is_read": 6,
 }
 """Mutants that are found within so many runs."""
@@ -106,6 +106,15 @@ def test_a_mutant_is_found(name: str) -> None:
     assert each.found.clean is not None and not each.found.clean.failures
     result = each.found.result
     assert (result.scenario, result.seed) == plan(MUTANTS[name], each.runs - 1)
+
+
+def test_a_mutant_that_does_not_fit_is_not_hunted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail at once, and look found."""
+    edit = dataclasses.replace(HARMLESS.edits[0], old="no such piece")
+    odd = dataclasses.replace(HARMLESS, edits=(edit,))
+    monkeypatch.setitem(MUTANTS, "odd", odd)
+    with pytest.raises(Invalid):
+        hunt(["odd"], 1, 1, lambda: None, lambda _: None)
 
 
 def test_a_finding_can_be_replayed() -> None:
