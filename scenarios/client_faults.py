@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
-from torus_actors.scenarios.cluster import META_ADDRESS
+from torus_actors.scenarios.cluster import META_ADDRESS, Cluster
 from torus_actors.scenarios.cuts import Cut, ways_of
 from torus_actors.scenarios.field import Field
 
@@ -93,6 +94,13 @@ async def crash_at_flush(field: Field) -> None:
     await asyncio.sleep(rng.uniform(1.0, 5.0))
 
 
+async def _ensemble(cluster: Cluster, name: str) -> Sequence[str]:
+    """Ids of the nodes that the metadata says have a volume's journal."""
+    volume = await cluster.meta.volume(name)
+    journal, _ = await cluster.meta.journal(volume.id)
+    return () if journal is None else journal.ensemble
+
+
 async def crash_client_and_member(field: Field) -> None:
     """A client dies, and a node with its journal at the same time: the other members must do.
 
@@ -104,10 +112,8 @@ async def crash_client_and_member(field: Field) -> None:
     if not host.up or host.process is None:
         return
     process = host.process
-    volume = await cluster.meta.volume(driver.name)
     await driver.wait_for(rng.choice(TELLING[1:3]), 4.0)
-    journal, _ = await cluster.meta.journal(volume.id)
-    ensemble = () if journal is None else journal.ensemble
+    ensemble = await _ensemble(cluster, driver.name)
     member = field.take([node for node in cluster.nodes if node.node_id in ensemble])
     if member is None:
         return
@@ -146,9 +152,7 @@ async def tell_half(field: Field) -> None:
     if not host.up or host.process is None:
         return
     process = host.process
-    volume = await cluster.meta.volume(driver.name)
-    journal, _ = await cluster.meta.journal(volume.id)
-    ensemble = () if journal is None else journal.ensemble
+    ensemble = await _ensemble(cluster, driver.name)
     members = [node for node in cluster.nodes if node.node_id in ensemble and node.up]
     if len(members) < 2 or host.process is not process:
         return
