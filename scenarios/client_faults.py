@@ -94,6 +94,24 @@ async def crash_at_flush(field: Field) -> None:
     await asyncio.sleep(rng.uniform(1.0, 5.0))
 
 
+async def crash_beside_commit(field: Field) -> None:
+    """A client is killed once a flush was acknowledged that came while a head was being recorded.
+
+    What the flush stands for must not be in that head alone.
+    """
+    driver = field.rng.choice(field.drivers)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    cluster, rng, process = field.cluster, field.rng, host.process
+    cluster.expendable.add(process.name)
+    await driver.wait_for("flush beside a commit acknowledged", 6.0)
+    if host.process is process:
+        field.say(f"{process.name} is killed beside a commit")
+        cluster.kill(host)
+    await asyncio.sleep(rng.uniform(1.0, 5.0))
+
+
 async def _ensemble(cluster: Cluster, name: str) -> Sequence[str]:
     """Ids of the nodes that the metadata says have a volume's journal."""
     volume = await cluster.meta.volume(name)

@@ -28,6 +28,7 @@ from torus_actors.scenarios.aimed_faults import (
 )
 from torus_actors.scenarios.client_faults import (
     crash_at_flush,
+    crash_beside_commit,
     crash_client,
     crash_client_and_member,
     cut_client,
@@ -617,6 +618,7 @@ FAULTS: dict[str, Fault] = {
     "freeze_node": freeze_node,
     "crash_client": crash_client,
     "crash_at_flush": crash_at_flush,
+    "crash_beside_commit": crash_beside_commit,
     "tell_half": tell_half,
     "crash_client_and_member": crash_client_and_member,
     "second_client": second_client,

@@ -516,6 +516,7 @@ REAL_FAULTS: dict[str, RealFault] = {
     "freeze_node": freeze_node,
     "crash_client": crash_client,
     "crash_at_flush": crash_client,  # at any moment: none is known here
+    "crash_beside_commit": crash_client,
     "lose_journal": lose_journal,
     "second_client": second_client,
     "metadata_out": metadata_out,

@@ -476,6 +476,7 @@ _LIST = (
         "A flush beside a commit waits for all that it stands for, wherever that is told",
         {
             "crash_at_flush": (0.5, 2),
+            "crash_beside_commit": (0.5, 2),
             "crash_node": (6, 20),
             "metadata_out": (4, 12),
             "slow_network": (1, 4),

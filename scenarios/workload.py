@@ -414,7 +414,14 @@ class Driver:
         self.note("flush acknowledged")
         if beside_another:
             self.note("flush beside another acknowledged")
+        if host is not None and self._commits(host):
+            self.note("flush beside a commit acknowledged")
         return True
+
+    def _commits(self, host: Host) -> bool:
+        """Whether a head is about to be recorded, in which is all that was there."""
+        session = host.tree.system.heirlooms["sessions"].get(self.name)
+        return session is not None and session.committer.complete
 
     def _took(self, began: float, what: str, who: str, session: Session) -> None:
         """An operation has ended that began then."""

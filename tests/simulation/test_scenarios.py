@@ -45,16 +45,29 @@ def seeds_of(name: str) -> list[int]:
     return [seed for seed in SEEDS if scenario_of(seed) == name]
 
 
+def more_seeds_of(name: str) -> list[int]:
+    """Those that follow, in which a fault may strike that was not drawn in the first."""
+    following = range(SEEDS.stop, SEEDS.stop + len(SEEDS))
+    return [seed for seed in following if scenario_of(seed) == name]
+
+
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "everything"])
 def test_seeds(name: str) -> None:
-    """Those of the 200 seeds that play it: the promise is kept, and all its faults strike."""
+    """Those of the 200 seeds that play it: the promise is kept, and all its faults strike.
+
+    Which faults a seed draws changes with all that the cluster does in it. Where one has not struck
+    by then, the next seeds must show it.
+    """
+    faults = set(SCENARIOS[name].faults)
     struck: set[str] = set()
-    for seed in seeds_of(name):
+    for seed in [*seeds_of(name), *more_seeds_of(name)]:
+        if seed not in SEEDS and struck == faults:
+            break
         result = run(SCENARIOS[name], seed)
         assert not result.failures, failures(result)
         assert result.operations and result.flushes and result.sessions, failures(result)
         struck.update(result.counts)
-    assert struck == set(SCENARIOS[name].faults)
+    assert struck == faults
 
 
 @pytest.mark.parametrize("group", range(EVERYTHING_GROUPS))
