@@ -56,7 +56,7 @@ def list_() -> None:
 @click.option("--trace", "trace_path", type=click.Path(), help="Write every event to this file.")
 @click.option("--quiet", is_flag=True, help="Print the events only of a run that fails.")
 @click.option("--real", is_flag=True, help="On real processes, in real time.")
-@click.option("--seconds", type=float, help="With --real: faults strike no longer than this.")
+@click.option("--seconds", type=float, help="Faults strike no longer than this.")
 @click.option(
     "--mutant",
     "mutant_name",
@@ -83,10 +83,10 @@ def run_(
     console.print(f"{name}, seed {seed}: {scenario.why}", markup=False)
     console.print(draw(scenario, seed).describe(), markup=False)
     if trace_path is None:
-        result = run(scenario, seed, mutant=mutant)
+        result = run(scenario, seed, seconds=seconds, mutant=mutant)
     else:
         with open(trace_path, "w", encoding="utf-8") as file:
-            result = run(scenario, seed, file, mutant=mutant)
+            result = run(scenario, seed, file, seconds=seconds, mutant=mutant)
     if result.failures or not quiet:
         for line in result.lines:
             console.print(line, markup=False)

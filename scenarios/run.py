@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 import pykka
@@ -54,6 +54,7 @@ class Result:
         slowest_s: the longest that an operation took, of clients that no fault hit themselves.
         slowest: which it was.
         lines: the last lines of the trace.
+        seconds: as `run` was told.
     """
 
     scenario: str
@@ -72,13 +73,16 @@ class Result:
     counts: dict[str, int] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     drawn: Drawn | None = None
+    seconds: float | None = None
     mutant: str = ""
 
     @property
     def replay(self) -> str:
         """The command that does it again."""
+        seconds = f" --seconds {self.seconds}" if self.seconds is not None else ""
         mutant = f" --mutant {self.mutant}" if self.mutant else ""
-        return f"python -m torus_actors.scenarios run {self.scenario} --seed {self.seed}{mutant}"
+        options = f"--seed {self.seed}{seconds}{mutant}"
+        return f"python -m torus_actors.scenarios run {self.scenario} {options}"
 
 
 def run(
@@ -87,6 +91,7 @@ def run(
     trace_file: TextIO | None = None,
     drawn: Drawn | None = None,
     *,
+    seconds: float | None = None,
     mutant: Mutant | None = None,
     one_failure: bool = False,
 ) -> Result:
@@ -97,11 +102,16 @@ def run(
         seed: decides everything random.
         trace_file: gets every event.
         drawn: instead of what the seed makes of the scenario.
+        seconds: faults strike no longer than this.
         mutant: a bug that the production code has meanwhile.
         one_failure: stop at the first.
     """
+    drawn = drawn or draw(scenario, seed)
+    if seconds is not None:
+        drawn = replace(drawn, duration_s=min(drawn.duration_s, seconds))
     with put_in(mutant), _collected_afterwards():
-        result = _run(scenario, seed, trace_file, drawn or draw(scenario, seed), one_failure)
+        result = _run(scenario, seed, trace_file, drawn, one_failure)
+    result.seconds = seconds
     result.mutant = mutant.name if mutant is not None else ""
     return result
 

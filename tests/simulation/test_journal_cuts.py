@@ -434,7 +434,9 @@ def run_with_faults(seed: int, store_class: type[JournalStore] = JournalStore) -
     return run
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))]
+)
 def test_power_cut_before_every_operation(seed: int) -> None:
     """Wherever the power goes: acknowledged records and promises are there, none was made up."""
     cut = reused = copied = 0
@@ -446,7 +448,9 @@ def test_power_cut_before_every_operation(seed: int) -> None:
     assert copied
 
 
-@pytest.mark.parametrize("first", range(0, 600, 200))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(first, marks=pytest.mark.long) for first in (200, 400))]
+)
 def test_errors_kills_and_cuts(first: int) -> None:
     """The same promises hold through failed writes and syncs, kill -9, closing, and restarts."""
     for seed in range(first, first + 200):

@@ -23,8 +23,6 @@ QUICK = {
     "flush_without_fdatasync": 1,
     "one_copy": 1,
     "last_record_not_replayed": 4,
-    "cut_off_blocks_stay": 2,
-    "uncertain_replay_is_read": 6,
 }
 """Mutants that are found within so many runs."""
 

@@ -19,13 +19,16 @@ from torus_actors.scenarios.faults import FAULTS
 from torus_actors.scenarios.mutants import MUTANTS
 from torus_actors.scenarios.mutation import put_in
 from torus_actors.scenarios.run import Result, run
-from torus_actors.scenarios.spec import SCENARIOS
+from torus_actors.scenarios.spec import SCENARIOS, draw
 from torus_actors.scenarios.speed import measure
 
 ROOT = Path(__file__).parents[2]
 
 SEEDS = range(1, 201)
 """Seeds of the default run, each of which is one run; `explore` is for more."""
+
+SHARE = 0.5
+"""Of the time that a seed has faults strike, so that all of them take a few minutes."""
 
 EVERYTHING_GROUPS = 10
 """Tests that share the seeds of everything, so that two cores have equally much to do."""
@@ -43,6 +46,14 @@ def failures(result: Result) -> str:
 def seeds_of(name: str) -> list[int]:
     """Seeds of the default run that play a scenario."""
     return [seed for seed in SEEDS if scenario_of(seed) == name]
+
+
+def play(name: str, seed: int) -> Result:
+    """A run of the default tests."""
+    scenario = SCENARIOS[name]
+    result = run(scenario, seed, seconds=round(draw(scenario, seed).duration_s * SHARE, 1))
+    assert not result.failures, failures(result)
+    return result
 
 
 def more_seeds_of(name: str) -> list[int]:
@@ -63,8 +74,7 @@ def test_seeds(name: str) -> None:
     for seed in [*seeds_of(name), *more_seeds_of(name)]:
         if seed not in SEEDS and struck == faults:
             break
-        result = run(SCENARIOS[name], seed)
-        assert not result.failures, failures(result)
+        result = play(name, seed)
         assert result.operations and result.flushes and result.sessions, failures(result)
         struck.update(result.counts)
     assert struck == faults
@@ -75,8 +85,7 @@ def test_seeds_of_everything(group: int) -> None:
     """The other quarter of the 200 seeds: all faults at once."""
     struck: set[str] = set()
     for seed in seeds_of("everything")[group::EVERYTHING_GROUPS]:
-        result = run(SCENARIOS["everything"], seed)
-        assert not result.failures, failures(result)
+        result = play("everything", seed)
         struck.update(result.counts)
     # The rarest strike once in several runs.
     assert len(struck) > 5 * len(SCENARIOS["everything"].faults) / 8
@@ -214,10 +223,11 @@ def test_a_failure_prints_the_command_that_replays_it() -> None:
     runner = CliRunner()
     command = "python -m torus_actors.scenarios run calm --seed 3"
     with put_in(MUTANTS["one_copy"]):
-        for args in (
-            ["run", "calm", "--seed", "3", "--quiet"],
-            ["explore", "--scenario", "calm", "--first", "3", "--seeds", "1", "--jobs", "1"],
+        for args, told in (
+            (["run", "calm", "--seed", "3", "--seconds", "4.5"], f"{command} --seconds 4.5\n"),
+            (["explore", "--scenario", "calm", "--first", "3", "--seeds", "1"], f"{command}\n"),
         ):
-            done = runner.invoke(main, args)
+            jobs = ["--quiet"] if args[0] == "run" else ["--jobs", "1"]
+            done = runner.invoke(main, [*args, *jobs])
             assert done.exit_code == 1, done.output
-            assert command in done.output
+            assert told in done.output

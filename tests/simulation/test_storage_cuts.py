@@ -301,7 +301,9 @@ def test_power_cut_before_every_operation(seed: int) -> None:
     assert cut > 60
 
 
-@pytest.mark.parametrize("first", range(0, 1500, 500))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(first, marks=pytest.mark.long) for first in (500, 1000))]
+)
 def test_errors_kills_and_cuts(first: int) -> None:
     """The same promises hold through failed writes and syncs, kill -9, and restarts."""
     for seed in range(first, first + 500):

@@ -446,6 +446,7 @@ async def crashes_at_each_step(
     return steps
 
 
+@pytest.mark.long
 @virtual
 async def test_a_crash_while_going_back_leaves_the_old_or_the_new() -> None:
     """The tool dies between any two of its steps: the volume is wholly one of the two."""
@@ -477,6 +478,7 @@ async def test_a_crash_while_going_back_leaves_the_old_or_the_new() -> None:
     assert await crashes_at_each_step(prepare, act, judge) > 10
 
 
+@pytest.mark.long
 @virtual
 async def test_a_crash_while_making_one_leaves_it_or_nothing() -> None:
     """The tool dies between any two of its steps: the snapshot is right, or is not there."""

@@ -192,6 +192,7 @@ async def in_the_journal(cluster: Cluster) -> None:
     await asyncio.sleep(30)
 
 
+@pytest.mark.long
 @virtual
 async def test_a_crash_while_shrinking_leaves_the_old_or_the_new() -> None:
     """The tool dies between any two of its steps: all is there, or the end is gone for good."""
