@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from torus_actors.errors import Invalid
 from torus_actors.scenarios.explore import explore, jobs_of
 from torus_actors.scenarios.hunt import Hunt, hunt
 from torus_actors.scenarios.mutants import MUTANTS
@@ -199,7 +200,10 @@ def mutants_(names: tuple[str, ...], seeds: int, jobs: int, only_list: bool) -> 
             progress.console.print(_outcome(each), markup=False)
             progress.advance(bar, each.found is not None)
 
-        hunts = hunt(chosen, seeds, jobs, tried, over)
+        try:
+            hunts = hunt(chosen, seeds, jobs, tried, over)
+        except Invalid as error:
+            raise click.ClickException(f"{error}: mend it in scenarios/mutants.py") from error
     found = [each for each in hunts if each.found is not None]
     spoilt = [result for each in hunts for result in each.spoilt]
     console.print(

@@ -115,6 +115,16 @@ def test_a_mutant_that_does_not_fit_is_not_hunted(monkeypatch: pytest.MonkeyPatc
         hunt(["odd"], 1, 1, lambda: None, lambda _: None)
 
 
+def test_the_command_says_in_a_line_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutant that the code has left behind is no finding and no traceback."""
+    edit = dataclasses.replace(HARMLESS.edits[0], old="no such piece")
+    monkeypatch.setitem(MUTANTS, "one_copy", dataclasses.replace(HARMLESS, edits=(edit,)))
+    done = CliRunner().invoke(main, ["mutants", "one_copy", "--seeds", "1", "--jobs", "1"])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert done.stderr.startswith("Error: ") and "no such piece" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_finding_can_be_replayed() -> None:
     """The printed command runs into the same failure."""
     tried = try_once("one_copy", 0)
