@@ -285,11 +285,11 @@ _JOURNAL = (
         "journal_of_one",
         "A journal has as many members as copies are wanted, or there is none",
         Edit(
-            "volume.journal:SessionJournal.form",
+            "volume.journal:SessionJournal._gather",
             "if not wanted or len(up) < wanted:",
             "if not wanted:",
         ),
-        Edit("volume.journal:SessionJournal.form", "if len(homes) < wanted:", "if not homes:"),
+        Edit("volume.journal:SessionJournal._gather", "if len(homes) < wanted:", "if not homes:"),
         hunted_in=("crashes_everywhere", "many_crashes"),
     ),
     _mutant(
@@ -615,8 +615,8 @@ _RESIZES = (
         "Making a volume smaller keeps what its journal has before the cut",
         Edit(
             "volume.opening:open_session",
-            "await _apply(session, replay)",
-            "await _apply(session, Replay() if shrink_to else replay)",
+            "await _apply(session, replay, end)",
+            "await _apply(session, Replay() if shrink_to else replay, end)",
         ),
         hunted_in=("resizes",),
     ),

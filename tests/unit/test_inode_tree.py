@@ -235,6 +235,7 @@ def test_memory_is_bounded_by_dropping() -> None:
     assert block_map.drop_clean_pages(4) == 0
     assert block_map.get(0) == (ref(1), 1)
     assert block_map.get(5 * FANOUT) == (ref(100), 1)
+    assert block_map.drop_clean_pages(0, keep=1) == 0
     assert block_map.drop_clean_pages(0) == 1
     assert block_map.pages_loaded == block_map.pages_dirty == 3
     assert store.get(block_map, 7 * FANOUT) == (ref(8), 1)

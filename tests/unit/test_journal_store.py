@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torus_actors.errors import (
     Overloaded,
 )
 from torus_actors.storage import journal
-from torus_actors.storage.disk import RealDisk
+from torus_actors.storage.disk import File, RealDisk
 from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import (
     HEADER_COPIES,
@@ -766,3 +767,30 @@ def test_on_a_real_disk(tmp_path: Path) -> None:
     assert tail(again, 1, 1, 190) == {seq: bytes([seq]) * 3000 for seq in range(190, 200)}
     assert (tmp_path / segment_name(0)).stat().st_size == SEGMENT > HEADER_SIZE
     again.close()
+
+
+def test_a_segment_that_cannot_be_made_now_is_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process has no file descriptor left: the journal goes on in the segments it has."""
+    disk = SimDisk(random.Random(1))
+    store = open_store(disk)
+    put(store, 1, 1, 1, b"first")
+    opening = disk.open
+
+    def short(path: str, *, create: bool = False) -> File:
+        if create:
+            raise OSError(errno.EMFILE, "too many open files", path)
+        return opening(path, create=create)
+
+    refused = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "open", short)
+        for seq in range(2, 30):
+            try:
+                put(store, 1, 1, seq, bytes([seq]) * 3000)
+            except OutOfSpace:
+                refused += 1
+                break
+    assert refused and store.failure is None
+    put(store, 1, 1, seq, b"goes on")
+    assert tail(store, 1, 1, seq) == {seq: b"goes on"}
+    assert store.failure is None

@@ -517,3 +517,19 @@ async def test_reads_do_not_try_to_fill_a_full_owner_each_time() -> None:
         await asyncio.sleep(REPAIR_PAUSE_S)
         await block.read(client, 0, 4096)
         await until(lambda: store.has(block.ref))
+
+
+@virtual
+async def test_one_bad_disk_does_not_make_the_cluster_full() -> None:
+    """A node whose disk refuses all writes keeps its room: blocks have one copy, and no error."""
+    async with Cluster(nodes=2, replication=2, blocks=64) as cluster:
+        client = await cluster.client()
+        bad, good = (cluster.nodes[node] for node in cluster.ids)
+        bad.disks[0].inject("write", errno.EROFS, path=DATA_PATH, times=10**9)
+        for index in range(200):
+            block = Block(index)
+            assert await block.put(client) == [good.node_id]
+            await good.actor("block_store").delete_blocks.remote(bytes(block.ref))
+            await good.actor("block_store").flush.remote()
+        bad.disks[0].heal()
+        assert set(await Block(300).put(client)) == set(cluster.ids)

@@ -780,3 +780,41 @@ def test_of_two_copies_the_newer_one_counts(lower: bool) -> None:
         assert store.get(ref(2)) == block(2)
         disk = disk.crash()
     assert disk.open(INDEX_PATH).pread(ENTRY_SIZE, at) == bytes(ENTRY_SIZE)
+
+
+def test_a_disk_that_refuses_all_writes_is_not_full_when_it_is_well_again() -> None:
+    """Some slots are set aside, but not all that were tried."""
+    disk = new_disk()
+    store = start(disk, 50)
+    disk.inject("write", path=DATA_PATH, times=10**9)
+    for index in range(200):
+        with pytest.raises(OSError, match="cannot write"):
+            store.put(ref(index), block(index))
+    stats = store.stats()
+    assert (stats.quarantined, stats.reserved) == (mfile.SET_ASIDE_MIN, 0)
+    disk.heal()
+    for index in range(stats.free):
+        store.put(ref(index), block(index))
+    store.flush()
+    assert store.get(ref(0)) == block(0)
+
+
+def test_a_slot_that_may_still_be_written_to_is_set_aside_in_any_case() -> None:
+    """A worker that was given up is at it yet, or the one before had begun when the last failed."""
+    disk = new_disk()
+    store = start(disk, 50)
+    disk.inject("write", path=DATA_PATH, times=10**9)
+    for index in range(20):
+        with pytest.raises(OSError, match="cannot write"):
+            store.put(ref(index), block(index))
+    sums = sums_of(block(30))
+    for calls in (0, 2):
+        ticket = store.reserve(ref(30), root_of(sums))
+        assert ticket is not None
+        for _ in range(calls):
+            with pytest.raises(OSError, match="cannot write"):
+                store.write(ticket, sums, block(30))
+        ticket.failed = True
+        before = store.stats().quarantined
+        store.abandon(ticket)
+        assert store.stats().quarantined == before + 1

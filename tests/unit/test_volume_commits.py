@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.actors import nbd_server
 from torus_actors.errors import BlockUnavailable, DeadlineExceeded, OutOfSpace, TorusError
 from torus_actors.metadata.records import Head
+from torus_actors.model.inode_tree_pages import FANOUT
 from torus_actors.runtime import ChildSpec
-from torus_actors.volume import journal
+from torus_actors.volume import journal, read_side
 from torus_actors.volume.change_log import ChangeLog, Replay
 from torus_actors.volume.file import DISCARD_S, File
 from torus_actors.volume.opening import close_session
@@ -583,3 +585,63 @@ async def test_zeros_wait_for_the_commit_after_one_that_failed() -> None:
         await device.flush()
         again = await reopened(device)
         assert await again.read(0, BLOCK) == bytes(BLOCK)
+
+
+@pytest.mark.parametrize("journals", [False, True])
+@virtual
+async def test_more_pages_of_the_map_change_than_are_kept(
+    journals: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small writes all over a volume that was opened anew: each leaf is read and then changed.
+
+    What had just been read was dropped again for the pages that had changed, for ever, and flushes
+    failed as long as the volume was open.
+    """
+    leaves, leaf = 8, FANOUT * BLOCK
+    async with Cluster(journals=journals) as cluster:
+        device = await cluster.volume(leaves * leaf)
+        for at in range(leaves):
+            await device.write(at * leaf, b"a" * BLOCK)
+        await device.flush()
+        await device.release()
+        await device.client.stop()
+        monkeypatch.setattr(read_side, "MAP_PAGES_MAX", 4)
+        client = await cluster.client()
+        device = await client.open("v")
+        for at in range(leaves):
+            await device.write(at * leaf, b"b" * 4096)
+        client.session("v").log.needs_commit = True
+        await asyncio.wait_for(device.flush(), 10.0)
+        for at in range(leaves):
+            assert await device.read(at * leaf, BLOCK) == b"b" * 4096 + b"a" * (BLOCK - 4096)
+
+
+@virtual
+async def test_what_the_journal_keeps_takes_no_newer_head_away() -> None:
+    """A commit stores the next head, its answer is lost, and the volume actor dies.
+
+    The metadata were then given the older one, which only the journal had had: collectors may have
+    let go of what it leads to.
+    """
+    async with Cluster(nodes=3, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"a" * BLOCK)
+        await device.flush()
+        client = device.client
+        heads, meta = client.session("v").heads, client.meta
+        client.store.down = True
+        await device.write(0, b"b" * BLOCK)
+        await client.actor("volume:v").commit.remote(timeout_s=60)
+        assert heads.owed is not None
+        owed = heads.owed
+        client.store.down = False
+        newer = dataclasses.replace(owed, inode=owed.inode + 1)
+        # As a commit did that did not hear of it.
+        await meta.commit_head(1, client.session("v").epoch, heads._revision, newer)
+        await heads.pay()
+        assert heads.owed is None
+        assert (await cluster.meta.head(1))[0] == newer
+        await device.write(BLOCK, b"c" * BLOCK)
+        await client.actor("volume:v").commit.remote(timeout_s=60)
+        head, _ = await cluster.meta.head(1)
+        assert head is not None and head.inode > owed.inode

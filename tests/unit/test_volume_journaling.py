@@ -767,3 +767,32 @@ async def test_what_a_head_has_no_record_need_tell() -> None:
         for index in range(BLOCKS):
             told = index in (5, BLOCKS - 1)
             assert await again.read(index * BLOCK, 1) == (b"y" if told else b"x")
+
+
+@virtual
+async def test_a_journal_that_cannot_have_more_members_goes_on_as_it_is() -> None:
+    """More copies are wanted, and the third node takes no records: two go on having them."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        members = session.journal.members
+        (third,) = set(cluster.ids) - set(members)
+        taking = cluster.nodes[third].journal
+        assert taking is not None
+        store = taking.store
+        store._failure = "failed (for a test)"
+        cluster.set_ring(cluster.ring.with_replication(3))
+        for n in range(50):
+            await flushed(device, n * PAGE, b"goes on")
+            await asyncio.sleep(0.2)
+        assert session.journal.active and session.journal.members == members
+        before = session.heads.recorded
+        for n in range(50):
+            await flushed(device, n * PAGE, b"as records")
+        assert session.heads.recorded == before
+        store._failure = None
+        await until(lambda: len(session.journal.members) == 3, 60.0)
+        await flushed(device, 0, b"with three")
+        again = await reopened(device)
+        assert await again.read(0, 10) == b"with three"
+        assert await again.read(49 * PAGE, 10) == b"as records"

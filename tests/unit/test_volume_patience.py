@@ -273,3 +273,24 @@ async def test_a_flush_has_time_to_place_anew_what_a_node_lost() -> None:
         await cluster.node(1).crash()
         again = await reopened(device)
         assert await again.read(119 * BLOCK, 1) == b"x"
+
+
+@virtual
+async def test_a_volume_takes_writes_again_when_what_found_no_room_was_trimmed() -> None:
+    """Also where nothing but that was to be stored, and garbage was waited for meanwhile."""
+    async with Cluster(nodes=2, journals=True, blocks=40) as cluster:
+        await cluster.meta.create_volume("other", 64 * BLOCK)
+        other = await (await cluster.client()).open("other")
+        for index in range(50):
+            await other.write(index * BLOCK, bytes([index + 1]) * BLOCK)
+        await other.flush()
+        device = await cluster.volume(128 * BLOCK)
+        file = device.client.session("v").file
+        for index in range(6):
+            await device.write(index * BLOCK, bytes([index + 1]) * BLOCK)
+        await until(lambda: file.reclaiming)
+        await device.trim(0, 128 * BLOCK)
+        await until(lambda: not file.reclaiming)
+        await asyncio.sleep(10.0)
+        assert file.put_error is None
+        await device.write(0, b"x" * 100)

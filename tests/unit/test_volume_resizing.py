@@ -338,3 +338,23 @@ async def test_what_a_head_of_a_part_has_behind_its_end_is_cut_off(
         await shrink(await cluster.client(), SIZE)
         await cluster.meta.resize_volume("v", 2 * SIZE)
         assert await content(cluster, "v", 2 * SIZE) == pattern(1) + bytes(SIZE)
+
+
+@virtual
+async def test_what_a_part_cuts_off_is_not_replayed_when_the_volume_has_grown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cluster is full: the head of a part is recorded, the size with it, and then no other."""
+
+    async def full(self: Committer, force: bool = False) -> None:
+        await self._checkpoint()
+        raise OutOfSpace("the cluster is full")
+
+    async with Cluster(journals=True) as cluster:
+        await in_the_journal(cluster)
+        with monkeypatch.context() as patch:
+            patch.setattr(Committer, "commit", full)
+            await shrink(await cluster.client(), HALF)
+        assert (await cluster.meta.volume("v")).size == HALF
+        await cluster.meta.resize_volume("v", SIZE)
+        assert await content(cluster, "v") == FLUSHED[:HALF] + bytes(HALF)

@@ -394,11 +394,15 @@ class BlockMap:
             page.used = self._tick
             self._pages[need.level][need.page_number] = page
 
-    def drop_clean_pages(self, pages_max: int) -> int:
+    def drop_clean_pages(self, pages_max: int, keep: int = 0) -> int:
         """Drop pages that can be loaded again until at most ``pages_max`` are in memory.
 
         Leaves go before inner pages, and those unused for longest first. Pages that changed, or
         that a commit is writing, stay, so that more than ``pages_max`` may remain.
+
+        Args:
+            pages_max: see above.
+            keep: so many of the others stay in any case, those used last.
 
         Returns:
             How many were dropped.
@@ -412,6 +416,9 @@ class BlockMap:
             for page in level.values()
             if not page.dirty and not page.writing
         ]
+        if keep:
+            clean.sort(key=lambda page: page.used)
+            del clean[max(0, len(clean) - keep) :]
         clean.sort(key=lambda page: (page.level, page.used))
         for page in clean[:excess]:
             del self._pages[page.level][page.number]

@@ -322,8 +322,8 @@ class JournalStore(JournalSpace):
     def fail_step(self, step: Step, error: Exception) -> None:
         """Take note that a step failed: unless it can do without, the store has failed."""
         self._land(step)
-        if isinstance(step, MakeSegment) and isinstance(error, OutOfSpace):
-            self._no_growth(step)
+        if isinstance(step, MakeSegment) and (step.file is None or isinstance(error, OutOfSpace)):
+            self._no_growth(step)  # nothing was written, or nothing that counts
             return
         if isinstance(step, ReadRecords) and isinstance(error, Corruption):
             self._cannot_move(step)

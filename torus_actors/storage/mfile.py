@@ -80,6 +80,11 @@ WHOLE = 1 << 12
 SEEN_MAX = 32768
 """Reads remembered, to tell what is read again: 3 MiB. Only that goes into the page cache."""
 
+SET_ASIDE_MIN = 8
+SET_ASIDE_PART = 16
+"""Slots that could not be written to are set aside until there are so many, or they are such a part
+of the store."""
+
 KEPT_MAX = 65536
 """Blocks remembered that went there whole: 6 MiB, for 32 GiB of the default size."""
 
@@ -257,10 +262,12 @@ class MFileStore(BlockStore):
         buffers = [edges[:room], view[:whole]]
         if whole < len(view):
             buffers.append(edges[room:])
+        again, ticket.begun = ticket.begun, True
         try:
             self._data.pwritev(buffers, self._layout.slot_offset(slot))
         except OSError:
             ticket.failed = True
+            ticket.refused = not again
             raise
         # Not after a failure: the write may still be going on somewhere.
         self._edges.append(edges)
@@ -290,7 +297,12 @@ class MFileStore(BlockStore):
 
     def abandon(self, ticket: Ticket) -> None:
         slot = self._use_up(ticket)
-        self._table.set_state(slot, states.QUARANTINED if ticket.failed else states.FREE)
+        table = self._table
+        # One place that cannot be written to is set aside, and so are some. A disk that refuses all
+        # writes would be taken for a full one, and stay so when it is well again.
+        many = table.counts[states.QUARANTINED] >= max(SET_ASIDE_MIN, table.slots // SET_ASIDE_PART)
+        aside = ticket.failed and not (ticket.refused and many)
+        table.set_state(slot, states.QUARANTINED if aside else states.FREE)
 
     # Flush.
 

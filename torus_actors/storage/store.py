@@ -93,7 +93,12 @@ class Ticket:
     sums: bytes = b""
     """Likewise: the checksum list."""
     failed: bool = False
-    """The write met an error of the medium: the slot is not to be used again."""
+    """The write met an error of the medium, or may still be under way: the slot is not to be used
+    again."""
+    begun: bool = False
+    """Set by `BlockStore.write` when it is called."""
+    refused: bool = False
+    """Likewise, when the only call has ended with an error: nothing is under way any more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -641,17 +641,23 @@ class File(ReadSide):
                 may_come = await room.may_come()
                 if self.stored != stored:
                     return
+            if not self._will_put():
+                return  # what could not be stored was trimmed meanwhile
             self.put_error = error
             self._refuse_waiting(error)
             self._announce_progress()
         finally:
             self.reclaiming = False
 
+    def _will_put(self) -> bool:
+        """Whether something is about to be put, or will be tried again."""
+        return bool(self._putting or self._ready or self._retry_timer is not None)
+
     def _retry(self) -> None:
         self._retry_timer = None
-        if not self.layers.size:
-            self.put_error = None  # what could not be stored is gone: nothing will try for it
         self.pump()
+        if not self._will_put():
+            self.put_error = None  # what could not be stored is gone: nothing will try for it
 
     def retry_now(self) -> None:
         """Do not wait for the retry timer: somebody asks for the result."""

@@ -101,8 +101,13 @@ class Heads:
                 self._told = ""
                 return
             except CompareFailed:
-                if not await self._adopt():
+                found = await self._adopt()
+                if found is None:
                     raise
+                if head is self.owed and found.inode > head.inode:
+                    # One that came after what the journal keeps: nobody had heard of its storing.
+                    self.owed = None
+                    return
             except TorusError as error:
                 raise self._away(error) from error
 
@@ -115,7 +120,7 @@ class Heads:
             log.warning("volume %s: the metadata takes no head: %s", self._name, error)
         return Again(str(error))
 
-    async def _adopt(self) -> bool:
+    async def _adopt(self) -> Head | None:
         """Learn of a head whose storing was not heard of: the volume actor died, or the answer.
 
         Only this session writes heads of its epoch, and all they lead to is durable.
@@ -125,9 +130,9 @@ class Heads:
         except TorusError as error:
             raise self._away(error) from error
         if head is None or head.epoch != self._epoch or revision == self._revision:
-            return False
+            return None
         self._revision = revision
-        return True
+        return head
 
     async def keep_in_journal(self, head: Head, awaited: bool) -> bool:
         """Have the journal keep a head that the metadata cannot take now.

@@ -55,6 +55,9 @@ READ_BYTES = 4 << 20
 RECORD_OVERHEAD_BYTES = 128
 """What a member adds to a record that comes alone."""
 
+GROW_PAUSE_S = 30.0
+"""How long a journal whose number of members could not be raised is left as it is."""
+
 COMMIT_BYTES = 256 << 20
 """A journal of this size is due to be folded into blocks, if its members have room for as much.
 Small writes all over a volume make a commit write whole blocks for a few pages of each: the more of
@@ -121,6 +124,8 @@ class SessionJournal:
         self.broken = ""
         self._failed_at: dict[str, float] = {}
         """When a peer has last not stored a record, by the loop's clock."""
+        self._grow_at = 0.0
+        """From when on more members are looked for."""
 
     async def form(self, covered_seq: int) -> None:
         """Choose an ensemble and record it; only right after a commit that covers all records.
@@ -129,11 +134,44 @@ class SessionJournal:
             covered_seq: number of the last record so far; what comes next follows it.
 
         Raises:
-            BlockUnavailable: fewer peers are up than copies are wanted.
+            BlockUnavailable: fewer peers take records than copies are wanted. An ensemble that was
+                active, and that the metadata still names, is so again.
             Fenced: another session has begun.
             Again, OutcomeUnknown: the metadata cannot be reached; nothing is active.
         """
-        self.active = False
+        was_active, self.active = self.active, False
+        try:
+            homes, room = await self._gather(covered_seq)
+        except BlockUnavailable:
+            # Unless a record was refused meanwhile, or one before it was not stored, its members
+            # have all that there is.
+            self.active = was_active and not self.broken and self.sent <= covered_seq
+            if self.active:
+                self._grow_at = self._system.loop.time() + GROW_PAUSE_S
+            raise
+        members = tuple(homes)
+        extra: bytes = msgpack.packb({each: home.identity for each, home in homes.items()})
+        record = Journal(epoch=self._epoch, ensemble=members, extra=extra)
+        try:
+            self._revision = await self._meta.set_journal(
+                self._volume_id, self._epoch, self._revision, record
+            )
+        except CompareFailed:
+            # An attempt of ours whose answer was lost: nobody else writes under this epoch.
+            found, revision = await self._meta.journal(self._volume_id)
+            self._revision = revision
+            if found != record:
+                raise BlockUnavailable("the journal's record changed meanwhile") from None
+        self._homes = homes
+        self.active = True
+        self.sent = self._covered = self._stored = covered_seq
+        self.broken = ""
+        self.size = 0
+        self.size_max = min(room)
+        self.began_at = self._system.loop.time()
+
+    async def _gather(self, covered_seq: int) -> tuple[dict[str, _Home], list[int]]:
+        """Find peers that take records; also the bytes that each has room for."""
         order, up = self._candidates()
         wanted = min(self._view.replication, len(order))
         # Who has just failed may do so again, though it is up and gives its promise.
@@ -166,26 +204,7 @@ class SessionJournal:
             room.append(fenced[5])
         if len(homes) < wanted:
             raise BlockUnavailable(f"{len(homes)} peers take records, {wanted} are wanted{failure}")
-        members = tuple(homes)
-        extra: bytes = msgpack.packb({each: home.identity for each, home in homes.items()})
-        record = Journal(epoch=self._epoch, ensemble=members, extra=extra)
-        try:
-            self._revision = await self._meta.set_journal(
-                self._volume_id, self._epoch, self._revision, record
-            )
-        except CompareFailed:
-            # An attempt of ours whose answer was lost: nobody else writes under this epoch.
-            found, revision = await self._meta.journal(self._volume_id)
-            self._revision = revision
-            if found != record:
-                raise BlockUnavailable("the journal's record changed meanwhile") from None
-        self._homes = homes
-        self.active = True
-        self.sent = self._covered = self._stored = covered_seq
-        self.broken = ""
-        self.size = 0
-        self.size_max = min(room)
-        self.began_at = self._system.loop.time()
+        return homes, room
 
     def _candidates(self) -> tuple[Sequence[str], list[str]]:
         """Who may be a member, in the order of the ring; and those of them that are not down."""
@@ -197,6 +216,8 @@ class SessionJournal:
     def is_short(self) -> bool:
         """Whether more copies are wanted by now than it has members, and there are peers for it."""
         if not self.active or len(self._homes) >= self._view.replication:
+            return False
+        if self._system.loop.time() < self._grow_at:
             return False
         order, up = self._candidates()
         return len(self._homes) < min(self._view.replication, len(order)) <= len(up)

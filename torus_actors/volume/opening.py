@@ -151,7 +151,9 @@ async def open_session(
             session.file.size = head.size
             await session.file.truncate(record.size)
         session.heads.resizing = shrink_to
-        await _apply(session, replay)
+        # The part of a head that made the volume smaller cut what the records have behind it, too.
+        end = session.covered_size if head is not None and head.replays else record.size
+        await _apply(session, replay, end)
         session.replaying = replay if replay.records or not replay.certain else None
         if replay.head is not None:
             session.heads.owed = replay.head  # until this session's first one takes its place
@@ -248,8 +250,14 @@ async def _read_newest(
         raise
 
 
-async def _apply(session: Session, replay: Replay) -> None:
-    """Put what the last session had flushed and not committed back into the file."""
+async def _apply(session: Session, replay: Replay, end: int) -> None:
+    """Put what the last session had flushed and not committed back into the file.
+
+    Args:
+        session: of the file.
+        replay: what that is.
+        end: bytes of the volume that it may be in.
+    """
     file, blockset = session.file, session.file.blockset
     for index, (ref, root, _) in replay.blocks.items():
         if index < blockset.length:
@@ -257,7 +265,7 @@ async def _apply(session: Session, replay: Replay) -> None:
     for index, offset, length, buffer in replay.extents():
         if index >= blockset.length:
             continue
-        length = min(length, file.block_length(index) - offset)
+        length = min(length, end - index * file.block_size - offset)
         if length <= 0:
             continue  # the volume has become smaller
         if buffer is None:

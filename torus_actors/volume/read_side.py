@@ -44,6 +44,11 @@ READAHEAD_MAX = 8
 MAP_PAGES_MAX = 2048
 """Pages of the block map kept in memory: 56 MiB, which map 1 TiB of the default block size."""
 
+MAP_PAGES_KEPT = 256
+"""Of those, and beyond them, so many that did not change stay: what was loaded for calls that are
+under way, and the pages above. Where most have changed, a call would else lose one page for the
+next, and never have all that it needs."""
+
 LAYER_PIECES = 64
 """Of a written block, looked at together when extents are told: most blocks have fewer."""
 
@@ -339,7 +344,7 @@ class ReadSide:
             if error is None:
                 try:
                     self.map.load(need, future.result())
-                    self.map.drop_clean_pages(MAP_PAGES_MAX)
+                    self.map.drop_clean_pages(MAP_PAGES_MAX, MAP_PAGES_KEPT)
                 except TorusError as broken:
                     error = broken
             for waiter in self._loading.pop(key, ()):

@@ -419,6 +419,10 @@ class Session:
         except Fenced:
             raise
         except TorusError as error:
+            if journal.active:
+                log.info("volume %s: its journal stays as it is: %s", self.name, error)
+                journal.cut(self.covered_seq, covering_bytes)
+                return
             changes.needs_commit = True
             log.info("volume %s: no journal for now: %s", self.name, error)
 
