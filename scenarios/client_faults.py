@@ -158,6 +158,33 @@ async def crash_client_and_member(field: Field) -> None:
     field.whole(member)
 
 
+async def hand_over_slowly(field: Field) -> None:
+    """A client is replaced while all disks that its journal is on are slow.
+
+    What it has on its way to them is acknowledged to it, or is not found by the next one.
+    """
+    cluster, rng = field.cluster, field.rng
+    driver = rng.choice(field.drivers)
+    host = driver.host
+    others = [each for each in driver.hosts if each is not host]
+    if not host.up or host.process is None or not others:
+        return
+    ensemble = await _ensemble(cluster, driver.name)
+    members = [node for node in cluster.nodes if node.node_id in ensemble]
+    factor = rng.choice((20.0, 60.0, 100.0))
+    cluster.expendable.add(host.process.name)
+    names = ", ".join(member.name for member in members)
+    field.say(f"{host.name} loses the metadata; {names}: disks {factor:g} times slower")
+    with Cut(cluster, ways_of(host.address, [META_ADDRESS])[0]):
+        for member in members:
+            member.disk_factor = factor
+        driver.move(rng.choice(others))
+        await driver.wait_for("read back", 15.0)
+        for member in members:
+            member.disk_factor = 1.0
+        await asyncio.sleep(2.0)
+
+
 async def tell_half(field: Field) -> None:
     """A record reaches one member of the journal, and its client dies.
 

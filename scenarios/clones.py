@@ -13,7 +13,7 @@ from torus_actors.errors import TorusError
 from torus_actors.metadata.volumes import Origin
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.snapshots import READ_S_MAX, Snapshots, read_all
-from torus_actors.scenarios.workload import Driver
+from torus_actors.scenarios.workload import Driver, give_back
 
 SHARE = 0.5
 """Of the runs that end with it."""
@@ -61,10 +61,11 @@ async def part_with(
 
 
 async def look_at(cluster: Cluster, host: Host, clone: Clone) -> None:
-    """A clone has what the volume had, though that is gone."""
+    """A clone has what the volume had, though that is gone, and can be written to."""
     if await cluster.start_client(host) is None:
         cluster.fail("the client that is to read a clone did not start")
         return
+    data = b"clone" * (cluster.shape.block_size // 5)
 
     async def look() -> None:
         oracle = clone.driver.oracle
@@ -77,6 +78,19 @@ async def look_at(cluster: Cluster, host: Host, clone: Clone) -> None:
             oracle.check(0, content, oracle.live, clone.name)
         elif content != clone.content:
             cluster.fail(f"{clone.name} is not like the volume that it was made of")
+            return
+        system = host.tree.system
+        await system.actor("volumes").open.remote(clone.name, timeout_s=60.0)
+        volume = system.actor(f"volume:{clone.name}")
+        await volume.write.remote(0, data, timeout_s=READ_S_MAX)
+        await volume.flush.remote(timeout_s=READ_S_MAX)
+        await give_back(system, clone.name, READ_S_MAX)
 
-    await cluster.finish(host, cluster.run_on(host, look()), READ_S_MAX)
+    async def look_again() -> None:
+        content = await read_all(host, clone.name)
+        if content[: len(data)] != data:
+            cluster.fail(f"{clone.name} does not have what was flushed")
+
+    for act in (look, look_again):
+        await cluster.finish(host, cluster.run_on(host, act()), READ_S_MAX)
     await cluster.stop(host)

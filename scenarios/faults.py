@@ -33,6 +33,7 @@ from torus_actors.scenarios.client_faults import (
     crash_client_and_member,
     cut_client,
     freeze_client,
+    hand_over_slowly,
     second_client,
     tell_half,
 )
@@ -619,6 +620,7 @@ FAULTS: dict[str, Fault] = {
     "crash_client": crash_client,
     "crash_at_flush": crash_at_flush,
     "crash_beside_commit": crash_beside_commit,
+    "hand_over_slowly": hand_over_slowly,
     "tell_half": tell_half,
     "crash_client_and_member": crash_client_and_member,
     "second_client": second_client,

@@ -226,6 +226,12 @@ _COMMIT = (
 
 _SESSIONS = (
     _mutant(
+        "first_to_leave_closes",
+        "A volume is open as long as anybody has it open",
+        Edit("actors.volumes:Volumes.release", "volume.users -= 1", "volume.users = 0"),
+        hunted_in=("calm",),
+    ),
+    _mutant(
         "no_fence_on_open",
         "Opening a volume fences the journal of the session before",
         Edit(
@@ -263,6 +269,16 @@ _SESSIONS = (
 )
 
 _JOURNAL = (
+    _mutant(
+        "fence_not_durable",
+        "What a fence tells of the records is durable, and will not become more",
+        Edit(
+            "actors.journal:JournalActor.fence",
+            "store.fence(volume, epoch), settled)",
+            "store.fence(volume, epoch), lambda error: None)\n    settled(None)",
+        ),
+        hunted_in=("slow_handover",),
+    ),
     _mutant(
         "journal_without_fdatasync",
         "A journal record is acknowledged only after the sync that covers it",
@@ -463,6 +479,18 @@ _JOURNAL = (
 
 _SNAPSHOTS = (
     _mutant(
+        "snapshots_are_refused",
+        "A session makes the snapshots that are wanted of its volume",
+        Edit("volume.keeper:Keeper._answer", "if error is None:", "if False:"),
+        hunted_in=("calm_snapshots",),
+    ),
+    _mutant(
+        "clone_with_old_numbers",
+        "A clone has INode numbers of its own: its first blocks are newer than its head",
+        Edit("metadata.records:Head.handed_to", "inode=inode,", "inode=inode or self.inode,"),
+        hunted_in=("calm",),
+    ),
+    _mutant(
         "snapshot_of_the_last_head",
         "A snapshot of a volume in use has all that was written before it was asked for",
         Edit(
@@ -585,6 +613,12 @@ _READERS = (
 
 _RESIZES = (
     _mutant(
+        "snapshot_of_another_size",
+        "A snapshot has the size that the volume had",
+        Edit("volume.opening:open_session", "size=kept.size or record.size", "size=record.size"),
+        hunted_in=("resizes",),
+    ),
+    _mutant(
         "cut_off_blocks_stay",
         "The map of a volume that was cut names nothing behind the end",
         Edit(
@@ -657,6 +691,16 @@ _RESIZES = (
 )
 
 _CACHE = (
+    _mutant(
+        "written_is_a_hole",
+        "What was written and is not on the ring yet is not called a hole",
+        Edit(
+            "volume.read_side:ReadSide._pieces",
+            "min(layers.first_index(index + 1, run) * block_size, end)",
+            "min(run * block_size, end)",
+        ),
+        hunted_in=("journal_replay", "client_crash"),
+    ),
     _mutant(
         "writes_into_a_frozen_layer",
         "A layer that is being put on the ring takes no more writes",

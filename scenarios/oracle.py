@@ -92,6 +92,12 @@ class Taking:
         self.begun_at: dict[int, int] = {}
         self.acked_at: dict[int, int] = {}
         self._events = 0
+        self._cut_at: int | None = None
+
+    def cut(self, sector: int) -> None:
+        """The volume became smaller: from this sector on there may be zeros, if it grew again."""
+        self._cut_at = sector if self._cut_at is None else min(sector, self._cut_at)
+        self.crossed = True  # by whoever cut it
 
     def hardened(self, covered: dict[int, int]) -> None:
         """A flush has made these writes durable, by sector."""
@@ -116,7 +122,8 @@ class Taking:
     def loose(self, sector: int) -> list[int]:
         """If not: what was durable, or anything later."""
         crash = self._crash.get(sector) or [self._durable.get(sector, 0)]
-        return crash + self._begun.get(sector, [])
+        cut = [0] if self._cut_at is not None and sector >= self._cut_at else []
+        return crash + self._begun.get(sector, []) + cut
 
     def acked_before(self, number: int, moment: int) -> bool:
         """Whether a write was acknowledged before that place."""
@@ -283,6 +290,8 @@ class VolumeOracle:
             for table in (self.durable, self.later, self.acked, self.seen):
                 for sector in [each for each in table if each >= size // SECTOR]:
                     del table[sector]
+            for taking in self.takings:
+                taking.cut(size // SECTOR)
             self._cut_in = epoch
             if self.session is not None:
                 self.session.fenced = True

@@ -193,6 +193,7 @@ class _Play:
             drawn.broken_max,
             scenario.one_victim,
         )
+        self.field.snapshots.must_be_made = set(scenario.faults) == {"take_snapshots"}
 
     async def until_failure(self) -> None:
         """The play as far as it goes well."""

@@ -70,6 +70,8 @@ class Snapshots:
     """What volumes have that went back to a snapshot."""
     unsure: set[str] = field(default_factory=set)
     """Names of which nobody knows whether they were made."""
+    must_be_made: bool = False
+    """Nothing else happens, so nothing keeps one from being made."""
 
     def __post_init__(self) -> None:
         self.cluster.store.watchers.append(self._on_change)
@@ -95,6 +97,8 @@ class Snapshots:
             return
         except (Again, CompareFailed) as error:
             cluster.say(f"snapshot {driver.name}@{name}: {error}")
+            if self.must_be_made and not driver.stopping:
+                cluster.fail(f"snapshot {driver.name}@{name} was refused: {error}")
             return
         finally:
             driver.oracle.end_snapshot(taking)
@@ -194,7 +198,7 @@ def judge(oracle: VolumeOracle, kept: Kept, content: bytes) -> None:
     """Whether this may be in the snapshot."""
     taking = kept.taking
     allowed: Callable[[int], list[int]] = taking.strict if kept.strict else taking.loose
-    if len(content) != oracle.size:
+    if len(content) not in oracle.sizes:
         oracle.violated(f"snapshot {kept.export} has {len(content)} bytes")
     found: list[list[int]] = []
     for at in range(0, len(content), SECTOR):

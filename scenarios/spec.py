@@ -216,6 +216,12 @@ _LIST = (
         full_copies=True,
     ),
     Scenario(
+        "calm_snapshots",
+        "With nothing wrong, each snapshot that is wanted is made",
+        {"take_snapshots": (0.5, 1.5)},
+        workload=Workload(pause_s=0.1),
+    ),
+    Scenario(
         "overwrites",
         "Overwriting a volume again and again does not fill the cluster",
         full_copies=True,
@@ -401,6 +407,17 @@ _LIST = (
         lease_ttl_s=2,
         workload=Workload(flush=6.0, whole_blocks=0.1, pause_s=0.05),
         duration_s=(25, 40),
+    ),
+    Scenario(
+        "slow_handover",
+        "So is what was on its way to slow disks when the next one came",
+        {"hand_over_slowly": (1, 3)},
+        clients=(2, 3),
+        errors_allowed=True,
+        lease_ttl_s=2,
+        workload=Workload(flush=6.0, whole_blocks=0.1, pause_s=0.05),
+        duration_s=(25, 40),
+        op_s_max=OUTAGE_S_MAX,
     ),
     Scenario(
         "client_crash",
@@ -616,6 +633,7 @@ _LIST = (
         "What is cut off a volume is gone for good, and nothing else is, whoever dies meanwhile",
         {
             "resize": (0.5, 3),
+            "take_snapshots": (1, 4),
             "crash_client": (10, 30),
             "crash_node": (6, 20),
             "metadata_out": (15, 40),

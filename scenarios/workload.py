@@ -273,6 +273,9 @@ class Driver:
         self.errors_allowed = self.blocks_may_lack = False
         volume = system.actor(f"volume:{self.name}")
         try:
+            # Another user, who leaves at once.
+            await system.actor("volumes").open.remote(self.name, timeout_s=60.0)
+            await system.actor("volumes").release.remote(self.name, timeout_s=60.0)
             if await self._verify(volume, session):
                 # A new head, under which all that earlier sessions left behind is garbage; and a
                 # record, which is none of it any more once the volume is closed.
@@ -339,9 +342,22 @@ class Driver:
                 await asyncio.sleep(0.5)
                 continue
             session.verify(offset, data)
+            await self._look_for_holes(volume, offset, data)
             offset += length
         self.note("read back")
         return True
+
+    async def _look_for_holes(self, volume: Any, offset: int, data: bytes) -> None:
+        """What is said to be a hole must be zeros; nobody writes meanwhile."""
+        try:
+            found = await volume.extents.remote(offset, len(data), timeout_s=OP_S_MAX)
+        except TorusError:
+            return  # whoever reads on finds out
+        at = 0
+        for size, has_data in found:
+            if not has_data and any(data[at : at + size]):
+                self.oracle.violated(f"{size} bytes at {offset + at} are no hole, as is said")
+            at += size
 
     async def _work(self, volume: Any, session: Session, who: str) -> None:
         load, rng, busy = self.workload, self._rng, self._busy

@@ -408,3 +408,18 @@ def test_a_session_has_the_size_that_the_volume_had(judged: Judged) -> None:
     again = judged.oracle.open("b", 2)
     again.verify(0, content(s1=data) + bytes(SIZE))
     assert again.verified and judged.complaints == []
+
+
+def test_a_snapshot_during_a_cut_may_have_zeros_behind_it(judged: Judged) -> None:
+    """Made before or after the volume was cut and grew again; before the cut nothing changes."""
+    session = judged.open("a", epoch=1)
+    for sector in (3, 9):
+        write(session, sector)
+    flush(session)
+    taking = judged.oracle.begin_snapshot()
+    before = {sector: taking.loose(sector) for sector in (3, 9)}
+    judged.oracle.resize(8 * SECTOR, 2)
+    judged.oracle.resize(SIZE, 2)
+    assert taking.crossed
+    assert taking.loose(3) == before[3] and 0 not in before[3]
+    assert taking.loose(9) == [*before[9], 0]
