@@ -57,6 +57,7 @@ class Heartbeat(LoopActor):
         self._registered = peer_info is None
         self._renewed_at = 0.0
         self._waiting: list[asyncio.Future[int]] = []
+        self._left: list[Any] = []
 
     async def setup(self) -> None:
         """Take over the predecessor's lease, if there is one, and keep it alive."""
@@ -73,6 +74,8 @@ class Heartbeat(LoopActor):
                     await self._meta.renew_lease(self._lease)
                     if not self._registered:
                         await self._register(self._lease)
+                    if self._left:
+                        await self._take_along(self._left, self._lease, self.system.loop.time())
                 else:
                     await self._begin_lease()
             except LeaseNotFound:
@@ -104,7 +107,16 @@ class Heartbeat(LoopActor):
         now = self.system.loop.time
         lease, renewed_at = await self._meta.grant_lease(self._ttl_s), now()
         await self._register(lease)
-        for session in list(self.system.heirlooms.get("sessions", {}).values()):
+        sessions = list(self.system.heirlooms.get("sessions", {}).values())
+        await self._take_along(sessions, lease, renewed_at)
+        self._lease = self.system.heirlooms["lease"] = lease
+        self.system.actor("evictor").lease_began.tell()
+
+    async def _take_along(self, sessions: list[Any], lease: int, renewed_at: float) -> None:
+        """Hang sessions on a lease; those that cannot be are tried again at each beat."""
+        now = self.system.loop.time
+        left = []
+        for session in sessions:
             if session.closed:
                 continue
             if now() - renewed_at > self._ttl_s / 3:
@@ -129,8 +141,8 @@ class Heartbeat(LoopActor):
                 raise
             except TorusError as error:
                 log.warning("volume %s under a new lease: %s", session.name, error)
-        self._lease = self.system.heirlooms["lease"] = lease
-        self.system.actor("evictor").lease_began.tell()
+                left.append(session)
+        self._left = left
 
     async def _register(self, lease: int) -> None:
         """Say that this node is up; again at each beat as long as another one is in its place."""

@@ -255,6 +255,8 @@ class NbdConnection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The client reads again."""
         self._write_paused = False
+        if self._tx is None:
+            self._drain_handshake()
         self._pump()
 
     # --- transmission ----------------------------------------------------------------------
@@ -350,16 +352,19 @@ class NbdConnection(asyncio.BufferedProtocol):
             return
         loop = asyncio.get_running_loop()
         due = self._progress_at + HANDSHAKE_TIMEOUT_S
-        if not self._handshake.waits_for_client:
+        if not self._handshake.waits_for_client and not self._write_paused:
             due = loop.time() + HANDSHAKE_TIMEOUT_S
         elif loop.time() >= due:
             self._close("silent in the handshake")
+            if self._write_paused:
+                self.abort()  # what is queued will not be read either
             return
         self._timer = loop.call_at(due, self._check_progress)
 
     def _drain_handshake(self) -> None:
         """Do what the handshake asks for."""
-        while (event := self._handshake.next_event()) is not None:
+        # Not while the client reads nothing: it may have asked for a thousand lists at once.
+        while not self._write_paused and (event := self._handshake.next_event()) is not None:
             transport = self._transport
             if transport is None:
                 return

@@ -54,12 +54,12 @@ def image(path: Path, size: int, data: dict[int, bytes]) -> Path:
     return path
 
 
-def qemu_io(uri: str, *commands: str) -> str:
+def qemu_io(uri: str, *commands: str, form: str = "raw") -> str:
     """Run commands of qemu-io on an export."""
     need("qemu-io")
     options = [part for each in commands for part in ("-c", each)]
     done = subprocess.run(
-        ["qemu-io", "-f", "raw", *options, uri], capture_output=True, text=True, timeout=30
+        ["qemu-io", "-f", form, *options, uri], capture_output=True, text=True, timeout=30
     )
     assert done.returncode == 0, done
     return done.stdout
@@ -108,6 +108,18 @@ def test_without_a_name_every_volume_is_served(cluster: Cluster) -> None:
     assert client.stop() == 0
     for name in ("red", "blue"):
         cluster.ctl("volume", "delete", name)
+
+
+def test_a_volume_can_have_an_image_with_a_format_of_its_own(cluster: Cluster) -> None:
+    """Qemu asks for fast zeros beside the first write to a cluster of it, and must be told no."""
+    need("qemu-img")
+    cluster.ctl("volume", "create", "qcow", "64MiB")
+    served = cluster.serve("qcow")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", served.uri, "32M"], check=True)
+    qemu_io(served.uri, "write -P 5 4k 4k", "flush", form="qcow2")
+    qemu_io(served.uri, "read -P 5 4k 4k", "read -P 0 8k 4k", form="qcow2")
+    subprocess.run(["qemu-img", "check", "-q", served.uri], check=True, timeout=30)
+    served.stop()
 
 
 def test_read_only_takes_no_lock(cluster: Cluster) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -459,3 +461,27 @@ def test_what_etcd_itself_refuses_is_invalid(
             assert await service.store.get("a") is None
 
     run(test)
+
+
+def test_a_watch_that_is_given_up_while_etcd_is_away_is_quiet(
+    etcd: EtcdServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No traceback for who stops a process in an outage."""
+
+    async def test() -> None:
+        async with service_at(etcd.endpoint) as service:
+            await service.store.txn([], [Put("a", b"")])
+            _, seen = await service.store.range("")
+            await asyncio.to_thread(etcd.pause)
+            poll = asyncio.ensure_future(service.store.events("a", seen, 30.0))
+            await asyncio.sleep(0.2)
+            poll.cancel()
+            await asyncio.wait({poll})
+            await asyncio.sleep(0.5)
+            gc.collect()
+            await asyncio.to_thread(etcd.resume)
+
+    with caplog.at_level(logging.ERROR):
+        run(test)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]

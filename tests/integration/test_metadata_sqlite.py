@@ -279,3 +279,23 @@ def test_a_cancelled_caller_does_not_stop_its_transaction(tmp_path: Path) -> Non
         await store.close()
 
     asyncio.run(test())
+
+
+def test_opening_writes_nothing(tmp_path: Path) -> None:
+    """For which there may be no room: all the rest of a cluster waits for what is in the file."""
+
+    async def test() -> None:
+        path = tmp_path / "metadata.sqlite"
+        store = await SqliteStore.open(path)
+        await store.txn([], [Put("a", b"1")])
+        await store.close()
+        written = path.read_bytes()
+        store = await SqliteStore.open(path)
+        waiting = path.with_name(path.name + "-wal")
+        assert not waiting.exists() or not waiting.stat().st_size
+        found = await store.get("a")
+        assert found is not None and found.value == b"1"
+        await store.close()
+        assert path.read_bytes() == written
+
+    asyncio.run(test())

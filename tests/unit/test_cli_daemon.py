@@ -7,6 +7,8 @@ import gc
 import os
 import resource
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -79,3 +81,20 @@ def test_a_daemon_opens_as_many_files_as_it_may(monkeypatch: pytest.MonkeyPatch)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
     assert seen == most
+
+
+@pytest.mark.parametrize("closed", [(0,), (1, 2), (0, 1, 2)])
+def test_closed_standard_streams_end_no_daemon(closed: tuple[int, ...]) -> None:
+    """As by ``<&-``: libuv ends the process when it is to close a descriptor below 3."""
+    code = (
+        "import os\n"
+        f"for number in {closed}: os.close(number)\n"
+        "from torus_actors.cli import daemon\n"
+        "from torus_actors.cli.common import Settings\n"
+        "async def work():\n"
+        "    await __import__('asyncio').sleep(0.01)\n"
+        "daemon.run_daemon(Settings(), work())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, timeout=60, check=False)
+    assert done.returncode == 0

@@ -243,3 +243,30 @@ async def test_a_volume_may_take_its_time_to_open(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(full, "start_client", start_client)
     async with full.full_client(Settings(metadata="torus://127.0.0.1:1"), "v"):
         pass
+
+
+def test_a_file_that_becomes_shorter_while_it_is_loaded_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is missing of it are not the zeros of a sparse file: somebody is writing it anew."""
+
+    async def test(cluster: Cluster) -> None:
+        for left, chunks in ((0, 1), (SIZE // 2, 1)):
+            path = tmp_path / "image"
+            path.write_bytes(b"x" * SIZE)
+            pread, reads = os.pread, 0
+
+            def shortening(fd: int, size: int, offset: int) -> bytes:
+                nonlocal reads
+                reads += 1
+                if reads > chunks:  # noqa: B023 - used up before the next turn
+                    os.truncate(path, left)  # noqa: B023
+                return pread(fd, size, offset)  # noqa: B023
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "pread", shortening)
+                patch.setattr(images, "CHUNK", SIZE // 8)
+                with pytest.raises(Invalid, match="became shorter"):
+                    await load(path)
+
+    run(monkeypatch, test)

@@ -43,6 +43,7 @@ from torus_actors.errors import (
 from torus_actors.metadata import keys
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.kv import Compare, Delete, Operation, Put, TxnResult
+from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.patience import patiently
 from torus_actors.metadata.records import (
     Counter,
@@ -1252,3 +1253,30 @@ def test_a_ring_without_a_peer_that_is_registered_is_refused(backend: Backend) -
         assert await service.ring() == (b"without 2", version + 1)
 
     run(backend, test)
+
+
+def test_a_wipe_whose_answer_is_lost_does_not_wipe_the_cluster_made_after_it() -> None:
+    """The second attempt finds another cluster than the one that it was to wipe."""
+    following = dataclasses.replace(METADATA, cluster_id=str(uuid.UUID(int=8)))
+
+    async def main() -> None:
+        store = MemoryStore()
+        wiper = MetadataService(store, rng=random.Random(1))
+        other = MetadataService(store, rng=random.Random(2))
+        await wiper.init(METADATA, b"ring 1")
+        txn, sent = store.txn, 0
+
+        async def unlucky(compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
+            nonlocal sent
+            sent += 1
+            result = await txn(compare, then)
+            if sent == 1:
+                await other.init(following, b"ring 1")
+                raise OutcomeUnknown("the answer was lost")
+            return result
+
+        store.txn = unlucky  # type: ignore[method-assign]
+        await wiper.wipe()
+        assert await other.global_metadata() == following
+
+    asyncio.run(main())

@@ -706,3 +706,31 @@ def test_connection_without_a_loop_of_its_own() -> None:
     assert connection.export is None
     assert connection.inflight == 0
     connection.abort()
+
+
+def test_lists_wait_for_who_does_not_read_them(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many were asked for at once; a client that goes on not reading is ended."""
+    monkeypatch.setattr(conn, "HANDSHAKE_TIMEOUT_S", 2.0)
+
+    async def body(folder: Path) -> None:
+        exports = MemoryExports.single(1 << 20)
+        for n in range(200):
+            exports.exports[f"{n:0128}"] = exports.exports["memory"]
+        listener = await serve(exports, path=str(folder / "s"))
+        _, writer = await asyncio.open_unix_connection(str(folder / "s"), limit=1)
+        writer.write(struct.pack(">I", 3))
+        writer.write(p.OPTION.pack(p.OPTION_MAGIC, Opt.LIST, 0) * 10_000)
+        await until(lambda: len(listener.state.connections) == 1)
+        (connection,) = listener.state.connections
+        await until(lambda: connection._write_paused)
+        held = connection._transport
+        assert held is not None and held.get_write_buffer_size() < 16 << 20
+        await asyncio.sleep(0.2)
+        assert held.get_write_buffer_size() < 16 << 20
+        await until(lambda: not listener.state.connections)
+        writer.transport.abort()
+        await listener.close()
+
+    run(body)

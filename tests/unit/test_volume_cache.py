@@ -673,3 +673,32 @@ def test_the_layers_account_for_what_they_hold() -> None:
     layers.settle(1, frozen, None, 0)
     layers.drop(2, 3)
     assert layers.size == 0 and not list(layers.indexes())
+
+
+@virtual
+async def test_the_ends_of_large_writes_do_not_keep_all_of_them_alive() -> None:
+    """What is in the middle is stored or trimmed soon; parts of blocks stay for minutes."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(4096 * BLOCK, write_bytes=64 * BLOCK)
+        file = device.client.session("v").file
+        pool = BufferPool(0)
+        size = 16 * BLOCK + 1024
+        for n in range(10):
+            data = pool.take(size)
+            data[:] = b"x" * size
+            await device.write(n * 70 * BLOCK + BLOCK - 512, data)
+            del data
+            await asyncio.sleep(0.5)
+            await device.zero(n * 70 * BLOCK + BLOCK, 16 * BLOCK)
+        assert sum(len(memory) for _, memory in pool._in_use.values()) <= 4 * file.layers.size
+        assert await device.read(BLOCK - 512, 512) == b"x" * 512
+
+
+@virtual
+async def test_zeros_that_stay_allocated_are_never_fast() -> None:
+    """The protocol wants ENOTSUP for what cannot be fast: qemu then writes the zeros itself."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(64 * BLOCK)
+        with pytest.raises(DeviceError) as refused:
+            await device.do(Op.WRITE_ZEROES, 0, length=4096, no_hole=True, fast_zero=True)
+        assert refused.value.errno == Errno.ENOTSUP

@@ -87,7 +87,7 @@ class Settings:
         path = self.secret_file or os.environ.get(SECRET_ENV) or profile_value("secret-file")
         if not path:
             return None
-        secret = Path(path).expanduser().read_bytes().strip()
+        secret = Path(os.path.expanduser(path)).read_bytes().strip()
         if not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
             raise Invalid(
                 f"secret file {path} holds {len(secret)} bytes: a secret has {SECRET_BYTES_MIN} "

@@ -148,9 +148,21 @@ async def _until_over(
 
 def run_daemon(settings: Settings, work: Coroutine[Any, Any, None]) -> None:
     """Run a daemon's main coroutine on uvloop."""
+    fill_standard_streams()
     set_up_logging(settings, daemon=True)
     _open_many_files()
     uvloop.run(work)
+
+
+def fill_standard_streams() -> None:
+    """Give descriptors 0 to 2 to /dev/null where they are closed, as by ``<&-``.
+
+    Else the event loop's own get these numbers, and libuv ends the process when it closes such a
+    one.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def _open_many_files() -> None:

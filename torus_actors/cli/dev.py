@@ -22,7 +22,7 @@ import uvloop
 
 from torus_actors.cli.common import LIFECYCLE, Failed, Settings, set_up_logging
 from torus_actors.cli.connect import Connection
-from torus_actors.cli.daemon import Stop
+from torus_actors.cli.daemon import Stop, fill_standard_streams
 from torus_actors.cli.units import Address, format_address, format_size
 from torus_actors.errors import Again, Exists, Invalid, NoGlobalMetadata
 from torus_actors.model.rings import Ring
@@ -350,6 +350,7 @@ async def _run(cluster: DevCluster, exit_after_ready: bool) -> None:
 
 def run_dev(cluster: DevCluster, exit_after_ready: bool) -> None:
     """Run a cluster until told to stop."""
+    fill_standard_streams()
     set_up_logging(cluster.settings, daemon=True)
     cluster.check()
     uvloop.run(_run(cluster, exit_after_ready))

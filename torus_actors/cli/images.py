@@ -68,6 +68,7 @@ async def dump(settings: Settings, name: str, file: Path) -> int:
                 advance(offset)
             if sparse:
                 os.ftruncate(fd, size)
+            if sparse or stat.S_ISBLK(os.fstat(fd).st_mode):
                 await _beside(os.fsync, fd)
         # Only now: a thread that was left behind must not write into what has its number then.
         if str(file) != "-":
@@ -233,6 +234,10 @@ def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:
             end = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError as error:
             if error.errno == errno.ENXIO:
+                if os.fstat(fd).st_size < length and stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise Invalid(
+                        f"the file became shorter than {length} bytes while it was read"
+                    ) from error
                 return  # only a hole is left
             start, end = offset, length  # no file with holes
         # Whole chunks, aligned: a block of which part is a hole is written once.
@@ -240,7 +245,7 @@ def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:
         while offset < end:
             data = os.pread(fd, min(CHUNK, length - offset), offset)
             if not data:
-                return
+                raise Invalid(f"the file became shorter than {length} bytes while it was read")
             yield offset, data
             offset += len(data)
 

@@ -28,13 +28,13 @@ Profiles = dict[str, dict[str, str]]
 
 def config_path() -> Path:
     """Where the file is, if it is there."""
-    home = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(home) / "torus-actors" / "config.toml"
 
 
 def data_home() -> Path:
     """Where data goes unless told otherwise."""
-    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return Path(home) / "torus-actors"
 
 

@@ -9,7 +9,14 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from torus_actors.errors import Again, Fenced, NoGlobalMetadata, OutcomeUnknown
+from torus_actors.errors import (
+    Again,
+    Corruption,
+    Fenced,
+    NoGlobalMetadata,
+    OutcomeUnknown,
+    OutOfSpace,
+)
 from torus_actors.metadata.keys import PREFIX, Keys
 from torus_actors.metadata.kv import Compare, KeyValueStore, Operation
 from torus_actors.metadata.patience import Backoff
@@ -147,7 +154,8 @@ class MetadataBase:
                     if self._global != known:
                         continue
                 return made
-            except (Again, OutcomeUnknown) as error:
+            except (Again, OutcomeUnknown, OutOfSpace, Corruption) as error:
+                # Refused for want of room, say: the copy before may have been taken all the same.
                 unknown = unknown or isinstance(error, OutcomeUnknown)
                 if not unknown:
                     raise

@@ -86,10 +86,15 @@ class ClusterOperations(MetadataBase):
     async def wipe(self) -> None:
         """Remove everything of this cluster; fine if there is nothing (torus#267)."""
         attempts = self._attempts("wipe the metadata")
+        begun, wanted = False, None
         while True:
             await attempts.next()
             found = await self.store.get(self.keys.global_)
             revision = 0 if found is None else found.mod_revision
+            value = None if found is None else found.value
+            if begun and value not in (None, wanted):
+                return  # that one is gone, and another was made in its place
+            begun, wanted = True, value
 
             async def gone() -> int | None:
                 items, now = await self.store.range(self.keys.prefix)

@@ -166,6 +166,8 @@ class EtcdStore(kv.KeyValueStore):
         poll = _Poll(connection.client, prefix, after_revision, timeout_s + DEADLINE_S)
         waiting = asyncio.get_running_loop().run_in_executor(self._threads, poll.run)
         self._polls[poll] = waiting
+        # Who was cancelled does not ask what became of it.
+        waiting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
             # A stopped etcd still accepts connections; only its first word shows that it is there.
             first_s = min(timeout_s, self._deadline_s)

@@ -275,7 +275,8 @@ class Database:
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
                 if version > SCHEMA_VERSION:
                     raise NotSupported(f"{self._path} was written by a newer version")
-                self._db.executescript(SCHEMA)
+                if version < SCHEMA_VERSION:  # it writes, for which there may be no room
+                    self._db.executescript(SCHEMA)
                 self._history_events, self._history_bytes = self._db.execute(
                     "SELECT count(*), coalesce(sum(length(value)), 0) FROM event"
                 ).fetchone()

@@ -30,7 +30,7 @@ from torus_actors.errors import (
 from torus_actors.model.blocksets import Blockset
 from torus_actors.model.buffers import BufferPool
 from torus_actors.model.checksums import Buffer, root_of, sums_of
-from torus_actors.model.extents import ExtentMap
+from torus_actors.model.extents import COMPACT_RATIO, ExtentMap
 from torus_actors.model.inode_tree_walk import PageNeeded
 from torus_actors.model.refs import BlockRef
 from torus_actors.nbd.requests import Piece
@@ -82,7 +82,7 @@ DISCARDED_MAX = 4096
 CLEAR_RANGE_MIN = 64
 """Trims of this many whole blocks clear the map at once instead of block by block."""
 
-WAITING_WRITES_MAX = 4096
+WAITING_WRITES_MAX = 1 << 20
 """Writes that may wait for room in the cache; the NBD connections bound them too."""
 
 Spawn = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -273,7 +273,11 @@ class File(ReadSide):
         at = 0
         while at < length:
             size = min(block_size - start, length - at)
-            layer = self.layers.write(index, start, view[at : at + size])
+            part: Buffer = view[at : at + size]
+            if size < block_size and size * COMPACT_RATIO < length:
+                # It may stay for long, and would keep all of the request's memory alive.
+                part = bytes(part)
+            layer = self.layers.write(index, start, part)
             if layer.is_full(self.block_length(index)):
                 self._now_full(index)
             at += size

@@ -15,7 +15,6 @@ from torus_actors.errors import (
     CompareFailed,
     Fenced,
     LeaseNotFound,
-    OutcomeUnknown,
     TorusError,
 )
 from torus_actors.metadata.records import SnapshotRequest
@@ -109,7 +108,9 @@ class Keeper:
         for request in self._taking:
             try:
                 await self._answer(request, error)
-            except (Again, OutcomeUnknown, LeaseNotFound) as failed:
+            except Fenced:
+                raise
+            except TorusError as failed:  # also full or damaged, which a person can mend
                 log.info("volume %s: snapshot %s: %s", self._file.name, request.name, failed)
                 # With its lease ended, whoever asked is gone.
                 if not isinstance(failed, LeaseNotFound):

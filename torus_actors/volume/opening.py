@@ -19,10 +19,12 @@ from torus_actors.errors import (
     Again,
     BlockUnavailable,
     Closed,
+    Corruption,
     Fenced,
     Invalid,
     LeaseNotFound,
     OutcomeUnknown,
+    OutOfSpace,
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
@@ -335,7 +337,7 @@ async def _undo_attach(
         try:
             epoch = await attempt
             break
-        except (Again, OutcomeUnknown) as error:
+        except (Again, OutcomeUnknown, OutOfSpace, Corruption) as error:
             if attempt is attaching and isinstance(error, Again):
                 return
             await backoff.wait()
@@ -357,7 +359,7 @@ async def detach(system: ActorSystem, meta: MetadataService, volume_id: int, epo
             return
         except (Fenced, Closed):
             return
-        except (Again, OutcomeUnknown):
+        except TorusError:  # away, full or damaged: a person can mend that
             await backoff.wait()
 
 
@@ -430,7 +432,7 @@ def end_reading_later(
                 return
             except (Fenced, Closed):
                 return
-            except (Again, OutcomeUnknown):
+            except TorusError:
                 await backoff.wait()
 
     return _in_background(system, end())

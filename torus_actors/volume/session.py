@@ -21,7 +21,6 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Fenced,
-    NotSupported,
     Overloaded,
     TorusError,
 )
@@ -31,6 +30,7 @@ from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.inode_tree import CommitPlan
 from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.nbd.protocol import Errno
 from torus_actors.nbd.requests import Op, Piece, Reply, Request
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.block_status import BlockStatus
@@ -540,10 +540,13 @@ class Session:
 
     def _on_zero(self, conn: int, request: Request, replies: list[Reply]) -> None:
         done = partial(self._write_done, conn, request)
-        self._written_at = self.system.loop.time()
         keep = request.op == Op.WRITE_ZEROES and request.no_hole
         if keep and request.fast_zero:
-            raise NotSupported("zeros that stay allocated are written like data")
+            # Not by an exception: NotSupported is EINVAL everywhere else.
+            text = "zeros that stay allocated are written like data"
+            replies.append(Reply(request, Errno.ENOTSUP, text))
+            return
+        self._written_at = self.system.loop.time()
         file = self.file
         if (
             file.zero_at(request.offset, request.length, keep, done)
