@@ -573,7 +573,7 @@ _READERS = (
         "reader_not_put_back",
         "What is read is kept under a new lease too",
         Edit(
-            "actors.heartbeat:Heartbeat._begin_lease",
+            "actors.heartbeat:Heartbeat._take_along",
             "await self._meta.keep_reading(reader, lease)",
             "pass",
         ),
