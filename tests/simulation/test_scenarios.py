@@ -128,7 +128,7 @@ def test_every_seed_has_its_scenario() -> None:
         assert played.pop("everything") == 50
         assert min(played.values()) >= 3 and len(played) == len(SCENARIOS) - 1
     assert [scenario_of(seed) for seed in (1, 4, 8, 100)] == [
-        "overwrites",
+        "calm_snapshots",
         "everything",
         "everything",
         "everything",
