@@ -58,6 +58,7 @@ class Heartbeat(LoopActor):
         self._renewed_at = 0.0
         self._waiting: list[asyncio.Future[int]] = []
         self._left: list[Any] = []
+        """Sessions that could not be hung on the lease; a successor does not know of them."""
 
     async def setup(self) -> None:
         """Take over the predecessor's lease, if there is one, and keep it alive."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -508,3 +511,21 @@ def test_what_a_file_of_options_says_is_checked(tmp_path: Path, line: str, told:
     file.write_text(f"{line}\n")
     done = CliRunner().invoke(node, ["start", "--config", str(file)])
     assert done.exit_code == 2 and told in done.output, done.exception
+
+
+def test_a_home_directory_that_nobody_knows_is_told_in_one_line() -> None:
+    """Of a user who does not exist; also as the file with the secret."""
+    for command in (
+        ["start", "--data-dir", "~nosuchuser/x"],
+        ["--secret-file", "~nosuchuser/x", "start", "--data-dir", "/nonexistent/x"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "torus_actors.cli.node", *command],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done
+        assert "no such home directory" in done.stderr

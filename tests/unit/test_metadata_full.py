@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.fakes import Cluster, virtual
+from tests.fakes import Client, Cluster, virtual
 from torus_actors.errors import Corruption, OutcomeUnknown, OutOfSpace, TorusError
 from torus_actors.volume.snapshots import take_snapshot
 
@@ -18,6 +20,21 @@ ERRORS = pytest.mark.parametrize(
 )
 
 
+@contextlib.contextmanager
+def refusing(client: Client, error: TorusError) -> Iterator[None]:
+    """The metadata take nothing from a client."""
+    txn = client.store.txn
+
+    async def refuses(compare: Any, then: Any) -> Any:
+        raise error
+
+    client.store.txn = refuses  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        client.store.txn = txn  # type: ignore[method-assign]
+
+
 @ERRORS
 @virtual
 async def test_a_lock_that_a_full_store_did_not_let_go_is_let_go_later(error: TorusError) -> None:
@@ -26,15 +43,9 @@ async def test_a_lock_that_a_full_store_did_not_let_go_is_let_go_later(error: To
         device = await cluster.volume(SIZE)
         client = device.client
         volume_id = client.session("v").volume_id
-        txn = client.store.txn
-
-        async def refuses(compare: Any, then: Any) -> Any:
-            raise error
-
-        client.store.txn = refuses  # type: ignore[method-assign]
-        await asyncio.gather(device.release(), return_exceptions=True)
+        with refusing(client, error):
+            await asyncio.gather(device.release(), return_exceptions=True)
         assert "v" not in client.system.heirlooms["open_volumes"]
-        client.store.txn = txn  # type: ignore[method-assign]
         await asyncio.sleep(300.0)
         lock, _ = await cluster.meta.lock_status(volume_id)
         assert lock is None
@@ -55,14 +66,8 @@ async def test_a_readers_record_that_a_full_store_did_not_let_go_is_let_go_later
         client = await cluster.client(read_only=True)
         device = await client.open("v")
         assert (await cluster.meta.state()).readers
-        txn = client.store.txn
-
-        async def refuses(compare: Any, then: Any) -> Any:
-            raise error
-
-        client.store.txn = refuses  # type: ignore[method-assign]
-        await asyncio.gather(device.release(), return_exceptions=True)
-        client.store.txn = txn  # type: ignore[method-assign]
+        with refusing(client, error):
+            await asyncio.gather(device.release(), return_exceptions=True)
         await asyncio.sleep(300.0)
         assert not (await cluster.meta.state()).readers
 
@@ -138,21 +143,15 @@ async def test_a_snapshot_that_finds_no_room_harms_no_volume(
         await device.write(0, b"x")
         await device.flush()
         client = device.client
-
-        async def refuses(compare: Any, then: Any) -> Any:
-            raise error
-
         await asyncio.sleep(40.0)  # until all is committed
-        txn = client.store.txn
-        client.store.txn = refuses  # type: ignore[method-assign]
-        asking = asyncio.ensure_future(take_snapshot(cluster.meta, 1, "s", 30.0))
-        for _ in range(20):
-            await asyncio.sleep(1.0)
-            if writing:
-                await device.write(4096, b"y", fua=True)
-        cells = client.system.cells.items()
-        deaths = {name: cell.restarts for name, cell in cells if cell.restarts}
-        client.store.txn = txn  # type: ignore[method-assign]
+        with refusing(client, error):
+            asking = asyncio.ensure_future(take_snapshot(cluster.meta, 1, "s", 30.0))
+            for _ in range(20):
+                await asyncio.sleep(1.0)
+                if writing:
+                    await device.write(4096, b"y", fua=True)
+            cells = client.system.cells.items()
+            deaths = {name: cell.restarts for name, cell in cells if cell.restarts}
         await asyncio.gather(asking, return_exceptions=True)
         assert not deaths
         assert await device.read(0, 1) == b"x"

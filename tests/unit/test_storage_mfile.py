@@ -782,14 +782,20 @@ def test_of_two_copies_the_newer_one_counts(lower: bool) -> None:
     assert disk.open(INDEX_PATH).pread(ENTRY_SIZE, at) == bytes(ENTRY_SIZE)
 
 
-def test_a_disk_that_refuses_all_writes_is_not_full_when_it_is_well_again() -> None:
-    """Some slots are set aside, but not all that were tried."""
+def refusing() -> tuple[SimDisk, MFileStore]:
+    """A disk that refuses all writes, and a store that has tried many times."""
     disk = new_disk()
     store = start(disk, 50)
     disk.inject("write", path=DATA_PATH, times=10**9)
     for index in range(200):
         with pytest.raises(OSError, match="cannot write"):
             store.put(ref(index), block(index))
+    return disk, store
+
+
+def test_a_disk_that_refuses_all_writes_is_not_full_when_it_is_well_again() -> None:
+    """Some slots are set aside, but not all that were tried."""
+    disk, store = refusing()
     stats = store.stats()
     assert (stats.quarantined, stats.reserved) == (mfile.SET_ASIDE_MIN, 0)
     disk.heal()
@@ -801,12 +807,7 @@ def test_a_disk_that_refuses_all_writes_is_not_full_when_it_is_well_again() -> N
 
 def test_a_slot_that_may_still_be_written_to_is_set_aside_in_any_case() -> None:
     """A worker that was given up is at it yet, or the one before had begun when the last failed."""
-    disk = new_disk()
-    store = start(disk, 50)
-    disk.inject("write", path=DATA_PATH, times=10**9)
-    for index in range(20):
-        with pytest.raises(OSError, match="cannot write"):
-            store.put(ref(index), block(index))
+    _, store = refusing()
     sums = sums_of(block(30))
     for calls in (0, 2):
         ticket = store.reserve(ref(30), root_of(sums))

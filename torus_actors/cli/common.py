@@ -12,14 +12,13 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from torus_actors import __version__
 from torus_actors.cli.log_floods import FloodGate
-from torus_actors.cli.profile import profile_value
+from torus_actors.cli.profile import expanded, profile_value
 from torus_actors.cli.units import parse_address, parse_size
 from torus_actors.errors import Invalid, TorusError
 
@@ -87,7 +86,7 @@ class Settings:
         path = self.secret_file or os.environ.get(SECRET_ENV) or profile_value("secret-file")
         if not path:
             return None
-        secret = Path(os.path.expanduser(path)).read_bytes().strip()
+        secret = expanded(path).read_bytes().strip()
         if not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
             raise Invalid(
                 f"secret file {path} holds {len(secret)} bytes: a secret has {SECRET_BYTES_MIN} "

@@ -219,6 +219,10 @@ class _Loader:
             await self._volume.zero.remote(start, end - start, timeout_s=OPERATION_TIMEOUT_S)
 
 
+def _shorter(length: int) -> Invalid:
+    return Invalid(f"the file became shorter than {length} bytes while it was read")
+
+
 def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:
     """Offset and content of every chunk that may have data in it."""
     if length is None:
@@ -235,9 +239,7 @@ def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:
         except OSError as error:
             if error.errno == errno.ENXIO:
                 if os.fstat(fd).st_size < length and stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise Invalid(
-                        f"the file became shorter than {length} bytes while it was read"
-                    ) from error
+                    raise _shorter(length) from error
                 return  # only a hole is left
             start, end = offset, length  # no file with holes
         # Whole chunks, aligned: a block of which part is a hole is written once.
@@ -245,7 +247,7 @@ def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:
         while offset < end:
             data = os.pread(fd, min(CHUNK, length - offset), offset)
             if not data:
-                raise Invalid(f"the file became shorter than {length} bytes while it was read")
+                raise _shorter(length)
             yield offset, data
             offset += len(data)
 

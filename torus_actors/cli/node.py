@@ -23,7 +23,7 @@ from torus_actors.cli.common import (
     run_main,
     version_option,
 )
-from torus_actors.cli.profile import data_home
+from torus_actors.cli.profile import data_home, expanded
 from torus_actors.cli.units import Address, format_address, format_size, parse_seconds, parse_size
 from torus_actors.errors import Invalid, TorusError
 
@@ -208,7 +208,7 @@ def start(
             "machine: give --advertise HOST:PORT"
         )
     own_url = f"torus://{format_address(advertise or listen)}"
-    directory = (data_dir or data_home() / "node").expanduser().absolute()
+    directory = expanded(data_dir or data_home() / "node")
     config = NodeConfig(
         data_dir=directory,
         size_bytes=store_size(directory, size),
@@ -334,7 +334,7 @@ def dev(
     if settings.metadata is not None:
         raise click.UsageError("a dev cluster keeps its own metadata: -C does not go with it")
     config = DevConfig(
-        directory=(directory or data_home() / "dev").expanduser().absolute(),
+        directory=expanded(directory or data_home() / "dev"),
         nodes=nodes,
         size_bytes=size,
         volume=volume,

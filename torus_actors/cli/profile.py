@@ -26,6 +26,18 @@ _PROFILE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Profiles = dict[str, dict[str, str]]
 
 
+def expanded(path: Path | str) -> Path:
+    """A path with its ``~`` put in, absolute.
+
+    Raises:
+        Invalid: nobody knows whose home directory that is.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise Invalid(f"{path}: no such home directory; set HOME, or give a whole path") from error
+
+
 def config_path() -> Path:
     """Where the file is, if it is there."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
