@@ -343,7 +343,7 @@ class _Peer:
             self.near = near is not None
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 if near is not None:
-                    await loop.create_unix_connection(self._new_link, sock=near)
+                    await same_machine.hand_over(near, self._new_link)
                 else:
                     await loop.create_connection(self._new_link, host.strip("[]"), int(port))
         except (OSError, TimeoutError, ValueError, OverflowError) as error:

@@ -12,12 +12,14 @@ than a port is, and a node that cannot be reached under its name is dialed by it
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import socket
 import struct
 import sys
+from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,25 @@ def connect(node: str) -> socket.socket | None:
         pass
     connected.close()
     return None
+
+
+async def hand_over(connected: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> None:
+    """Make a socket a connection of the running loop, which closes it from now on.
+
+    Raises:
+        OSError: it is not usable.
+    """
+    loop = asyncio.get_running_loop()
+    transport: asyncio.BaseTransport | None = None
+    try:
+        transport, _ = await loop.create_unix_connection(factory, sock=connected)
+    finally:
+        ended = transport is None or transport.is_closing()
+        if ended and not isinstance(loop, asyncio.BaseEventLoop):
+            # uvloop closes the descriptor, but tells the socket only once the connection is made.
+            # One that ended before would be closed again when the socket is collected, and by then
+            # its number may be that of a file.
+            connected.detach()
 
 
 def tune(connected: socket.socket) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from typing import cast
 
 import pytest
+import uvloop
 
 from tests.unit.runtime_harness import on_uvloop, until
 from tests.unit.test_bridge import SECRET, End, free_port
@@ -83,6 +87,49 @@ async def test_a_taken_name_keeps_nobody_away() -> None:
             await until(lambda: is_near(caller) is not None)
             assert is_near(caller) is False
             assert await caller.at(server).after.remote(1, 7) == 7
+
+
+class Aborting(asyncio.Protocol):
+    """Ends its connection as soon as it has one."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Do that."""
+        cast(asyncio.Transport, transport).abort()
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_descriptor_is_closed_once(runner: Callable[..., None], cancelled: bool) -> None:
+    """Also where the connection ends before it is the loop's: the number is a file's by then."""
+
+    async def opened_and_ended() -> None:
+        ours, other = socket.socketpair()
+        number = ours.fileno()
+        protocol = asyncio.Protocol if cancelled else Aborting
+        task = asyncio.ensure_future(same_machine.hand_over(ours, protocol))
+        await asyncio.sleep(0)
+        if cancelled:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await until(lambda: not _is_open(number))
+        file = os.open(os.devnull, os.O_RDONLY)
+        assert file == number
+        del ours, task
+        gc.collect()
+        assert _is_open(number)
+        os.close(file)
+        other.close()
+
+    runner(opened_and_ended())
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _hangs_up(listening: socket.socket) -> bool:
