@@ -31,6 +31,8 @@ class Status(enum.IntEnum):
     MISSING = 1
     CORRUPT = 2
     FAILED = 3
+    DEAD = 4
+    """In answers to checks only: not here, since the collector of this node has deleted it."""
 
 
 def split_refs(packed: bytes) -> Iterator[BlockRef]:

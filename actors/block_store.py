@@ -26,9 +26,11 @@ from torus_actors.actors.block_messages import (
     split_refs,
 )
 from torus_actors.actors.disk import READERS
+from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
     ActorCrashed,
     ActorNotFound,
+    Again,
     BlockNotExist,
     BlockUnavailable,
     Closed,
@@ -40,6 +42,7 @@ from torus_actors.errors import (
 )
 from torus_actors.model.buffers import BufferPool
 from torus_actors.model.checksums import Buffer, sums_size
+from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorHandle, ActorSystem, LoopActor, Reply, expose
 from torus_actors.storage.aio import READ, AioQueue, Transfer
@@ -88,6 +91,10 @@ CHECK_REFS_MAX = 4096
 VOUCH_S = 60.0
 """How long a copy that was vouched for is kept; who asked has to drop its own copy well before."""
 
+DEAD_S = 1800.0
+"""What the collector deleted is known as dead for this long, and up to twice as long: longer than
+two passes of the collectors of other nodes take, which may still have it."""
+
 DATA, INODES = 0, 1
 
 STORE_NAMES = ("blocks", "inodes")
@@ -132,6 +139,8 @@ class OpenStores:
         self._changed_at = 0.0
         self._changed_since = 0.0
         self._vouched: dict[BlockRef, float] = {}
+        self._dead, self._dead_before = RefSet(), RefSet()
+        self._dead_since = 0.0
 
     @classmethod
     def open(cls, system: ActorSystem, config: StoreConfig, rng: random.Random) -> OpenStores:
@@ -171,13 +180,18 @@ class OpenStores:
                         # The first start was cut off between the two.
                         size = found.total * config.block_size // (INODE_SHARE - 1)
                         size = max(size, INODE_ROOM_MIN)
-                opened[kind] = MFileStore.open(
-                    disks[kind],
-                    block_size=block_sizes[kind],
-                    size_bytes=size,
-                    rng=rng,
-                    allocate=allocate,
-                )
+                try:
+                    opened[kind] = MFileStore.open(
+                        disks[kind],
+                        block_size=block_sizes[kind],
+                        size_bytes=size,
+                        rng=rng,
+                        allocate=allocate,
+                    )
+                except (Corruption, Invalid) as error:
+                    # Both have files of the same names.
+                    where = config.directory / STORE_NAMES[kind]
+                    raise type(error)(f"in {where}: {error}") from error
         except BaseException:
             for store in opened.values():
                 store.close()
@@ -377,6 +391,17 @@ class OpenStores:
         """Whether somebody may rely on the copy here."""
         return self._vouched.get(ref, 0.0) > self.system.loop.time()
 
+    def bury(self, refs: Sequence[BlockRef]) -> None:
+        """Remember that blocks are dead: a ref is never used again."""
+        now = self.system.loop.time()
+        if now - self._dead_since > DEAD_S:
+            self._dead_before, self._dead, self._dead_since = self._dead, RefSet(), now
+        self._dead.add_all(refs)
+
+    def is_dead(self, ref: BlockRef) -> bool:
+        """Whether the collector of this node has deleted a block, not too long ago."""
+        return ref in self._dead or ref in self._dead_before
+
     def close(self) -> None:
         """Close the files; what was not flushed is gone."""
         if self._idle_flush is not None:
@@ -403,11 +428,17 @@ def _make_aio(system: ActorSystem, store: BlockStore) -> AioQueue | None:
 
 
 class BlockStoreActor(LoopActor):
-    """See the module."""
+    """See the module.
 
-    def __init__(self, opened: OpenStores) -> None:
+    Args:
+        opened: the stores.
+        view: the cluster as this node sees it; None if it does not matter.
+    """
+
+    def __init__(self, opened: OpenStores, view: ClusterView | None = None) -> None:
         super().__init__()
         self._opened = opened
+        self._view = view
         self._stores = opened.stores
         self._list_bytes_max = max(sums_size(store.block_size) for store in opened.stores)
 
@@ -455,27 +486,36 @@ class BlockStoreActor(LoopActor):
         self._opened.requests += 1
         answers: list[_Answer | None] = []
         cold: list[_Cold] = []
-        for packed, offset, length in RANGE.iter_unpack(items):
-            kind = INODES if packed[5] else DATA
-            store = self._stores[kind]
-            answer: _Answer | None
-            try:
-                location = store.locate(packed)
-                length = min(length, location.length - offset)
-                answer = store.read_nowait(location, offset, length, True)
-                if answer is None:
-                    store.pin(location)
-                    cold.append((len(answers), kind, location, offset, length))
-            except TorusError as error:
-                answer = error
-            answers.append(answer)
-        if cold:
-            _ColdReads(self._opened, answers, cold, reply).start()
+        try:
+            for packed, offset, length in RANGE.iter_unpack(items):
+                kind = INODES if packed[5] else DATA
+                store = self._stores[kind]
+                answer: _Answer | None
+                try:
+                    location = store.locate(packed)
+                    length = min(length, location.length - offset)
+                    answer = store.read_nowait(location, offset, length, True)
+                    if answer is None:
+                        store.pin(location)
+                        cold.append((len(answers), kind, location, offset, length))
+                except TorusError as error:
+                    answer = error
+                answers.append(answer)
+            reads = _ColdReads(self._opened, answers, cold, reply) if cold else None
+        except BaseException:
+            # No memory, say: this actor dies of it, and what is pinned would stay so.
+            for _, kind, location, _, _ in cold:
+                self._stores[kind].unpin(location)
+            raise
+        if reads is not None:
+            reads.start()
         else:
             _answer_ranges(reply, answers)
 
     @expose(remote=True, idempotent=True)
-    async def check_blocks(self, refs: bytes, deep: bool = False, durable: bool = False) -> bytes:
+    async def check_blocks(
+        self, refs: bytes, deep: bool = False, durable: bool = False, ring_version: int = 0
+    ) -> bytes:
         """Tell which blocks are here, and under which checksum.
 
         Args:
@@ -484,10 +524,16 @@ class BlockStoreActor(LoopActor):
             durable: flush before answering, so that what is reported survives a crash; and keep
                 the blocks for ``VOUCH_S``, so that two nodes that see different rings do not both
                 drop their copies because of each other's.
+            ring_version: of the ring by which who asks is to drop its copies, if ``durable``.
 
         Returns:
             A packed CHECK_STATUS for each ref.
+
+        Raises:
+            Again: a later ring is known here, which may want more copies.
         """
+        if durable and self._view is not None and self._view.ring.version > ring_version:
+            raise Again(f"ring {ring_version} is not the last one: {self._view.ring.version} is")
         if len(refs) > CHECK_REFS_MAX * BLOCK_REF_SIZE:
             raise Invalid(f"more than {CHECK_REFS_MAX} blocks in one check")
         answers: list[tuple[int, int]] = []
@@ -500,7 +546,8 @@ class BlockStoreActor(LoopActor):
                 right = not deep or await self._opened.verify(kind, location)
                 answers.append((Status.OK if right else Status.CORRUPT, location.root))
             except BlockNotExist:
-                answers.append((Status.MISSING, 0))
+                dead = self._opened.is_dead(ref)
+                answers.append((Status.DEAD if dead else Status.MISSING, 0))
         if durable:
             await self._opened.flush()
         return b"".join([CHECK_STATUS.pack(*answer) for answer in answers])
@@ -540,11 +587,18 @@ class BlockStoreActor(LoopActor):
         Returns:
             How many were here.
         """
-        return self.delete_blocks(refs)
+        return self._delete(refs)
 
     @expose()
     def delete_blocks(self, refs: bytes) -> int:
-        """Delete blocks; returns how many were there. Only actors of this node may."""
+        """Delete blocks that are dead; returns how many were there. Only this node's collector may.
+
+        Others may have them still, until their own collectors know, and would send them here.
+        """
+        self._opened.bury(list(split_refs(refs)))
+        return self._delete(refs)
+
+    def _delete(self, refs: bytes) -> int:
         self._opened.flush_later()
         return sum(
             self._stores[kind].delete(
@@ -566,7 +620,7 @@ class BlockStoreActor(LoopActor):
         """
         if self.system.loop.time() > not_after:
             return 0
-        return self.delete_blocks(
+        return self._delete(
             b"".join(ref for ref in split_refs(refs) if not self._opened.is_vouched(ref))
         )
 
@@ -607,31 +661,33 @@ class _ColdReads:
     ) -> None:
         self._opened = opened
         self._answers = answers
-        self._cold = cold
         self._reply = reply
         self._left = len(cold)
+        self._threaded = cold
+        self._direct: list[_Cold] = []
+        self._transfers: list[Transfer] = []
+        if opened.aio is None:
+            return
+        self._threaded = []
+        for item in cold:
+            _, kind, location, offset, length = item
+            plan = opened.stores[kind].plan_direct(location, offset, length)
+            if plan is None:
+                self._threaded.append(item)
+            else:
+                ended = partial(self._transferred, item, plan)
+                self._transfers.append(Transfer(READ, plan.fd, plan.memory, plan.offset, ended))
+                self._direct.append(item)
 
     def start(self) -> None:
         """Start them all; the reply is answered when the last has ended."""
-        opened = self._opened
-        threaded = self._cold
-        if opened.aio is not None:
-            transfers: list[Transfer] = []
-            direct: list[_Cold] = []
-            threaded = []
-            for item in self._cold:
-                _, kind, location, offset, length = item
-                plan = opened.stores[kind].plan_direct(location, offset, length)
-                if plan is None:
-                    threaded.append(item)
-                else:
-                    ended = partial(self._transferred, item, plan)
-                    transfers.append(Transfer(READ, plan.fd, plan.memory, plan.offset, ended))
-                    direct.append(item)
-            if transfers:
-                threaded += direct[opened.aio.start(transfers) :]
-        if threaded:
-            self._by_thread(threaded)
+        aio = self._opened.aio
+        if aio is not None and self._transfers:
+            started = aio.start(self._transfers)
+            self._transfers = []  # which lead back here
+            self._threaded += self._direct[started:]
+        if self._threaded:
+            self._by_thread(self._threaded)
 
     def _by_thread(self, items: list[_Cold]) -> None:
         ranges = [item[1:] for item in items]

@@ -113,6 +113,7 @@ class Collector(LoopActor):
             "garbage_bytes": 0,
             "reclaimed": 0,
             "reclaimed_bytes": 0,
+            "unreplayed": 0,
         }
         self._last_error = ""
         self._pass_s = 0.0
@@ -132,7 +133,8 @@ class Collector(LoopActor):
         """Counts of blocks, and the room that they take or took.
 
         ``garbage`` are the dead ones that wait for their second pass, ``reclaimed`` those that were
-        deleted since this actor started.
+        deleted since this actor started. ``unreplayed`` are volumes of which the journal here has
+        what no head has yet.
         """
         return {**self._counts, "last_error": self._last_error, "pass_s": round(self._pass_s, 3)}
 
@@ -166,6 +168,10 @@ class Collector(LoopActor):
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
         logs = await self._logs()  # before the metadata, which may then say of what is in them
         oldest_open, tombs, heads, heads_read, read, journals = await self._read_metadata()
+        self._counts["unreplayed"] = sum(
+            last > 0 and volume not in tombs and journals.get(volume, (0, False))[1]
+            for volume, (_, last) in logs.items()
+        )
         # Not before: what died while the metadata was read has its whole grace too.
         began = self.system.loop.time()
         live = await self._reachable(heads, heads_read)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torus_actors import __version__
 from torus_actors.actors.ring_watcher import ClusterView
-from torus_actors.errors import ActorNotFound, TorusError
+from torus_actors.errors import ActorNotFound, Invalid, TorusError
 from torus_actors.runtime import LoopActor, expose
 
 ASK_TIMEOUT_S = 2.0
@@ -78,9 +78,12 @@ class Control(LoopActor):
 
         Raises:
             ActorNotFound: there is none of that name.
+            Invalid: nobody would restart it.
         """
         cell = self.system.cells.get(actor)
         if cell is None:
             raise ActorNotFound(f"no actor {actor} here")
+        if cell.parent is None:
+            raise Invalid(f"{actor} has no supervisor: without it the process would end")
         # After the answer is on its way: the victim may be this actor, or the bridge.
         asyncio.get_running_loop().call_later(0.01, cell.kill)

@@ -79,7 +79,6 @@ class Evictor(LoopActor):
         self._looked_at = 0.0
         self._version = 0
         self._missing: dict[str, float] = {}
-        self._was_member = False
         self._evicted = 0
         self._hurry = asyncio.Event()
 
@@ -89,9 +88,14 @@ class Evictor(LoopActor):
         self.system.actor("ring_watcher").subscribe.tell("evictor")
         self._looked_at = self.system.loop.time()
         # In the ring as it was when this process started: whoever took this node out since then
-        # did so before it was registered.
-        self._was_member = self.system.node_id in self._view.ring.members
+        # did so before it was registered. An evictor that died leaves to this one what it knew.
+        is_member = self.system.node_id in self._view.ring.members
+        self.system.heirlooms.setdefault("was_ring_member", is_member)
         self.spawn(self._work())
+
+    @property
+    def _was_member(self) -> bool:
+        return bool(self.system.heirlooms["was_ring_member"])
 
     @expose()
     def lease_began(self) -> None:
@@ -150,7 +154,7 @@ class Evictor(LoopActor):
             self._missing.clear()
         self._lease, self._version = lease, version
         self._looked_at = now = loop.time()
-        self._was_member = me in ring.members
+        self.system.heirlooms["was_ring_member"] = me in ring.members
         self._missing = {
             peer: self._missing.get(peer, now) for peer in ring.members if peer not in registered
         }

@@ -119,6 +119,9 @@ class Heartbeat(LoopActor):
         left = []
         for session in sessions:
             if session.closed:
+                # What it gave up may be there again, made at a beat that nobody answered.
+                if sessions is self._left and not await self._gave_up(session):
+                    left.append(session)
                 continue
             if now() - renewed_at > self._ttl_s / 3:
                 await self._meta.renew_lease(lease)  # or many volumes would outlast it
@@ -132,10 +135,8 @@ class Heartbeat(LoopActor):
                 elif reader is not None:
                     await self._meta.keep_reading(reader, lease)
                 # It may have been closed meanwhile, and what it gave up is there again.
-                if session.closed and session.epoch:
-                    await self._meta.detach(session.volume_id, session.epoch)
-                elif session.closed and reader is not None:
-                    await self._meta.end_reading(reader.volume_id, reader.nonce)
+                if session.closed and not await self._gave_up(session):
+                    left.append(session)
             except Fenced as error:
                 session.fence(error)
             except (Again, OutcomeUnknown, LeaseNotFound):
@@ -144,6 +145,23 @@ class Heartbeat(LoopActor):
                 log.warning("volume %s under a new lease: %s", session.name, error)
                 left.append(session)
         self._left = left
+
+    async def _gave_up(self, session: Any) -> bool:
+        """Give up what a closed session has under the lease; whether it has nothing any more."""
+        reader = session.reader
+        try:
+            if session.epoch:
+                await self._meta.detach(session.volume_id, session.epoch)
+            elif reader is not None:
+                await self._meta.end_reading(reader.volume_id, reader.nonce)
+        except (Fenced, LeaseNotFound):
+            pass
+        except (Again, OutcomeUnknown):
+            raise
+        except TorusError as error:
+            log.warning("volume %s is closed, and not let go of: %s", session.name, error)
+            return False
+        return True
 
     async def _register(self, lease: int) -> None:
         """Say that this node is up; again at each beat as long as another one is in its place."""

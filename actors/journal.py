@@ -26,7 +26,7 @@ from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_index import Ticket
 from torus_actors.storage.journal_space import JournalLimits
-from torus_actors.storage.journal_steps import Commit, ReadRecords
+from torus_actors.storage.journal_steps import Commit, MakeSegment, ReadRecords
 from torus_actors.storage.step import Step
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,8 @@ class OpenJournal:
         self.store.fail_step(step, error)
         if self.store.failure is not None:
             log.error("the journal %s", self.store.failure)
+        elif isinstance(step, MakeSegment):
+            log.warning("the journal cannot grow: %s", error)
 
     async def pause(self) -> None:
         """Write what is waiting, and let the rest be until `resume`."""

@@ -76,6 +76,12 @@ CONFIRMED_S = 20.0
 
 CALL_TIMEOUT_S = 30.0
 
+FLUSH_TIMEOUT_S = 120.0
+"""What was sent in a pass counts once its receivers have it on their disks."""
+
+DEAD = -1
+"""In the place of a root checksum: a node's collector deleted the block, which it need not get."""
+
 LATE_MAX = 4
 """A peer that let so many calls of a pass time out is left alone until the next one: what others
 need must not wait for it for ever."""
@@ -130,6 +136,8 @@ class Rebalancer(LoopActor):
         """How many calls of this pass each peer let time out."""
         self._refusing: dict[tuple[str, int], str] = {}
         """Why peers take no more blocks of a type in this pass: no room, or a failed store."""
+        self._receivers: dict[str, int] = {}
+        """To whom blocks were sent in this pass, and to which incarnation of their stores."""
         self._room = asyncio.Semaphore(SENDS_MAX)
         self._shared_room = asyncio.Semaphore(SHARED_SENDS_MAX)
         self._next_send = 0.0
@@ -228,6 +236,7 @@ class Rebalancer(LoopActor):
         self._progress = p = Progress(running=True, passes=passes, started_at=loop.time())
         self._late.clear()
         self._refusing.clear()
+        self._receivers.clear()
         try:
             await self._give_way()
             stats = await store.stats.remote()
@@ -238,6 +247,7 @@ class Rebalancer(LoopActor):
                     packed, slot = await store.list_blocks.remote(kind, slot, BATCH)
                     if packed:
                         await self._settle_batch(list(split_refs(packed)))
+            await asyncio.gather(*[self._flush(*each) for each in self._receivers.items()])
         except TorusError as error:
             p.failed += 1
             log.warning("rebalancing: %s", error)
@@ -252,6 +262,17 @@ class Rebalancer(LoopActor):
                 p.dropped,
                 p.waiting,
             )
+
+    async def _flush(self, peer: str, incarnation: int) -> None:
+        """Make durable what a peer was sent: until then a crash may take it."""
+        store = self.system.actor("block_store", node=peer)
+        try:
+            found = await store.flush.remote(timeout_s=FLUSH_TIMEOUT_S)
+            if found != incarnation:
+                raise BlockUnavailable("its store was opened anew meanwhile")
+        except TorusError as error:
+            self._progress.failed += 1
+            log.debug("peer %s may not have what it was sent: %s", peer[:8], error)
 
     def _owners(self, ref: BlockRef) -> tuple[str, ...]:
         view = self._view
@@ -296,12 +317,13 @@ class Rebalancer(LoopActor):
                     p.failed += 1
                 else:
                     wanted.setdefault(peer, []).append(ref)
-        roots = await self._roots(me, refs)
+        found = await self._roots(me, refs)
+        roots = {ref: root for ref, root in found.items() if root != DEAD}
         there = await self._ask_all(wanted)
         yielded: set[BlockRef] = set()
         refused: dict[BlockRef, int] = {}
         for peer, found in there.items():
-            missing = [r for r in wanted[peer] if r in roots and found.get(r) != roots[r]]
+            missing = _missing(found, [ref for ref in wanted[peer] if ref in roots], roots)
             others = [ref for ref in missing if self._is_for_another(ref, roots[ref], there)]
             p.yielded += len(others)
             yielded.update(others)
@@ -358,8 +380,7 @@ class Rebalancer(LoopActor):
                 by_peer.setdefault(peer, []).append(ref)
         there = await self._ask_all(by_peer)
         for peer, found in there.items():
-            missing = [ref for ref in by_peer[peer] if found.get(ref) != roots[ref]]
-            await self._send_all(peer, missing, roots)
+            await self._send_all(peer, _missing(found, by_peer[peer], roots), roots)
 
     def _is_left_alone(self, peer: str) -> bool:
         return self._late.get(peer, 0) >= LATE_MAX
@@ -375,16 +396,16 @@ class Rebalancer(LoopActor):
         durable: bool = False,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> dict[BlockRef, int]:
-        """Root checksums of the blocks that a peer has, and when ``deep``, has right."""
+        """Root checksums of the blocks that a peer has, and when ``deep``, has right; or DEAD."""
         refs = list(refs)
         answer = await self.system.actor("block_store", node=peer).check_blocks.remote(
-            b"".join(refs), deep, durable, timeout_s=timeout_s
+            b"".join(refs), deep, durable, self._view.ring.version, timeout_s=timeout_s
         )
         statuses = split_answer(CHECK_STATUS, answer, len(refs))
         return {
-            ref: root
+            ref: root if status == Status.OK else DEAD
             for ref, (status, root) in zip(refs, statuses, strict=True)
-            if status == Status.OK
+            if status in (Status.OK, Status.DEAD)
         }
 
     async def _ask_all(self, wanted: dict[str, list[BlockRef]]) -> dict[str, dict[BlockRef, int]]:
@@ -450,7 +471,7 @@ class Rebalancer(LoopActor):
             if pause > 0:
                 await asyncio.sleep(pause)
             try:
-                await self.system.actor("block_store", node=peer).put_block.remote(
+                incarnation = await self.system.actor("block_store", node=peer).put_block.remote(
                     *(ref, root, bytes(sums), True),
                     payload=data,
                     timeout_s=CALL_TIMEOUT_S,
@@ -464,6 +485,7 @@ class Rebalancer(LoopActor):
                 raise
             self._progress.sent += 1
             self._progress.sent_bytes += size
+            self._receivers.setdefault(peer, incarnation)
 
     async def _drop(self, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
         """Delete copies that do not belong here, as far as all their owners have them for sure."""
@@ -507,14 +529,26 @@ class Rebalancer(LoopActor):
                 log.debug("asking peer %s: %s", peer[:8], error)
                 confirmed.update(dict.fromkeys(candidates, False))
                 continue
-            unsure[peer] = [ref for ref in candidates if there.get(ref) != roots[ref]]
-            confirmed.update(dict.fromkeys(unsure[peer], False))
+            unsure[peer] = _missing(there, candidates, roots)
+            confirmed.update((ref, False) for ref in candidates if there.get(ref) != roots[ref])
         me = self.system.node_id
         dead = [ref for ref, sure in confirmed.items() if sure and me not in self._owners(ref)]
         if dead:
-            self._progress.dropped += await self.system.actor("block_store").drop_blocks.remote(
-                b"".join(dead), not_after
-            )
+            try:
+                self._progress.dropped += await self.system.actor("block_store").drop_blocks.remote(
+                    b"".join(dead), not_after
+                )
+            except TorusError as error:
+                # A store that failed deletes nothing, but what is in it can still be sent.
+                self._progress.failed += len(dead)
+                log.debug("dropping %d blocks: %s", len(dead), error)
         for peer, missing in unsure.items():
             # Missing, or damaged: until it is mended the copy here may be the last good one.
             await self._send_all(peer, missing, roots)
+
+
+def _missing(
+    found: dict[BlockRef, int], refs: Iterable[BlockRef], roots: dict[BlockRef, int]
+) -> list[BlockRef]:
+    """Of some blocks those that who told ``found`` does not have right, and should."""
+    return [ref for ref in refs if found.get(ref) not in (roots[ref], DEAD)]

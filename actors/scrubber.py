@@ -108,6 +108,8 @@ class Scrubber(LoopActor):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._asked.wait()
+            # What was asked for during a pass is asked of the next one too.
+            self._hurry = self._asked.is_set()
             self._asked.clear()
             wait_s = self._pause_s
             self._running = True
@@ -118,7 +120,6 @@ class Scrubber(LoopActor):
                 log.warning("scrubbing: %s", error)
             finally:
                 self._running = False
-                self._hurry = False
 
     async def _pass(self) -> None:
         store = self.system.actor("block_store")

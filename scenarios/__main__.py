@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from torus_actors.cli.common import Seconds, run_main
 from torus_actors.errors import Invalid
 from torus_actors.scenarios.explore import explore, jobs_of
 from torus_actors.scenarios.hunt import Hunt, hunt
@@ -96,10 +98,12 @@ def run_(
 
 
 @main.command("explore")
-@click.option("--seeds", type=int, help=f"How many, one run each; without --minutes {SEEDS}.")
+@click.option(
+    "--seeds", type=click.IntRange(1), help=f"How many, one run each; without --minutes {SEEDS}."
+)
 @click.option("--first", type=int, default=1, show_default=True, help="The first seed.")
-@click.option("--jobs", type=int, default=os.cpu_count() or 1, show_default=True)
-@click.option("--minutes", type=float, help="Stop after so many minutes.")
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
+@click.option("--minutes", type=Seconds(min=0.01), help="Stop after so many minutes.")
 @click.option(
     "--scenario",
     "names",
@@ -174,8 +178,14 @@ main.add_command(real_)
 
 @main.command("mutants")
 @click.argument("names", nargs=-1, type=click.Choice(sorted(MUTANTS)), metavar="[NAME]...")
-@click.option("--seeds", type=int, default=500, show_default=True, help="Runs for each, at most.")
-@click.option("--jobs", type=int, default=os.cpu_count() or 1, show_default=True)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=500,
+    show_default=True,
+    help="Runs for each, at most.",
+)
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
 @click.option("--list", "only_list", is_flag=True, help="Only list the mutants.")
 def mutants_(names: tuple[str, ...], seeds: int, jobs: int, only_list: bool) -> None:
     """Put known bugs into the program, one at a time, and see that the simulator finds them."""
@@ -252,4 +262,6 @@ def _summary(result: Result) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m torus_actors.scenarios")
+    # As Ctrl-C does: what runs beside is ended too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_main(main, "python -m torus_actors.scenarios")

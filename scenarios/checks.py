@@ -72,6 +72,8 @@ class Checker:
         """No fault damages what is on a disk: then no node starts with a bad copy of anything."""
         self._keys = Keys()
         self._epochs: dict[str, int] = {}
+        self._holders: dict[tuple[str, int], str] = {}
+        """Whose session each epoch of a lock is."""
         self._heads: dict[str, Head] = {}
         self._oldest_open: dict[str, int] = {}
         """The INode number that began with the last head that could be followed."""
@@ -176,7 +178,8 @@ class Checker:
                 self._snapshots.pop(operation.key, None)
         elif row is table.EPOCH:
             epoch = Epoch.decode(operation.value).epoch
-            if epoch <= self._epochs.get(operation.key, -1):
+            # The same one is written anew when a lock is given up, say; see `_on_lock`.
+            if epoch < self._epochs.get(operation.key, -1):
                 self.cluster.fail(f"{operation.key} goes from {self._epochs} to {epoch}")
             self._epochs[operation.key] = epoch
         elif row is table.LOCK:
@@ -211,6 +214,9 @@ class Checker:
         newest = self._epochs.get(epochs + key.removeprefix(self._keys.under(table.LOCK)))
         if lock.epoch != newest:
             self.cluster.fail(f"{key} is of epoch {lock.epoch}, the newest is {newest}")
+        first = self._holders.setdefault((key, lock.epoch), lock.holder)
+        if first != lock.holder:
+            self.cluster.fail(f"{key}: epoch {lock.epoch} is of {first} and of {lock.holder}")
 
     def _on_head(self, key: str, head: Head) -> None:
         self._roots_changed()

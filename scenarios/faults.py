@@ -243,6 +243,26 @@ async def isolate_node(field: Field) -> None:
     field.whole(host)
 
 
+async def late_node(field: Field) -> None:
+    """A node does not hear that more copies are wanted, for some passes; all others reach it."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster, rng = field.cluster, field.rng
+    least = cluster.shape.replication
+    await _want_copies(field, least)
+    await asyncio.sleep(5.0)
+    field.say(f"{host.name} is cut off from the metadata alone")
+    ways, _ = ways_of(host.address, [cluster.meta_host.address])
+    with Cut(cluster, ways):
+        await asyncio.sleep(rng.uniform(0.0, 5.0))
+        await _want_copies(field, least + 1)
+        await asyncio.sleep(rng.uniform(125.0, 150.0))
+    field.say(f"{host.name} reaches the metadata again")
+    await asyncio.sleep(2.0)
+    field.whole(host)
+
+
 async def cut_one_way(field: Field) -> None:
     """What a node sends, or what is sent to it, does not arrive."""
     host = field.victim()
@@ -567,13 +587,17 @@ async def change_replication(field: Field) -> None:
         # Never fewer than the cluster was made with: the faults count on them.
         least = cluster.shape.replication
         wanted = rng.choice([n for n in (least, least + 1) if n != ring.replication])
-        field.say(f"{wanted} copies are wanted")
-        await change_ring(
-            cluster.meta,
-            lambda r: r.with_replication(wanted) if r.replication != wanted else None,
-            rng,
-        )
+        await _want_copies(field, wanted)
         await asyncio.sleep(rng.uniform(1.0, 10.0))
+
+
+async def _want_copies(field: Field, wanted: int) -> None:
+    field.say(f"{wanted} copies are wanted")
+    await change_ring(
+        field.cluster.meta,
+        lambda r: r.with_replication(wanted) if r.replication != wanted else None,
+        field.rng,
+    )
 
 
 async def kill_actor(field: Field) -> None:
@@ -614,6 +638,7 @@ FAULTS: dict[str, Fault] = {
     "cut_client": cut_client,
     "cut_peers": cut_peers,
     "isolate_node": isolate_node,
+    "late_node": late_node,
     "cut_one_way": cut_one_way,
     "freeze_client": freeze_client,
     "freeze_node": freeze_node,

@@ -117,6 +117,16 @@ _RING = (
         Edit("actors.rebalancer:Rebalancer._drop", "deep=True, durable=True", "deep=False"),
         hunted_in=("ring_change", "replication_change"),
     ),
+    _mutant(
+        "old_ring_is_enough",
+        "The rebalancer drops its copy by no ring but the last that an owner knows of",
+        Edit(
+            "actors.block_store:BlockStoreActor.check_blocks",
+            "self._view.ring.version > ring_version",
+            "False",
+        ),
+        hunted_in=("late_ring",),
+    ),
 )
 
 _COLLECTOR = (

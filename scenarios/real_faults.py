@@ -551,6 +551,7 @@ NOT_REAL = {
     "collect_now": "there is no command that starts a collection",
     "crash_client_and_member": "which nodes have a volume's journal is not known here",
     "tell_half": "which nodes have a volume's journal is not known here",
+    "late_node": "a cut here is between a host and the others, not with the metadata alone",
     "isolate_node": "a cut here is between a host and the others, the metadata with them",
     "tear_node": "no power is switched off here",
     "rot_index": "only on the simulated disk is it known what a byte of an index stands for",

@@ -554,6 +554,13 @@ _LIST = (
         duration_s=(90, 110),
     ),
     Scenario(
+        "late_ring",
+        "A node that has not heard that there are to be more copies does not drop its own",
+        {"late_node": (2, 6)},
+        workload=Workload(pause_s=1.2),
+        duration_s=(60, 80),
+    ),
+    Scenario(
         "head_change_during_collection",
         "The collector deletes nothing that a head leads to, however fast heads change",
         {"collect_now": (0.5, 2), "crash_client": (10, 20)},

@@ -41,7 +41,7 @@ from pathlib import Path
 import uvloop
 
 from torus_actors import __version__
-from torus_actors.actors.block_store import BlockStoreActor, OpenStores, StoreConfig
+from torus_actors.actors.block_store import STORE_NAMES, BlockStoreActor, OpenStores, StoreConfig
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.collector import Collector
 from torus_actors.actors.control import Control
@@ -79,6 +79,7 @@ from torus_actors.nbd.connection import TlsSettings
 from torus_actors.runtime import ActorSystem, ChildSpec, Strategy, SupervisorSpec
 from torus_actors.storage.disk import Disk
 from torus_actors.storage.journal_space import JournalLimits
+from torus_actors.storage.mfile_open import INDEX_PATH
 from torus_actors.volume.session import CacheSizes
 from torus_actors.wire.hello import Identity, Role
 
@@ -434,7 +435,9 @@ class StorageNode(Process):
             "storage",
             (
                 *disk_workers(stores.stores),
-                ChildSpec("block_store", lambda: BlockStoreActor(stores), max_concurrency=256),
+                ChildSpec(
+                    "block_store", lambda: BlockStoreActor(stores, view), max_concurrency=256
+                ),
                 ChildSpec("journal_disk", JournalDisk),
                 ChildSpec("journal", lambda: JournalActor(journal), max_concurrency=64),
             ),
@@ -519,7 +522,8 @@ class StorageNode(Process):
 
     async def stop(self) -> None:
         """Flush the block store and close everything."""
-        if self.stores is not None and "block_store" in self.system.cells:
+        store = self.system.cells.get("block_store")
+        if self.stores is not None and store is not None and store.actor is not None:
             with contextlib.suppress(Exception):
                 await self.system.actor("block_store").flush.remote(timeout_s=30.0)
         await super().stop()
@@ -607,10 +611,17 @@ def load_node_id(disk: Disk, rng: random.Random) -> str:
     """The id in a data directory, made on first use.
 
     Raises:
-        Corruption: the file is damaged.
+        Corruption: the file is damaged, or gone from beside blocks.
     """
     if disk.exists(NODE_FILE):
         return _read_node_file(disk)["id"]
+    for name in STORE_NAMES:
+        if disk.exists(f"{name}/{INDEX_PATH}"):
+            # Whose they are, and of which cluster, only that file says.
+            raise Corruption(
+                f"the data directory has {name}, and no {NODE_FILE} that says whose they are: put "
+                "it back, or move blocks, inodes and journal away to start empty"
+            )
     node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
     _write_node_file(disk, {"id": node_id})
     return node_id
@@ -644,7 +655,10 @@ def _read_node_file(disk: Disk) -> dict[str, str]:
         fields: dict[str, str] = json.loads(file.pread(file.size(), 0))
         return {**fields, "id": str(uuid.UUID(fields["id"]))}
     except (ValueError, KeyError, TypeError) as error:
-        raise Corruption(f"{NODE_FILE} in the data directory is damaged: {error}") from error
+        raise Corruption(
+            f"{NODE_FILE} in the data directory is damaged ({error}): put it back, or move it away "
+            "with blocks, inodes and journal to start empty"
+        ) from error
     finally:
         file.close()
 

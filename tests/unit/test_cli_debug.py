@@ -58,8 +58,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Node]:
     made = {"a": Node(4, []), "b": Node(9, [late, None, late, late, None, None, late])}
 
     class Connection:
-        async def cluster(self) -> None:
-            pass
+        async def cluster(self) -> tuple[None, Any]:
+            return None, SimpleNamespace(members=tuple(made))
 
         async def ask_all(self, addresses: list[str], actor: str, method: str) -> list[Any]:
             return [made[address].ask(method) for address in addresses]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -14,6 +15,7 @@ from torus_actors.cli.common import (
     SIZE,
     Failed,
     Group,
+    Seconds,
     Settings,
     lease_option,
     run_main,
@@ -88,7 +90,7 @@ def cli() -> None:
 )
 @click.option(
     "--wait-lock",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=0.0,
     metavar="SECONDS",
     help="Wait so long for a volume that is held elsewhere.",
@@ -177,8 +179,9 @@ def serve(
         lease_ttl_s=lease or LEASE_TTL_S,
     )
     shown = default_export if volume is None else volume
-    uris = [_unix_uri(path, shown) for path in sockets]
-    uris += [f"nbd://{format_address(address)}/{shown or ''}" for address in tcp]
+    scheme = "nbds" if tls_required else "nbd"
+    uris = [f"{scheme}+unix:///{shown or ''}?socket={quote(os.fsencode(path))}" for path in sockets]
+    uris += [f"{scheme}://{format_address(address)}/{shown or ''}" for address in tcp]
 
     async def open_volume(client: Client) -> None:
         loop = asyncio.get_running_loop()
@@ -235,14 +238,7 @@ async def fenced_and_left(volumes: ActorHandle, volume: str) -> None:
         for row in rows:
             # One user is the command itself.
             if row["name"] == volume and row["fenced"] and row["users"] <= 1:
-                raise Failed(
-                    f"volume {volume} was taken over by another client ({row['failure']}): "
-                    "start this again to open it anew"
-                )
-
-
-def _unix_uri(path: Path, export: str | None) -> str:
-    return f"nbd+unix:///{export or ''}?socket={quote(str(path))}"
+                raise Failed(f"volume {volume} is not this client's any more: {row['failure']}")
 
 
 def _tls_context(cert: Path, key: Path) -> ssl.SSLContext:
@@ -251,8 +247,9 @@ def _tls_context(cert: Path, key: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key)
-    except ssl.SSLError as error:
-        raise Invalid(f"cannot use {cert} with {key} for TLS: {error.reason or error}") from error
+    except OSError as error:
+        why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        raise Invalid(f"cannot use {cert} with {key} for TLS: {why or error}") from error
     return context
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -135,6 +136,17 @@ class _Parsed(ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Seconds(click.FloatRange):
+    """A number, and not the one that is none: nothing ever takes longer than that."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse it, or say what is wrong."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
+
+
 def _named_size(text: str) -> tuple[str, int]:
     name, separator, size = text.partition(":")
     if not separator or not name:
@@ -245,6 +257,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def _is_of_stdout(error: BaseException) -> bool:
+    """Whether standard output is what failed; then it is left alone from now on."""
+    if sys.stdout is None or isinstance(error, TorusError) or getattr(error, "filename", None):
+        return False
+    try:
+        sys.stdout.flush()  # what could not be written is still there
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def run_main(command: click.Command, program: str, args: Sequence[str] | None = None) -> None:
     """Run a command line and exit as the contract says; never returns.
 
@@ -274,7 +298,8 @@ def run_main(command: click.Command, program: str, args: Sequence[str] | None = 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (TorusError, OSError) as error:
-        click.echo(f"{program}: {one_line(error)}", err=True)
+        where = "standard output: " if _is_of_stdout(error) else ""
+        click.echo(f"{program}: {where}{one_line(error)}", err=True)
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -18,10 +18,12 @@ from torus_actors import __version__
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.metadata import ActorStore, MetadataActor
 from torus_actors.cli.common import Settings
+from torus_actors.cli.units import format_address, parse_address
 from torus_actors.errors import (
     ActorNotFound,
     Again,
     DeadlineExceeded,
+    Invalid,
     NotSupported,
     PeerLost,
     TorusError,
@@ -150,7 +152,10 @@ class Connection:
         from torus_actors.cli.nodes import pick
 
         if name.startswith("@"):
-            return name, name[1:]
+            try:
+                return name, format_address(parse_address(name[1:]))
+            except ValueError as error:
+                raise Invalid(str(error)) from error
         _, ring = await self.cluster()
         known = {peer.peer_id: peer.address for peer in ring.peers}
         registered: list[PeerInfo] = await self.meta.peers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -267,7 +268,13 @@ async def _watch(connection: Connection, node: str | None) -> None:
     from rich.text import Text
 
     out = console()
-    with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
+    if not out.is_terminal:  # a file, or a program that reads along
+        while True:
+            for each in await _trees(connection, node):
+                _print_tree(each)
+            sys.stdout.flush()
+            await asyncio.sleep(WATCH_S)
+    with Live(console=out, auto_refresh=False, screen=True) as live:
         while True:
             parts: list[RenderableType] = []
             for each in await _trees(connection, node):

@@ -286,5 +286,9 @@ def ring_manual_change(
                 return cls.build(present.version + 1, copies, members, params)
 
             _told(await _change(connection, change))
+            leaving = set() if chosen is None else set(now.members) - chosen
+            note = _all_copies_on(now, leaving)
+            if note:
+                click.echo(note)
 
     run(settings, work())

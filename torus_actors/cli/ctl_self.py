@@ -20,6 +20,7 @@ from torus_actors.cli.output import print_json
 from torus_actors.cli.profile import (
     KEYS,
     config_path,
+    expanded,
     load_profiles,
     profile_name,
     save_profiles,
@@ -99,6 +100,8 @@ def config_set(key: str, value: str) -> None:
             value = parse_metadata_url(value)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
+    else:
+        value = str(expanded(value))  # the same file, wherever a command is run
     profiles = load_profiles(config_path())
     profiles.setdefault(profile_name(), {})[key] = value
     save_profiles(config_path(), profiles)

@@ -227,6 +227,11 @@ class DevCluster:
                     "or another --dir"
                 )
         ports = {(HOST, config.port + index): "--port" for index in range(config.nodes + 1)}
+        if config.nbd in ports:
+            raise Invalid(
+                f"--nbd {format_address(config.nbd)} is a port of the cluster itself, which takes "
+                f"{config.port} to {config.port + config.nodes}: choose another one"
+            )
         for (host, port), option in {**ports, config.nbd: "--nbd"}.items():
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             with socket.socket(family) as probe:

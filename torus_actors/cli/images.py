@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import itertools
 import os
@@ -23,7 +24,7 @@ from torus_actors.cli.full import full_client
 from torus_actors.cli.output import open_stdout
 from torus_actors.cli.progress import Advance, progress_bar
 from torus_actors.cli.units import format_size
-from torus_actors.errors import Invalid, NotExist
+from torus_actors.errors import Invalid, NoPeer, NotExist
 from torus_actors.node import Client
 from torus_actors.runtime import ActorHandle, ObjectRef
 
@@ -52,7 +53,8 @@ async def dump(settings: Settings, name: str, file: Path) -> int:
         _, size, _, _ = await client.system.actor("volumes").open.remote(name)
         volume = client.system.actor(f"volume:{name}")
         fd = await _beside(_open_output, file)
-        with progress_bar(f"dumping {name}", size) as advance:
+        shown = "standard output" if str(file) == "-" else str(file)
+        with _named(shown), progress_bar(f"dumping {name}", size) as advance:
             sparse = stat.S_ISREG(os.fstat(fd).st_mode) and str(file) != "-"
             written = 0
             async for offset, data in _read_all(volume, size):
@@ -118,7 +120,8 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
     empty = length == 0
     if length is None:
         # Nothing is touched before something came: a pipe is empty when what feeds it has failed.
-        first = await _beside(next, chunks, None)
+        with _named(_shown(file)):
+            first = await _beside(next, chunks, None)
         empty = first is None
         chunks = chunks if first is None else itertools.chain([first], chunks)
     if empty:
@@ -131,10 +134,13 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
             _check_fits(file, length, name, size, "give more, or leave out --size")
         await _create_if_missing(settings, name, size, length)
     async with full_client(settings, name) as client:
+        assert client.view is not None
+        if not client.view.ring.members:
+            raise NoPeer("no node is in the ring to store anything: torusctl peer add --all")
         volume_size = await _size_of(client, name)
         _check_fits(file, length, name, volume_size, "resize it first")
         volume = client.system.actor(f"volume:{name}")
-        with progress_bar(f"loading {name}", length) as advance:
+        with _named(_shown(file)), progress_bar(f"loading {name}", length) as advance:
             loader = _Loader(volume, volume_size, name, _shown(file))
             loaded = await loader.load(chunks, advance)
         await volume.flush.remote(timeout_s=OPERATION_TIMEOUT_S)
@@ -269,6 +275,17 @@ def _write_fully(fd: int, data: bytes, offset: int | None) -> None:
             count = os.pwrite(fd, view, offset)
             offset += count
         view = view[count:]
+
+
+@contextlib.contextmanager
+def _named(shown: str) -> Iterator[None]:
+    """Errors of a descriptor say whose it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = shown
+        raise
 
 
 def _length_of(fd: int) -> int | None:

@@ -107,7 +107,10 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         if option is None or option.name in ("config", "help", None):
             raise click.BadParameter(f"{path}: there is no option {name}", ctx, param)
         if not isinstance(value, (str, int, bool)):
-            raise click.BadParameter(f"{path}: {name} is neither text nor number", ctx, param)
+            what = "text, a whole number, true or false"
+            raise click.BadParameter(f"{path}: {name} must be {what}", ctx, param)
+        if isinstance(value, str) and "\0" in value:
+            raise click.BadParameter(f"{path}: there is a NUL in {name}", ctx, param)
         flag = isinstance(option, click.Option) and option.is_flag and isinstance(value, bool)
         defaults[option.name] = value if flag or option.name == "verbose" else str(value)
     ctx.default_map = {**(ctx.default_map or {}), **defaults}

@@ -40,8 +40,8 @@ def expanded(path: Path | str) -> Path:
 
 def config_path() -> Path:
     """Where the file is, if it is there."""
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(home) / "torus-actors" / "config.toml"
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return expanded(home) / "torus-actors" / "config.toml"
 
 
 def data_home() -> Path:
@@ -79,6 +79,8 @@ def load_profiles(path: Path) -> Profiles:
             key in KEYS and isinstance(value, str) for key, value in values.items()
         ):
             raise Invalid(f"{path}: profile {name} may hold {' and '.join(KEYS)}, as text")
+        if any("\0" in value for value in values.values()):
+            raise Invalid(f"{path}: there is a NUL in profile {name}, which no name can hold")
         profiles[name] = dict(values)
     return profiles
 

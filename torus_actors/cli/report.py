@@ -10,6 +10,7 @@ from torus_actors.cli.nodes import short
 from torus_actors.cli.units import format_seconds, format_size
 from torus_actors.errors import TorusError
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
+from torus_actors.model.blocksets import create_blockset
 from torus_actors.model.rings import Peer, Ring
 
 Row = dict[str, Any]
@@ -31,7 +32,7 @@ async def cluster_report(connection: Connection) -> Row:
         **cluster_row(gmd, ring),
         **garbage_row(rows),
         "peers": rows,
-        "problems": problems(ring, rows),
+        "problems": problems(ring, rows, create_blockset(gmd.block_spec).replication),
     }
 
 
@@ -116,12 +117,18 @@ def add_answer(row: Row, answer: Any) -> None:
         row["rebalance"] = rebalancer
 
 
-def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
-    """What is wrong, in plain words; nothing if all is well."""
+def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list[str]:
+    """What is wrong, in plain words; nothing if all is well.
+
+    Args:
+        ring: by which blocks are placed.
+        rows: of all nodes.
+        copies: how many the block spec wants, if it says so.
+    """
     found: list[str] = []
     members = [row for row in rows if row["in_ring"]]
     up = [row for row in members if row["up"]]
-    wanted = ring.replication
+    wanted = max(ring.replication, copies or 0)
     if not members:
         found.append("no node is in the ring, so nothing can be stored: torusctl peer add --all")
     elif not up:
@@ -140,6 +147,9 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
         name = short(row["id"])
         if row["registered"] and not row["in_ring"]:
             found.append(f"node {name} is not in the ring: torusctl peer add {name}")
+            unreplayed = row.get("collector", {}).get("unreplayed")
+            if unreplayed:
+                found.append(f"node {name} must stay for now: {unreplayed_of(unreplayed)}")
         if row["up"] and not row["registered"]:
             found.append(f"node {name} answers, but is not registered")
         for actor, error in row.get("silent_actors", {}).items():
@@ -165,6 +175,13 @@ def problems(ring: Ring, rows: Sequence[Row]) -> list[str]:
         if not moving.get("failed") and _is_unsettled(row, ring):
             found.append(_unsettled(row))
     return found
+
+
+def unreplayed_of(count: int) -> str:
+    """What the journal of a node has that is nowhere else but in the journals of as many others."""
+    volumes = "a volume" if count == 1 else f"{count} volumes"
+    each = "it" if count == 1 else "each of them"
+    return f"its journal has flushed writes of {volumes}, until somebody has opened {each}"
 
 
 def _is_unsettled(row: Row, ring: Ring) -> bool:

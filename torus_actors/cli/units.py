@@ -12,6 +12,9 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 PORT_MAX = 65535
 
+SIZE_TEXT_MAX = 64
+"""Characters of a size; what is longer is none."""
+
 Address = tuple[str, int]
 
 
@@ -21,9 +24,10 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: it is no size, or not a whole number of bytes.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = _SIZE.fullmatch(text.strip()) if len(text) <= SIZE_TEXT_MAX else None
     if match is None:
-        raise ValueError(f"{text!r} is no size: write it as 10GiB, 512KiB, 4G or in bytes")
+        shown = repr(text[:SIZE_TEXT_MAX])
+        raise ValueError(f"{shown} is no size: write it as 10GiB, 512KiB, 4G or in bytes")
     scale: int = 1024 ** _POWERS[match["unit"].lower()]
     whole, _, fraction = match["number"].partition(".")
     size = int(whole) * scale
@@ -88,10 +92,19 @@ def parse_address(text: str) -> Address:
         or not 0 < number <= PORT_MAX
         or set(bare) & set("/@?# ")
         or (":" in bare and not bracketed)
+        or not _is_host(bare)
     ):
         raise ValueError(f"{text!r} is no HOST:PORT")
     # One spelling, so that a node knows its own address in a metadata URL.
     return ("127.0.0.1" if bare == "localhost" else bare), number
+
+
+def _is_host(name: str) -> bool:
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        return False
+    return "\0" not in name
 
 
 def format_address(address: Address) -> str:

@@ -17,8 +17,9 @@ from torus_actors.errors import (
     OutcomeUnknown,
     OutOfSpace,
 )
+from torus_actors.metadata import keys as table
 from torus_actors.metadata.keys import PREFIX, Keys
-from torus_actors.metadata.kv import Compare, KeyValueStore, Operation
+from torus_actors.metadata.kv import Compare, Delete, KeyValueStore, Operation, Put
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import GlobalMetadata, Record
 from torus_actors.metadata.watching import POLL_S, Watch
@@ -111,6 +112,39 @@ class MetadataBase:
         found, _ = await self.store.range(prefix)
         return [record.decode(item.value) for item in found]
 
+    async def _touch(self, volume_id: int) -> tuple[list[Compare], list[Put]]:
+        """What keeps a creation that arrives late from undoing a deletion.
+
+        A copy of a request may arrive long after another one was answered. One that makes a key
+        compares that it is not there, which is true again once the key was deleted. So it compares
+        the revision of the volume's epoch too, and who deletes such a key writes that anew, as it
+        is.
+
+        Returns:
+            What either compares, and what who deletes writes besides.
+        """
+        key = self.keys.of(table.EPOCH, volume_id)
+        found = await self.store.get(key)
+        if found is None:
+            return [Compare(key, mod_revision=0)], []
+        return [Compare(key, mod_revision=found.mod_revision)], [Put(key, found.value)]
+
+    async def _settle_deletion(
+        self,
+        compare: Sequence[Compare],
+        key: str,
+        touch: Sequence[Operation],
+        mine: Callable[[], Awaitable[int | None]],
+    ) -> int | None:
+        """`_settle` for the deletion of a key, with what `_touch` has it write.
+
+        A store that is full takes deletions alone; and as long as it is, no late creation.
+        """
+        try:
+            return await self._settle(compare, [Delete(key), *touch], mine)
+        except OutOfSpace:
+            return await self._settle(compare, [Delete(key)], mine)
+
     async def _settle(
         self,
         compare: Sequence[Compare],
@@ -124,7 +158,7 @@ class MetadataBase:
         still under way. When the compares fail, ``mine`` looks whether that is our own doing.
 
         Args:
-            compare: false once ``then`` has applied.
+            compare: false once ``then`` has applied, whatever comes later: see `_touch`.
             then: the operations.
             mine: returns the revision at which this very change was made, or None.
 

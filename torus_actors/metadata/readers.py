@@ -10,7 +10,7 @@ from __future__ import annotations
 from torus_actors.errors import NotExist
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.base import MetadataBase
-from torus_actors.metadata.kv import Compare, Delete, Put
+from torus_actors.metadata.kv import Compare, Put
 from torus_actors.metadata.records import Head, Reader, Snapshot
 
 EVERYTHING = (1 << 63) - 1
@@ -66,13 +66,15 @@ class ReaderOperations(MetadataBase):
         """
         key = self.keys.snapshot(snapshot.volume_id, snapshot.name)
         nonce = nonce or self.new_nonce()
-        revision = await self._revision_of(key, snapshot)
         reader = Reader(snapshot.volume_id, snapshot.head, 0, holder, self._now(), nonce)
-        if revision is None or not await self._put(
-            reader, lease, Compare(key, mod_revision=revision)
-        ):
-            raise NotExist(f"there is no snapshot {snapshot.name}")
-        return reader
+        attempts = self._attempts("read the snapshot")
+        while True:
+            await attempts.next()
+            revision = await self._revision_of(key, snapshot)
+            if revision is None:
+                raise NotExist(f"there is no snapshot {snapshot.name} of the volume any more")
+            if await self._put(reader, lease, Compare(key, mod_revision=revision)):
+                return reader
 
     async def keep_reading(self, reader: Reader, lease: int) -> None:
         """Put a reader's record, changed or under another lease.
@@ -91,9 +93,15 @@ class ReaderOperations(MetadataBase):
         key = self.keys.reader(volume_id, nonce)
 
         async def gone() -> int | None:
-            return None
+            # What made the compare fail has touched the epoch, too.
+            return 1 if await self.store.get(key) is None else None
 
-        await self._settle([], [Delete(key)], gone)
+        attempts = self._attempts("keep no longer what is read")
+        while True:
+            await attempts.next()
+            unchanged, touch = await self._touch(volume_id)
+            if await self._settle_deletion(unchanged, key, touch, gone) is not None:
+                return
 
     async def _put(self, reader: Reader, lease: int, *compare: Compare) -> bool:
         """Whether the record is there now."""
@@ -104,6 +112,8 @@ class ReaderOperations(MetadataBase):
             stored, at = await self._read(key, Reader)
             return at if stored == reader else None
 
-        # Its own revision too: else one that was delayed on its way could hang it on an old lease.
-        compares = [*compare, Compare(key, mod_revision=revision)]
+        # These revisions too: else one that was delayed on its way could hang it on an old lease,
+        # or bring it back.
+        unchanged, _ = await self._touch(reader.volume_id)
+        compares = [*compare, Compare(key, mod_revision=revision), *unchanged]
         return await self._settle(compares, [Put(key, reader.encode(), lease)], mine) is not None

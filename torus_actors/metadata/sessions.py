@@ -13,7 +13,7 @@ from typing import TypeVar
 from torus_actors.errors import CompareFailed, Fenced, Invalid, NotExist
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.base import MetadataBase
-from torus_actors.metadata.kv import Compare, Delete, Put
+from torus_actors.metadata.kv import Compare, Put
 from torus_actors.metadata.records import Epoch, Head, Journal, Lock, Record, VolumeRecord
 from torus_actors.metadata.volumes import held
 
@@ -95,18 +95,23 @@ class SessionOperations(MetadataBase):
         while True:
             await attempts.next()
             lock, revision = await self._read(key, Lock)
-            await self._check_epoch(volume_id, epoch)
             new = Lock(holder, epoch, self._now() if lock is None else lock.since, nonce)
 
             async def mine(new: Lock = new) -> int | None:
                 stored, at = await self._read(key, Lock)
                 return at if stored == new else None
 
-            # The lock's revision too: else a renewal that was delayed on its way could bring back
-            # a lock that has been given up.
-            compare = [self._in_session(volume_id, epoch), Compare(key, mod_revision=revision)]
+            # These revisions too: else a renewal that was delayed on its way could bring back a
+            # lock that has been given up.
+            unchanged, _ = await self._touch(volume_id)
+            compare = [
+                self._in_session(volume_id, epoch),
+                Compare(key, mod_revision=revision),
+                *unchanged,
+            ]
             if await self._settle(compare, [Put(key, new.encode(), new_lease)], mine) is not None:
                 return
+            await self._check_epoch(volume_id, epoch)
 
     async def detach(self, volume_id: int, epoch: int) -> None:
         """Give up the lock; fine if it is gone already.
@@ -120,8 +125,10 @@ class SessionOperations(MetadataBase):
             return None
 
         # Its effect leaves the compare true, but twice is as good as once: while the epoch is ours
-        # nobody else's lock can be there.
-        if await self._settle([self._in_session(volume_id, epoch)], [Delete(key)], fenced) is None:
+        # nobody else's lock can be there. The epoch is written anew as in `_touch`.
+        compare = [self._in_session(volume_id, epoch)]
+        touch = [Put(self.keys.of(table.EPOCH, volume_id), Epoch(epoch).encode())]
+        if await self._settle_deletion(compare, key, touch, fenced) is None:
             await self._check_epoch(volume_id, epoch)
 
     async def head(self, volume_id: int) -> tuple[Head | None, int]:

@@ -60,10 +60,12 @@ class SnapshotOperations(SessionOperations):
             stored, at = await self._read(key, Snapshot)
             return at if stored == snapshot else None
 
+        unchanged, _ = await self._touch(volume_id)
         compare = [
             Compare(volume_key, mod_revision=volume_revision),
             Compare(head_key, mod_revision=head_revision),
             Compare(key, mod_revision=0),
+            *unchanged,
         ]
         if epoch is not None:
             compare.append(self._in_session(volume_id, epoch))
@@ -79,7 +81,7 @@ class SnapshotOperations(SessionOperations):
         """
         found, _ = await self._read(self.keys.snapshot(volume_id, name), Snapshot)
         if found is None:
-            raise NotExist(f"there is no snapshot {name}")
+            raise NotExist(f"the volume has no snapshot {name}")
         return found
 
     async def snapshots(self, volume_id: int) -> list[Snapshot]:
@@ -95,13 +97,21 @@ class SnapshotOperations(SessionOperations):
         key = self.keys.snapshot(volume_id, name)
         _, revision = await self._read(key, Snapshot)
         if not revision:
-            raise NotExist(f"there is no snapshot {name}")
+            raise NotExist(f"the volume has no snapshot {name}")
 
         async def gone() -> int | None:
             return None if await self.store.get(key) else revision
 
-        if await self._settle([Compare(key, mod_revision=revision)], [Delete(key)], gone) is None:
-            raise CompareFailed(f"snapshot {name} was replaced meanwhile")
+        attempts = self._attempts(f"delete snapshot {name}")
+        while True:
+            await attempts.next()
+            unchanged, touch = await self._touch(volume_id)
+            compare = [Compare(key, mod_revision=revision), *unchanged]
+            if await self._settle_deletion(compare, key, touch, gone) is not None:
+                return
+            _, present = await self._read(key, Snapshot)
+            if present != revision:
+                raise CompareFailed(f"snapshot {name} was replaced meanwhile")
 
     async def request_snapshot(self, volume_id: int, name: str, lease: int) -> SnapshotRequest:
         """Ask the session that has the volume open for a snapshot.
@@ -131,10 +141,12 @@ class SnapshotOperations(SessionOperations):
             stored, at = await self._read(key, SnapshotRequest)
             return at if stored == request else None
 
+        unchanged, _ = await self._touch(volume_id)
         compare = [
             Compare(volume_key, mod_revision=revision),
             Compare(self.keys.snapshot(volume_id, name), mod_revision=0),
             Compare(key, mod_revision=0),
+            *unchanged,
         ]
         if await self._settle(compare, [Put(key, request.encode(), lease)], mine) is None:
             raise Again(f"somebody else is asking for snapshot {name} just now")
@@ -208,9 +220,20 @@ class SnapshotOperations(SessionOperations):
     async def withdraw_request(self, request: SnapshotRequest) -> None:
         """Ask no longer; the snapshot may have been made before that."""
         key = self.keys.snapshot_request(request.volume_id, request.name)
-        present, revision = await self._read(key, SnapshotRequest)
-        if present is not None and present.nonce == request.nonce:
-            await self.store.txn([Compare(key, mod_revision=revision)], [Delete(key)])
+        attempts = self._attempts(f"ask no longer for snapshot {request.name}")
+        while True:
+            await attempts.next()
+            present, revision = await self._read(key, SnapshotRequest)
+            if present is None or present.nonce != request.nonce:
+                return
+            unchanged, touch = await self._touch(request.volume_id)
+            compare = [Compare(key, mod_revision=revision), *unchanged]
+
+            async def gone(at: int = revision) -> int | None:
+                return None if (await self._read(key, SnapshotRequest))[1] == at else at
+
+            if await self._settle_deletion(compare, key, touch, gone) is not None:
+                return
 
     async def restore_snapshot(
         self,

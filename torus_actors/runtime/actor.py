@@ -326,7 +326,11 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         self._ended: asyncio.Future[None] = self.system.loop.create_future()
         delay_s = self.system.blocking_delay_s
         if delay_s is None:
-            super()._start_actor_loop()
+            try:
+                super()._start_actor_loop()
+            except BaseException:
+                self._ended.set_result(None)  # it never began
+                raise
             return
         self._delay_s = delay_s
         # Taking turns in the system's context, not in that of whoever woke the actor.

@@ -178,6 +178,7 @@ class Cell:
             except BaseException as error:
                 if not isinstance(error, asyncio.CancelledError):
                     self.last_death = f"{type(error).__name__}: {error}"
+                actor = actor or self.actor
                 if actor is not None:
                     await self._end(actor, f"{self.name} did not start", self._cleanup_s)
                 self.state = State.STOPPED

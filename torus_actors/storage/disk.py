@@ -26,7 +26,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from torus_actors.errors import Closed, Invalid, Locked, NotExist, OutOfSpace, TorusError
+from torus_actors.errors import (
+    Closed,
+    Corruption,
+    Invalid,
+    Locked,
+    NotExist,
+    OutOfSpace,
+    TorusError,
+)
 from torus_actors.model.buffers import aligned
 
 log = logging.getLogger(__name__)
@@ -478,6 +486,8 @@ class RealDisk(Disk):
     def listdir(self, path: str = "") -> list[str]:
         directory = self._root / path
         if not directory.is_dir():
+            if directory.exists():
+                raise Corruption(f"{directory} is no directory: move it away")
             return []
         return sorted(entry.name for entry in directory.iterdir() if entry.is_file())
 

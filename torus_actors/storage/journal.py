@@ -302,7 +302,8 @@ class JournalStore(JournalSpace):
                 self._step = self._last_step = step
                 return step
         if self._queue and not any(segment.reading for segment in self._segments):
-            error = OutOfSpace("the journal has no room, and the disk has none for more")
+            why = self._growth_error
+            error = OutOfSpace(f"the journal has no room, and cannot have more: {why}")
             self._give_up(lambda ticket: True, error)
             self._growth_refused = False
         return None
@@ -323,7 +324,7 @@ class JournalStore(JournalSpace):
         """Take note that a step failed: unless it can do without, the store has failed."""
         self._land(step)
         if isinstance(step, MakeSegment) and (step.file is None or isinstance(error, OutOfSpace)):
-            self._no_growth(step)  # nothing was written, or nothing that counts
+            self._no_growth(step, error)  # nothing was written, or nothing that counts
             return
         if isinstance(step, ReadRecords) and isinstance(error, Corruption):
             self._cannot_move(step)

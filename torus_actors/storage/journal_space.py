@@ -161,6 +161,7 @@ class JournalSpace:
         self._last_step: Step | None = None
         self._making: MakeSegment | None = None
         self._growth_refused = False
+        self._growth_error = ""
         self._emptying: Segment | None = None
         self._moving: deque[tuple[Log, Position, Stored, Segment]] = deque()
         self._failure: str | None = None
@@ -494,10 +495,11 @@ class JournalSpace:
         self._segments.append(segment)
         self._free.append(segment)
 
-    def _no_growth(self, step: MakeSegment) -> None:
-        """The disk is full: go on with the segments that are there."""
+    def _no_growth(self, step: MakeSegment, error: Exception) -> None:
+        """The disk is full, say: go on with the segments that are there."""
         self._making = None
         self._growth_refused = True
+        self._growth_error = str(error)
         if step.file is not None:
             step.file.close()
         with contextlib.suppress(OSError, TorusError):

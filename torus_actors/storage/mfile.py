@@ -271,6 +271,8 @@ class MFileStore(BlockStore):
             raise
         # Not after a failure: the write may still be going on somewhere.
         self._edges.append(edges)
+        # An earlier call, of a worker that died, may have failed; this one came after its end.
+        ticket.failed = ticket.refused = False
         ticket.length = len(data)
         ticket.sums = bytes(sums)
 

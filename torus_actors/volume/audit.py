@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torus_actors.actors.block_messages import CHECK_STATUS, Status, split_answer
 from torus_actors.actors.ring_watcher import ClusterView
-from torus_actors.errors import TRANSIENT, BlockUnavailable, NoPeer, TorusError
+from torus_actors.errors import TRANSIENT, BlockUnavailable, NoPeer, NotExist, TorusError
 from torus_actors.metadata.records import Head, Journal, Snapshot
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
@@ -136,17 +136,28 @@ async def audit_volume(
     record = await meta.volume(volume)
     audit = Audit(name, deep, view.ring.replication, 0)
     auditor = Auditor(system, view, audit)
-    if only is not None:
-        snapshots = [await meta.snapshot(record.id, only)]
-        await _audit(auditor, None, snapshots, progress)
-        return audit
-    # The journal before the head, which lacks nothing if it is newer.
-    journal, _ = await meta.journal(record.id)
-    # The head before them: a snapshot that is made of it meanwhile has no other blocks.
-    async with kept_head(system, meta, record.id, "volume check") as head:
-        if journal is not None and is_unreplayed(journal, head):
-            await _audit_journal(audit, system, meta, record.id, journal, head)
-        await _audit(auditor, head, await meta.snapshots(record.id), progress)
+    async with contextlib.AsyncExitStack() as kept:
+
+        async def keep(snapshot: Snapshot | None = None) -> Head | None:
+            holding = kept_head(system, meta, record.id, "volume check", snapshot)
+            return await kept.enter_async_context(holding)
+
+        heads: list[Head | None] = []
+        if only is not None:
+            heads.append(await keep(await meta.snapshot(record.id, only)))
+            audit.snapshots = 1
+        else:
+            # The journal before the head, which lacks nothing if it is newer.
+            journal, _ = await meta.journal(record.id)
+            # The head before them: a snapshot that is made of it meanwhile has no other blocks.
+            heads.append(await keep())
+            if journal is not None and is_unreplayed(journal, heads[0]):
+                await _audit_journal(audit, system, meta, record.id, journal, heads[0])
+            for snapshot in await meta.snapshots(record.id):
+                with contextlib.suppress(NotExist):  # it was deleted just now
+                    heads.append(await keep(snapshot))
+                    audit.snapshots += 1
+        await _audit(auditor, [head for head in heads if head is not None], progress)
     return audit
 
 
@@ -178,17 +189,12 @@ async def _audit_journal(
         journal = newest
 
 
-async def _audit(
-    auditor: Auditor, head: Head | None, snapshots: list[Snapshot], progress: Progress | None
-) -> None:
+async def _audit(auditor: Auditor, heads: list[Head], progress: Progress | None) -> None:
     """Check all blocks that these lead to."""
     audit = auditor.audit
-    heads = [] if head is None else [head]
-    heads += [Head.decode(each.head) for each in snapshots if each.head]
     members = auditor.view.ring.members
     if not members:
         raise NoPeer("no node is in the ring")
-    audit.snapshots = len(snapshots)
     blockset = unmarshal_blockset(heads[0].extra) if heads else None
     if blockset is not None and blockset.replication is not None:
         audit.wanted = blockset.replication
@@ -301,7 +307,7 @@ class Auditor:
         for member, (status, stored) in copies.items():
             if status == Status.OK and (root is None or stored == root):
                 good.add(member)
-            elif status != Status.MISSING:
+            elif status not in (Status.MISSING, Status.DEAD):
                 damaged = True
         audit.blocks += 1
         audit.corrupt += damaged

@@ -104,7 +104,9 @@ class Heads:
                 found = await self._adopt()
                 if found is None:
                     raise
-                if head is self.owed and found.inode > head.inode:
+                # In a long outage the numbers of INodes run out, and those of records do not.
+                is_newer = (found.inode, found.map_seq) > (head.inode, head.map_seq)
+                if head is self.owed and is_newer:
                     # One that came after what the journal keeps: nobody had heard of its storing.
                     self.owed = None
                     return

@@ -23,6 +23,7 @@ import msgpack
 
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
+    Again,
     BlockUnavailable,
     CompareFailed,
     Fenced,
@@ -56,7 +57,7 @@ RECORD_OVERHEAD_BYTES = 128
 """What a member adds to a record that comes alone."""
 
 GROW_PAUSE_S = 30.0
-"""How long a journal whose number of members could not be raised is left as it is."""
+"""How long a journal that should have other members, and could not, is left as it is."""
 
 COMMIT_BYTES = 256 << 20
 """A journal of this size is due to be folded into blocks, if its members have room for as much.
@@ -125,7 +126,10 @@ class SessionJournal:
         self._failed_at: dict[str, float] = {}
         """When a peer has last not stored a record, by the loop's clock."""
         self._grow_at = 0.0
-        """From when on more members are looked for."""
+        """From when on other members are looked for."""
+        self._looking = False
+        self._found = False
+        """Whether peers were found that would be members, when that was last looked for."""
 
     async def form(self, covered_seq: int) -> None:
         """Choose an ensemble and record it; only right after a commit that covers all records.
@@ -140,14 +144,11 @@ class SessionJournal:
             Again, OutcomeUnknown: the metadata cannot be reached; nothing is active.
         """
         was_active, self.active = self.active, False
+        self._found = False
         try:
             homes, room = await self._gather(covered_seq)
-        except BlockUnavailable:
-            # Unless a record was refused meanwhile, or one before it was not stored, its members
-            # have all that there is.
-            self.active = was_active and not self.broken and self.sent <= covered_seq
-            if self.active:
-                self._grow_at = self._system.loop.time() + GROW_PAUSE_S
+        except BaseException:
+            self._keep(was_active, covered_seq)
             raise
         members = tuple(homes)
         extra: bytes = msgpack.packb({each: home.identity for each, home in homes.items()})
@@ -162,6 +163,9 @@ class SessionJournal:
             self._revision = revision
             if found != record:
                 raise BlockUnavailable("the journal's record changed meanwhile") from None
+        except Again:
+            self._keep(was_active, covered_seq)
+            raise
         self._homes = homes
         self.active = True
         self.sent = self._covered = self._stored = covered_seq
@@ -169,6 +173,16 @@ class SessionJournal:
         self.size = 0
         self.size_max = min(room)
         self.began_at = self._system.loop.time()
+
+    def _keep(self, was_active: bool, covered_seq: int) -> None:
+        """Go on with the ensemble that the metadata still name, if it was active.
+
+        Unless a record was refused meanwhile, or one before it was not stored, its members have all
+        that there is.
+        """
+        self.active = was_active and not self.broken and self.sent <= covered_seq
+        if self.active:
+            self._grow_at = self._system.loop.time() + GROW_PAUSE_S
 
     async def _gather(self, covered_seq: int) -> tuple[dict[str, _Home], list[int]]:
         """Find peers that take records; also the bytes that each has room for."""
@@ -198,6 +212,7 @@ class SessionJournal:
             except Fenced:
                 raise
             except TorusError as error:
+                self.member_failed(member)
                 failure = f"; peer {member[:8]}: {error}"
                 continue
             homes[member] = _Home(home, fenced[4])
@@ -213,14 +228,42 @@ class SessionJournal:
         return order, [p for p in order if transport is not None and not transport.is_down(p)]
 
     @property
-    def is_short(self) -> bool:
-        """Whether more copies are wanted by now than it has members, and there are peers for it."""
-        if not self.active or len(self._homes) >= self._view.replication:
+    def is_outdated(self) -> bool:
+        """Whether it should have other members by now, and they have been found.
+
+        Because more copies are wanted than it has members, or because one has left the ring, and
+        may be switched off as soon as it has handed over its blocks.
+        """
+        return self._found and self._wants_others()
+
+    def _wants_others(self) -> bool:
+        if not self.active or self._system.loop.time() < self._grow_at:
             return False
-        if self._system.loop.time() < self._grow_at:
+        ring = set(self._view.ring.members)
+        if len(self._homes) >= self._view.replication and ring.issuperset(self._homes):
             return False
         order, up = self._candidates()
-        return len(self._homes) < min(self._view.replication, len(order)) <= len(up)
+        wanted = min(self._view.replication, len(order))
+        return len(up) >= wanted and (len(self._homes) < wanted or not ring.issuperset(self._homes))
+
+    def look_for_others(self) -> None:
+        """Look for other members if it should have some, which may take long, and nobody waits."""
+        if self._looking or self._found or not self._wants_others():
+            return
+        self._looking = True
+        task = self._system.loop.create_task(self._look_for_others())
+        self._system.background.add(task)
+        task.add_done_callback(self._system.background.discard)
+
+    async def _look_for_others(self) -> None:
+        try:
+            await self._gather(self._covered)
+            self._found = True
+        except TorusError as error:
+            log.info("a journal stays as it is: %s", error)
+            self._grow_at = self._system.loop.time() + GROW_PAUSE_S
+        finally:
+            self._looking = False
 
     @property
     def members(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
-from torus_actors.metadata.records import Head, Reader, VolumeRecord
+from torus_actors.metadata.records import Head, Reader, Snapshot, VolumeRecord
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.refs import BlockRef
@@ -372,13 +372,25 @@ def detach_later(
 
 @contextlib.asynccontextmanager
 async def kept_head(
-    system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
+    system: ActorSystem,
+    meta: MetadataService,
+    volume_id: int,
+    holder: str,
+    snapshot: Snapshot | None = None,
 ) -> AsyncIterator[Head | None]:
-    """The volume's head, which leads to blocks that are not collected meanwhile."""
+    """The head of a volume or snapshot, which leads to blocks that are not collected meanwhile.
+
+    Raises:
+        NotExist: the snapshot is gone.
+    """
     nonce = meta.new_nonce()
-    begun = partial(meta.begin_reading, volume_id, holder, nonce=nonce)
-    begin = partial(_begin_reading, system, meta, volume_id, nonce, begun)
-    (reader, _), lease = await _under_lease(system, begin)
+    begin = partial(_begin_reading, system, meta, volume_id, nonce)
+    if snapshot is None:
+        newest = partial(meta.begin_reading, volume_id, holder, nonce=nonce)
+        (reader, _), lease = await _under_lease(system, partial(begin, newest))
+    else:
+        kept = partial(meta.begin_reading_snapshot, snapshot, holder, nonce=nonce)
+        reader, lease = await _under_lease(system, partial(begin, kept))
     keeping: asyncio.Task[None] | None = None
     try:
         reader = dataclasses.replace(reader, upto=0)
@@ -388,8 +400,7 @@ async def kept_head(
     finally:
         if keeping is not None:
             keeping.cancel()
-            await asyncio.wait([keeping])
-        end_reading_later(system, meta, volume_id, nonce)
+        end_reading_later(system, meta, volume_id, nonce, keeping)
 
 
 async def _keep_reading(

@@ -16,7 +16,7 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import OutcomeUnknown, TorusError
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.opening import close_session, open_session
+from torus_actors.volume.opening import close_session, detach_later, open_session
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import CacheSizes
 
@@ -77,6 +77,11 @@ async def shrink_volume(
             await close_session(session, meta)
         except TorusError as error:
             failure = error
+        except BaseException:
+            # Cut off: nobody is left who would close it, and this process's lease keeps the lock.
+            session.close()
+            detach_later(system, meta, session.volume_id, session.epoch)
+            raise
         if session.heads.resizing:
             raise OutcomeUnknown(
                 f"volume {name} may or may not be smaller now: "

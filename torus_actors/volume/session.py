@@ -285,6 +285,7 @@ class Session:
                 except TimeoutError:
                     self._flush_if_quiet()
                     await self._pay()
+                    self.journal.look_for_others()
                     if not self._commit_is_due():
                         continue
                 if self.keeper.wanted and self.file.failure is None:
@@ -339,7 +340,7 @@ class Session:
         journal = self.journal
         if self.file.failure is not None:
             return False
-        if journal.is_short:
+        if journal.is_outdated:
             return True
         if self.committer.clean:
             return False
@@ -383,7 +384,7 @@ class Session:
         # because the metadata does not have the last one yet, and a new ensemble would hide it; so
         # that the last session's journal is not replayed once more; because the volume is to be
         # smaller, is larger than the last one says, or has none, without which there is no journal;
-        # or because a journal with more members takes the place of this one, which needs the
+        # or because a journal with other members takes the place of this one, which needs the
         # metadata too, and is left if they are away.
         heads = self.heads
         force = (
@@ -391,7 +392,7 @@ class Session:
             or bool(heads.owed or self.replaying or heads.resizing)
             or self.covered_size != self.size
             or not heads.revision
-            or journal.is_short
+            or journal.is_outdated
         )
         try:
             await self.committer.commit(force)
@@ -404,13 +405,13 @@ class Session:
         self.covered_size = self.size
         changes.in_head(self.covered_seq, self.committer.map_seq)
         self.replaying = None
-        if journal.active and (not journal.is_short or heads.owed is not None):
+        if journal.active and (not journal.is_outdated or heads.owed is not None):
             journal.cut(self.covered_seq, covering_bytes)
             return
         if changes.seq != self.covered_seq:
-            # The journal was lost while this ran, or is short. Records that came meanwhile may be
-            # acknowledged, and only the old members have them: they are to be asked until a head
-            # covers those.
+            # The journal was lost while this ran, or is outdated. Records that came meanwhile may
+            # be acknowledged, and only the old members have them: they are to be asked until a
+            # head covers those.
             changes.needs_commit = True
             self.commit_soon(lambda _: None)
             return

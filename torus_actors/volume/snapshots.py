@@ -11,6 +11,7 @@ import contextlib
 from torus_actors.errors import (
     Again,
     CompareFailed,
+    Invalid,
     LeaseNotFound,
     OutcomeUnknown,
     TorusError,
@@ -36,8 +37,14 @@ SIGN = "@"
 
 
 def split_name(text: str) -> tuple[str, str | None]:
-    """Volume and snapshot of ``VOLUME`` or ``VOLUME@NAME``."""
+    """Volume and snapshot of ``VOLUME`` or ``VOLUME@NAME``.
+
+    Raises:
+        Invalid: there is no name behind the sign.
+    """
     volume, sign, name = text.partition(SIGN)
+    if sign and not name:
+        raise Invalid(f"{text!r} names no snapshot: write VOLUME{SIGN}NAME")
     return volume, name if sign else None
 
 
