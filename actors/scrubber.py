@@ -71,7 +71,7 @@ class Scrubber(LoopActor):
         self._counts = dict.fromkeys(names, 0)
         self._unrepaired: dict[BlockRef, None] = {}
         """Damaged blocks of which no good copy was found."""
-        self._running = False
+        self._passing = False
         self._total = 0
         self._seen = 0
 
@@ -97,7 +97,7 @@ class Scrubber(LoopActor):
         return {
             **self._counts,
             "unrepaired": len(self._unrepaired),
-            "running": self._running,
+            "running": self._passing,
             "seen": self._seen,
             "total": max(self._total, self._seen),
         }
@@ -112,14 +112,14 @@ class Scrubber(LoopActor):
             self._hurry = self._asked.is_set()
             self._asked.clear()
             wait_s = self._pause_s
-            self._running = True
+            self._passing = True
             try:
                 await self._pass()
                 self._counts["passes"] += 1
             except TorusError as error:
                 log.warning("scrubbing: %s", error)
             finally:
-                self._running = False
+                self._passing = False
 
     async def _pass(self) -> None:
         store = self.system.actor("block_store")

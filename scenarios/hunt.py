@@ -10,7 +10,7 @@ import concurrent.futures
 import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torus_actors.scenarios.mutants import MUTANTS
 from torus_actors.scenarios.mutation import Mutant, put_in
@@ -40,8 +40,14 @@ class Try:
     clean: Result | None
 
 
-def try_once(name: str, number: int) -> Try:
-    """Run a mutant; where it fails, run the same without it. Works in any process."""
+def try_once(name: str, number: int, clean: Result | None = None) -> Try:
+    """Run a mutant; where it fails, run the same without it. Works in any process.
+
+    Args:
+        name: of the mutant.
+        number: of its run.
+        clean: the same run without it, if that was made already.
+    """
     mutant = MUTANTS[name]
     scenario_name, seed = plan(mutant, number)
     scenario = SCENARIOS[scenario_name]
@@ -50,7 +56,25 @@ def try_once(name: str, number: int) -> Try:
     except Exception:
         # Whatever breaks the simulator would not go unnoticed either.
         result = Result(scenario_name, seed, failures=[traceback.format_exc()], mutant=name)
-    return Try(result, run(scenario, seed) if result.failures else None)
+    if not result.failures:
+        return Try(result, None)
+    return Try(result, run(scenario, seed) if clean is None else replace(clean, cpu_s=0.0))
+
+
+class _Clean:
+    """Runs without a mutant: several mutants are hunted in the same ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], Result] = {}
+
+    def of(self, each: Hunt, number: int) -> Result | None:
+        """The one beside a run of a hunt, if it was made."""
+        return self._known.get(plan(each.mutant, number))
+
+    def learn(self, tried: Try) -> None:
+        """Take note of one, if there is one."""
+        if tried.clean is not None:
+            self._known[tried.clean.scenario, tried.clean.seed] = tried.clean
 
 
 @dataclass(slots=True)
@@ -138,11 +162,14 @@ def hunt(
         with put_in(MUTANTS[name]):
             pass
     hunts = [Hunt(MUTANTS[name], runs_max) for name in names]
+    clean = _Clean()
     if cores <= 1:
         for each in hunts:
             while not each.over:
                 number = each.begin()
-                each.end(number, try_once(each.mutant.name, number))
+                result = try_once(each.mutant.name, number, clean.of(each, number))
+                clean.learn(result)
+                each.end(number, result)
                 tried()
             over(each)
         return hunts
@@ -159,12 +186,14 @@ def hunt(
                     break
                 each = min(ready, key=lambda each: each.flying)
                 number = each.begin()
-                flying[pool.submit(try_once, each.mutant.name, number)] = each, number
+                job = pool.submit(try_once, each.mutant.name, number, clean.of(each, number))
+                flying[job] = each, number
             done, _ = concurrent.futures.wait(
                 flying, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
                 each, number = flying.pop(future)
+                clean.learn(future.result())
                 each.end(number, future.result())
                 tried()
             for each in [each for each in open_hunts if each.over]:

@@ -271,8 +271,8 @@ _SESSIONS = (
         ),
         Edit(
             "metadata.sessions:SessionOperations.renew_lock",
-            "[self._in_session(volume_id, epoch), Compare(key, mod_revision=revision)]",
-            "[Compare(key, mod_revision=revision)]",
+            "self._in_session(volume_id, epoch),",
+            "",
         ),
         hunted_in=("zombie_client", "partition_client"),
     ),

@@ -503,7 +503,9 @@ class StorageNode(Member):
         opened = self.opened = OpenStores(system, list(stores))
         children = [
             *disk_workers(opened.stores),
-            ChildSpec("block_store", lambda: BlockStoreActor(opened, self.view), max_concurrency=256),
+            ChildSpec(
+                "block_store", lambda: BlockStoreActor(opened, self.view), max_concurrency=256
+            ),
         ]
         if self.cluster.journals:
             journal = self.journal = OpenJournal.open(system, self.disks[2], self.cluster.rng)

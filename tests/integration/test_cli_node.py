@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -125,6 +126,7 @@ def test_volumes_are_resized_and_not_cut_off_by_accident(cluster: Cluster, tmp_p
         ["peer", "add", "00000000"],
         ["wipe"],
         ["init"],
+        ["tree", "@nowhere"],
         ["debug", "kill", "@127.0.0.1:1", "bridge"],
     ],
 )
@@ -145,6 +147,23 @@ def test_a_killed_actor_is_restarted_and_the_tree_says_so(cluster: Cluster) -> N
 
     until(restarted, "the replicator is back")
     assert "killed" in cluster.ctl("tree")
+    # The root has nobody who would restart it.
+    told = cluster.ctl("debug", "kill", f"@{cluster.address(0)}", "node", status=1)
+    assert one_line(told) and "has no supervisor" in told
+    # Into a pipe, each look as `tree` without --watch; it ends when nobody reads any more.
+    watching = subprocess.Popen(
+        command("torusctl", "-C", cluster.metadata, "tree", "--watch"),
+        stdout=subprocess.PIPE,
+        env=environment(cluster.directory),
+        text=True,
+    )
+    assert watching.stdout is not None
+    with watching, watching.stdout as pipe:
+        for line in pipe:
+            if "replicator" in line:
+                break
+        pipe.close()
+        assert watching.wait(20) == 1
 
 
 def test_http_serves_health_metrics_and_status(cluster: Cluster) -> None:
@@ -210,7 +229,9 @@ def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_pat
         ([*own, "--listen", f"0.0.0.0:{port}", "--insecure"], "--advertise"),
         ([*own, "--listen", f"127.0.0.1:{port}", "--nbd", f"0.0.0.0:{port + 1}"], "--insecure"),
         ([*own, "--size", "1MiB", "--listen", f"127.0.0.1:{port}"], "at least"),
+        ([*own, "--listen", f"127.0.0.1:{port}", "--http", cluster.address(0)], "in use"),
     ):
+        began = time.monotonic()
         done = subprocess.run(
             command("torus-node", "start", *options),
             capture_output=True,
@@ -220,6 +241,7 @@ def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_pat
         )
         assert done.returncode == 1, done
         assert one_line(done.stderr) and word in done.stderr, done.stderr
+        assert time.monotonic() - began < 15
 
 
 def test_metadata_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:

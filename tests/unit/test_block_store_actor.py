@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import shutil
 import threading
@@ -65,7 +66,9 @@ async def check(
     node: StorageNode, *refs: BlockRef, deep: bool = False, durable: bool = False
 ) -> Any:
     """Status and root of blocks."""
-    answer = await node.actor("block_store").check_blocks.remote(b"".join(refs), deep, durable)
+    answer = await node.actor("block_store").check_blocks.remote(
+        b"".join(refs), deep, durable, node.view.ring.version
+    )
     return split_records(CHECK_STATUS, answer)
 
 
@@ -103,6 +106,25 @@ async def test_put_read_check_flush_delete() -> None:
         assert await node.actor("block_store").flush.remote() == incarnation
         assert await node.actor("block_store").delete_blocks.remote(block + page) == 2
         assert not node.refs(0) and not node.refs(1)
+
+
+@virtual
+async def test_what_the_collector_deleted_is_told_from_what_is_missing() -> None:
+    """Nobody has to send it here: not so what was dropped or discarded, which is alive."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        dead, dropped, discarded = refs = [ref_of(n) for n in (1, 2, 3)]
+        for ref in refs:
+            await put(node, ref, b"x" * BLOCK)
+        store, loop = node.actor("block_store"), asyncio.get_running_loop()
+        assert await store.delete_blocks.remote(dead) == 1
+        assert await store.drop_blocks.remote(dropped, loop.time() + 10) == 1
+        assert await store.discard_blocks.remote(discarded) == 1
+        assert await check(node, *refs) == [
+            (Status.DEAD, 0),
+            (Status.MISSING, 0),
+            (Status.MISSING, 0),
+        ]
 
 
 @virtual
@@ -286,6 +308,26 @@ async def test_a_damaged_copy_stays_until_a_good_one_is_written() -> None:
 
 
 @virtual
+async def test_a_copy_that_the_successor_of_a_killed_writer_wrote_is_there() -> None:
+    """The last write of the killed one failed: what was damaged had gone, and nothing was there."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1), b"a" * BLOCK)
+        await node.actor("block_store").flush.remote()
+        node.rot(ref_of(1), 100)
+        node.disks[0].inject("write", path=DATA_PATH)
+        putting = put(node, ref_of(1), b"a" * BLOCK, replace=True)
+        writer: Any = node.system.cells["disk_writer"].actor
+        async with asyncio.timeout(1.0):
+            while writer._current is None:  # noqa: ASYNC110 - for less time than `until` sleeps
+                await asyncio.sleep(1e-5)
+        node.kill("disk_writer")
+        await putting
+        assert node.refs() == {ref_of(1)}
+        assert node.stores[0].get(ref_of(1)) == b"a" * BLOCK
+
+
+@virtual
 async def test_a_failed_sync_is_told_to_all_who_wait_and_to_all_who_come() -> None:
     """The disk fails under a flush: every waiter hears it, and no later flush says success."""
     async with Cluster(nodes=1) as cluster:
@@ -412,6 +454,31 @@ async def test_cold_reads_unpin_what_they_pinned() -> None:
         for found in results[1:]:
             assert found == [(Status.OK, bytes([n]) * BLOCK) for n in range(8)]
         await until(lambda: not node.stores[0]._pins)
+
+
+@virtual
+async def test_a_read_that_ends_in_the_middle_leaves_nothing_pinned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no memory for the second of its blocks: the actor dies of it, and the next reads."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        for n in range(2):
+            await put(node, ref_of(n), bytes([n]) * BLOCK)
+        store = node.stores[0]
+        node.disks[0].miss_percent = 100
+        allocate, calls = store._allocate, itertools.count(1)
+
+        def allocate_unless_second(size: int) -> Any:
+            if next(calls) == 2:
+                raise MemoryError("none for the moment")
+            return allocate(size)
+
+        monkeypatch.setattr(store, "_allocate", allocate_unless_second)
+        found = await read(node, *[(ref_of(n), 0, BLOCK) for n in range(2)])
+        assert found == [(Status.OK, bytes([n]) * BLOCK) for n in range(2)]
+        assert node.system.cells["block_store"].restarts == 1
+        await until(lambda: not store._pins)
 
 
 @virtual

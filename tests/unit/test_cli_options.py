@@ -48,6 +48,7 @@ from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
+from torus_actors.scenarios.__main__ import main as scenarios
 
 GIB = 1 << 30
 
@@ -79,7 +80,9 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "-1", "0", "0GiB", "1.0001", "1XB", "1 2", "0x10"])
+@pytest.mark.parametrize(
+    "text", ["", "G", "-1", "0", "0GiB", "1.0001", "1XB", "1 2", "0x10", "9" * 5000]
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     """The error names what was typed."""
     with pytest.raises(ValueError, match=r"size|whole number"):
@@ -113,7 +116,8 @@ def test_localhost_has_one_spelling() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "host", ":1", "host:", "host:0", "host:65536", "::1:5", "a b:1"]
+    "text",
+    ["", "host", ":1", "host:", "host:0", "host:65536", "::1:5", "a b:1", "a..b:1", "\udcff:1"],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     """Also an IPv6 address without brackets, whose port nobody could tell."""
@@ -159,7 +163,8 @@ def test_profiles_survive_a_round_trip_and_damage_is_told() -> None:
     with pytest.raises(Invalid, match="UTF-8"):
         save_profiles(config_path(), {"default": {"secret-file": "/etc/\udcff"}})
     assert load_profiles(config_path()) == odd
-    for damage in (b"not toml", b"[default]\nother = 1\n", b"default = 3\n", b"\xff\xfe[\0"):
+    nul = b'[default]\nsecret-file = "a\\u0000b"\n'
+    for damage in (b"not toml", b"[default]\nother = 1\n", b"default = 3\n", b"\xff\xfe[\0", nul):
         config_path().write_bytes(damage)
         with pytest.raises(Invalid, match=r"config\.toml"):
             load_profiles(config_path())
@@ -177,6 +182,8 @@ def test_the_profile_is_changed_by_command() -> None:
     config("set", "metadata", "torus://localhost:7")
     assert '"metadata": "torus://127.0.0.1:7"' in config("--json")
     assert "from profile" in config()
+    config("set", "secret-file", "here")
+    assert f'"secret_file": "{Path.cwd() / "here"}"' in config("--json")
     config("unset", "metadata")
     assert "from default" in config()
     wrong = runner.invoke(ctl, ["config", "set", "metadata", "x"], obj=Settings())
@@ -248,6 +255,22 @@ def test_a_closed_standard_output_is_a_failure_of_what_only_prints(
     assert ending(capsys, lambda: click.echo("done")) == (0, "")
 
 
+def test_what_standard_output_fails_with_is_told_as_its_error() -> None:
+    """And not as one of the cluster, or of a file that has no name."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "torus_actors.cli.ctl", "completion", "bash"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    told = "torusctl: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
 def test_bugs_are_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
     """An error that nobody foresaw keeps its traceback."""
 
@@ -278,6 +301,7 @@ def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> Non
         (ctl, ["peer", "add"]),
         (ctl, ["tree", "--watch", "--json"]),
         (ctl, ["completion", "tcsh"]),
+        (ctl, ["debug", "rebalance", "--timeout", "nan"]),
         (ctl, ["block", "load", "x", "-", "--create"]),
         (node, ["start", "--size", "0%"]),
         (node, ["start", "--listen", "nowhere"]),
@@ -286,6 +310,8 @@ def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> Non
         (node, ["dev", "--nodes", "0"]),
         (blk, ["serve", "demo"]),
         (blk, ["serve", "demo", "--unix", "/x", "--tls-required"]),
+        (blk, ["serve", "demo", "--unix", "/x", "--wait-lock", "nan"]),
+        (scenarios, ["explore", "--seeds", "0"]),
         (blk, ["serve", "demo", "--unix", "/x", "--default-export", "y"]),
     ],
 )
@@ -420,6 +446,13 @@ def test_a_dev_cluster_is_not_started_with_fewer_nodes_than_it_has(tmp_path: Pat
         (tmp_path / f"node-{index}").mkdir()
     with pytest.raises(Invalid, match="--nodes 4"):
         DevCluster(dev_config(tmp_path), Settings()).check()
+
+
+def test_a_dev_cluster_does_not_stand_in_its_own_way(tmp_path: Path) -> None:
+    """The address for NBD may be none of those of its nodes."""
+    config = dev_config(tmp_path / "new", nodes=3, nbd=("127.0.0.1", 40003))
+    with pytest.raises(Invalid, match="40000 to 40003"):
+        DevCluster(config, Settings()).check()
 
 
 @virtual

@@ -88,6 +88,27 @@ def test_a_dead_node_is_named_and_the_degree_is_told() -> None:
     assert state_of(row(2, at, lost, registered=False)) == "down"
 
 
+def test_copies_that_the_block_spec_asks_for_are_wanted_though_the_ring_has_fewer() -> None:
+    """With two nodes there is no third copy, and nowhere where one could be."""
+    at = ring(2, 2)
+    rows = [row(i, at) for i in range(2)]
+    assert problems(at, rows) == problems(at, rows, 1) == []
+    (told,) = problems(at, rows, 3)
+    assert told.startswith("degraded") and "3 copies" in told and "only 2 nodes" in told
+
+
+def test_who_has_left_the_ring_is_kept_as_long_as_its_journal_is_wanted() -> None:
+    """Without what it has, volumes of clients that crashed cannot be opened."""
+    at = ring(2, 2)
+    rows = [row(i, at) for i in range(2)]
+    for count, told in ((0, []), (1, ["a volume"]), (2, ["2 volumes"])):
+        said = answer(IDS[2], collector={"garbage_bytes": 0, "unreplayed": count})
+        _, *found = problems(at, [*rows, row(2, at, said)])
+        assert len(found) == len(told), found
+        for each, volumes in zip(found, told, strict=True):
+            assert "node 30000000 must stay for now" in each and f"writes of {volumes}," in each
+
+
 def test_an_empty_ring_and_a_dead_one_are_told_as_such() -> None:
     """They are the first thing to know."""
     empty = rings.make_ring("empty")

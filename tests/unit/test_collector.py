@@ -555,3 +555,66 @@ async def test_who_leaves_the_journal_of_a_session_forgets_its_records() -> None
         await again.release()
         await asyncio.sleep(15.0)
         assert not any(last_at(member) for member in cluster.ids)
+
+
+@virtual
+async def test_what_some_collectors_have_deleted_the_others_do_not_send_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Garbage that is a copy too few, because one of its nodes has it no more, is not healed.
+
+    Found by review: where a pass takes long, nodes sent each other for ever what was dead.
+    """
+    read_metadata = Collector._read_metadata
+
+    async def slowly(collector: Collector) -> Any:
+        found = await read_metadata(collector)
+        await asyncio.sleep(15.0)
+        return found
+
+    monkeypatch.setattr(Collector, "_read_metadata", slowly)
+    count = 40
+    rng = random.Random(4)
+    async with Cluster(
+        nodes=4, replication=2, collect_s=GRACE_S, journals=True, seed=4, blocks=1024
+    ) as cluster:
+        device = await cluster.volume(count * BLOCK)
+        for node in cluster.nodes.values():
+            await node.stop()
+            await node.start(rebalancer=True)
+            await asyncio.sleep(rng.random() * 60.0)  # so that they do not begin together
+        for n in (1, 2):
+            for at in range(count):
+                await device.write(at * BLOCK, bytes([n]) * BLOCK)
+            await device.flush()
+            await commit(device)
+        await asyncio.sleep(12 * 60.0)
+        assert sum(len(node.refs()) for node in cluster.nodes.values()) == 2 * count
+
+
+@virtual
+async def test_members_tell_of_what_only_their_journals_have() -> None:
+    """A client crashed: until somebody has opened its volume, who has its records must stay."""
+    async with Cluster(nodes=3, replication=2, collect_s=5.0, journals=True) as cluster:
+
+        async def unreplayed() -> dict[str, int]:
+            await asyncio.sleep(15.0)
+            told = {}
+            for node in cluster.nodes.values():
+                told[node.node_id] = (await node.actor("collector").status.remote())["unreplayed"]
+            return told
+
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"a")
+        await device.flush()
+        await commit(device)
+        assert set((await unreplayed()).values()) == {0}
+        for n in range(3):
+            await device.write(n, b"x")
+            await device.flush()
+        members = device.client.session(device.name).journal.members
+        await device.client.crash()
+        assert await unreplayed() == {each: int(each in members) for each in cluster.ids}
+        again = await (await cluster.client()).open(device.name)
+        assert set((await unreplayed()).values()) == {0}
+        assert await again.read(0, 3) == b"xxx"

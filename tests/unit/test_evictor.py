@@ -384,3 +384,20 @@ async def test_who_lost_its_registration_but_not_its_lease_is_registered_again()
         assert node.id in {each.peer_id for each in await cluster.meta.peers()}
         ring = await cluster.ring()
         assert node.id in ring.members and ring.version == 1
+
+
+@virtual
+async def test_who_was_taken_out_while_suspended_is_back_though_its_evictor_dies_too() -> None:
+    """After the node has heard of the ring, and before its next lease: the next evictor knows."""
+    async with running(4, 2) as cluster:
+        slept = cluster.members[0]
+        assert slept.system is not None
+        lease = (await slept.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(lease)
+        ring = (await cluster.ring()).without_peer(slept.id)
+        await cluster.meta.set_ring(rings.marshal(ring), ring.version)
+        evictor: Any = slept.system.cells["evictor"].actor
+        await until(lambda: slept.id not in evictor._view.ring.members)
+        slept.system.cells["evictor"].kill()
+        await asyncio.sleep(AFTER_S / 2)
+        assert slept.id in await cluster.ids()

@@ -29,7 +29,15 @@ from torus_actors import node as node_module
 from torus_actors.actors import metadata
 from torus_actors.actors.metadata import ActorStore
 from torus_actors.actors.ring_watcher import ClusterView
-from torus_actors.errors import Again, Closed, Compacted, Invalid, LeaseNotFound, OutcomeUnknown
+from torus_actors.errors import (
+    Again,
+    Closed,
+    Compacted,
+    Corruption,
+    Invalid,
+    LeaseNotFound,
+    OutcomeUnknown,
+)
 from torus_actors.machine import REAL_MACHINE
 from torus_actors.metadata import kv
 from torus_actors.metadata.kv import (
@@ -55,6 +63,7 @@ from torus_actors.node import (
     store_opener,
 )
 from torus_actors.scenarios.processes import free_ports
+from torus_actors.storage.mfile_open import INDEX_PATH
 from torus_actors.wire.hello import Role
 
 Test = Callable[[KeyValueStore], Awaitable[None]]
@@ -610,6 +619,26 @@ async def test_metadata_that_was_lost_is_not_made_anew_over_the_blocks(
     with pytest.raises(Invalid, match=r"metadata\.sqlite .* is not there"):
         await start_node(config, rng)
     assert not path.exists() or not path.stat().st_size
+
+
+@pytest.mark.parametrize("left", [None, b"{"])
+def test_blocks_without_the_file_that_says_whose_they_are_are_not_taken(
+    tmp_path: Path, left: bytes | None
+) -> None:
+    """They may be another cluster's, whose refs look like those of this one."""
+    disk = REAL_MACHINE.open_disk(tmp_path)
+    node_id = load_node_id(disk, random.Random(1))
+    file = tmp_path / "node.json"
+    kept = file.read_bytes()
+    (tmp_path / "inodes").mkdir()
+    (tmp_path / "inodes" / INDEX_PATH).touch()
+    file.unlink()
+    if left is not None:
+        file.write_bytes(left)
+    with pytest.raises(Corruption, match=r"node\.json .* put it back, or move"):
+        load_node_id(disk, random.Random(2))
+    file.write_bytes(kept)
+    assert load_node_id(disk, random.Random(2)) == node_id
 
 
 def test_who_removes_what_a_refusal_names_starts_empty(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.fakes import Client, Cluster, StorageNode, until, virtual
 from tests.unit.test_replicator import Block
 from torus_actors.actors.rebalancer import (
+    BATCH,
     CONFIRMED_S,
     RATE_BYTES_S,
     SENDS_MAX,
@@ -45,6 +46,11 @@ def holders(cluster: Cluster, ref: BlockRef) -> set[str]:
         for node in cluster.nodes.values()
         if node.system is not None and ref in node.refs(kind)
     }
+
+
+def owner_of(cluster: Cluster, block: Block) -> StorageNode:
+    """The first of the nodes that should have a block."""
+    return cluster.nodes[cluster.ring.owners(block.ref)[0]]
 
 
 def settled(cluster: Cluster, blocks: list[Block]) -> bool:
@@ -618,3 +624,100 @@ async def test_copies_that_the_block_spec_asks_for_are_kept_and_made() -> None:
         assert tool.system is not None
         found = await audit_volume(tool.system, cluster.meta, tool.view, "v")
         assert found.good and found.wanted == 3 and found.exact == found.blocks
+
+
+@virtual
+async def test_a_node_whose_store_failed_hands_over_its_blocks() -> None:
+    """It leaves the ring: what it has can be read, though nothing of it can be deleted any more."""
+    async with Cluster(nodes=3, replication=1) as cluster:
+        await started(cluster)
+        out, *others = map(cluster.node, range(3))
+        blocks = [block for block in map(Block, range(500)) if owner_of(cluster, block) is out]
+        assert len(blocks) > BATCH
+        for block in blocks:
+            out.stores[0].put(block.ref, block.data)
+        out.stores[0].flush()
+        out.stores[0]._failure = "failed (for a test)"
+        cluster.set_ring(cluster.ring.without_peer(out.node_id))
+        await asyncio.sleep(60.0)
+        assert {block.ref for block in blocks} == others[0].refs() | others[1].refs()
+
+
+async def with_late_node(cluster: Cluster) -> tuple[StorageNode, StorageNode, set[BlockRef]]:
+    """Two nodes that have two copies of each block now, of which the first has not heard.
+
+    Its connection to the metadata is cut, that to the other node is not. Also those blocks that the
+    other one owns by the earlier ring, by which there is one copy of each.
+    """
+    client = await started(cluster)
+    late, other = cluster.node(0), cluster.node(1)
+    before = cluster.ring
+    blocks = [block for block in map(Block, range(40)) if owner_of(cluster, block) is other]
+    for block in blocks:
+        await block.put(client)
+    await client.actor("replicator").flush.remote(cluster.ids)
+    cluster.set_ring(before.with_replication(2))
+    late.view.ring = before
+    await until(lambda: settled(cluster, blocks) and settles(other))
+    return late, other, {block.ref for block in blocks}
+
+
+@virtual
+async def test_who_has_not_heard_of_more_copies_keeps_what_others_send_it() -> None:
+    """It dropped them in each of its passes, and was sent them again."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        late, _, refs = await with_late_node(cluster)
+        for _ in range(3):
+            await late.actor("rebalancer").start_pass.remote()
+            for _ in range(200):
+                await asyncio.sleep(0.1)
+                assert refs <= late.refs()
+
+
+@virtual
+async def test_who_has_not_heard_of_more_copies_takes_none_from_who_has_settled() -> None:
+    """The other one says that there are two copies of each block, and dies: all are still there."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        late, other, refs = await with_late_node(cluster)
+        await late.actor("rebalancer").start_pass.remote()
+        await asyncio.sleep(10.0)
+        assert settles(other)
+        await other.crash()
+        assert refs <= late.refs()
+
+
+async def healed(cluster: Cluster) -> tuple[list[Block], list[StorageNode]]:
+    """Blocks, and two nodes that say that they have two copies of each, since the third was lost.
+
+    They have said so just now.
+    """
+    client = await started(cluster)
+    blocks = [Block(n) for n in range(60)]
+    for block in blocks:
+        await block.put(client)
+    await client.actor("replicator").flush.remote(cluster.ids)
+    lost, *others = map(cluster.node, (2, 0, 1))
+    await lost.crash()
+    cluster.set_ring(cluster.ring.without_peer(lost.node_id))
+    await until(lambda: all(map(settles, others)))
+    return blocks, others
+
+
+@virtual
+async def test_what_was_sent_by_who_has_settled_is_durable() -> None:
+    """The power of the node that took it fails, and then the node that had sent it is lost."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        blocks, (first, second) = await healed(cluster)
+        await first.restart()
+        await second.crash()
+        assert all(holders(cluster, block.ref) for block in blocks)
+
+
+@virtual
+async def test_a_node_that_restarts_unnoticed_has_what_it_was_sent() -> None:
+    """It is back at once, and nobody looks again: there are two copies, as they say."""
+    async with Cluster(nodes=3, replication=2) as cluster:
+        blocks, others = await healed(cluster)
+        await others[0].restart()
+        await asyncio.sleep(20.0)
+        assert all(map(settles, others)) and settled(cluster, blocks)

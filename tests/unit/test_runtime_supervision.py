@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.unit.runtime_harness import (
     Diary,
     Fragile,
+    Thinker,
     Worker,
     on_loop,
     on_uvloop,
@@ -118,6 +120,25 @@ async def test_setup_that_fails_on_restart_is_tried_again() -> None:
         assert await system.actor("x").ping.remote() == "pong"
         assert system.loop.time() - begin >= 0.001 + 0.002 + 0.004 + 0.004
         assert row(system, "x")["restarts"] == 5
+
+
+@on_loop
+async def test_a_thread_that_could_not_be_started_soon_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There were too many for a moment: nothing has begun that has to be given time to end."""
+    start, failures = threading.Thread.start, [RuntimeError("can't start new thread")]
+
+    def start_later(thread: threading.Thread) -> None:
+        if failures:
+            raise failures.pop()
+        start(thread)
+
+    async with system_of(ChildSpec("x", Thinker, shutdown_s=2.0)) as system:
+        monkeypatch.setattr(threading.Thread, "start", start_later)
+        begin = system.loop.time()
+        system.cells["x"].kill()
+        assert await system.actor("x").note.remote("well") == "well"
+        assert system.loop.time() - begin < 1.0
+        assert "new thread" in row(system, "x")["last_death"] and not failures
 
 
 @on_loop

@@ -645,3 +645,41 @@ async def test_what_the_journal_keeps_takes_no_newer_head_away() -> None:
         await client.actor("volume:v").commit.remote(timeout_s=60)
         head, _ = await cluster.meta.head(1)
         assert head is not None and head.inode > owed.inode
+
+
+@virtual
+async def test_what_the_journal_keeps_takes_no_newer_head_of_the_same_inode_away() -> None:
+    """In a long outage the numbers of INodes run out: two heads with the last one are told apart.
+
+    The second is stored when the metadata is back, its answer is lost, and the volume actor dies.
+    """
+    async with Cluster(nodes=3, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        client = device.client
+        session: Any = client.session("v")
+        client.store.down = True
+        session._inodes.clear()
+        await device.write(0, b"b" * BLOCK)
+        await client.actor("volume:v").commit.remote(timeout_s=60)
+        owed = session.heads.owed
+        assert owed is not None
+        await device.write(BLOCK, b"c" * BLOCK)
+        client.store.down = False
+        commit_head, stored = client.meta.commit_head, asyncio.Event()
+
+        async def unheard(*args: Any, **options: Any) -> int:
+            revision = await commit_head(*args, **options)
+            stored.set()
+            await asyncio.sleep(60.0)
+            return revision
+
+        client.meta.commit_head = unheard  # type: ignore[method-assign]
+        begin_commit(session)
+        await stored.wait()
+        client.meta.commit_head = commit_head  # type: ignore[method-assign]
+        newer, _ = await cluster.meta.head(1)
+        assert newer is not None and newer.inode == owed.inode
+        session._committing.clear()  # as one by age, which its successor does not make again
+        client.kill("volume:v")
+        await until(lambda: session.heads.owed is None)
+        assert (await cluster.meta.head(1))[0] == newer

@@ -796,3 +796,67 @@ async def test_a_journal_that_cannot_have_more_members_goes_on_as_it_is() -> Non
         again = await reopened(device)
         assert await again.read(0, 10) == b"with three"
         assert await again.read(49 * PAGE, 10) == b"as records"
+
+
+@virtual
+async def test_an_ensemble_that_cannot_be_recorded_leaves_the_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The metadata goes away between the head and the new ensemble, which has more members."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session, store = device.client.session("v"), device.client.store
+        members, set_journal = session.journal.members, session._meta.set_journal
+
+        async def away(*args: Any) -> int:
+            store.down = True
+            return await set_journal(*args)
+
+        monkeypatch.setattr(session._meta, "set_journal", away)
+        cluster.set_ring(cluster.ring.with_replication(3))
+        await until(lambda: store.down)
+        await asyncio.sleep(3.0)
+        named, _ = await cluster.meta.journal(session.volume_id)
+        assert named is not None and named.ensemble == members
+        await asyncio.wait_for(flushed(device, 0, b"as a record"), 5.0)
+        again = await reopened(device)
+        assert await again.read(0, 11) == b"as a record"
+
+
+@virtual
+async def test_no_flush_waits_for_nodes_that_are_to_join_the_journal_and_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is their disks that hang: they are up, and do not answer."""
+    async with Cluster(nodes=5, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        for each in set(cluster.ids) - set(device.client.session("v").journal.members):
+            monkeypatch.setattr(cluster.nodes[each].journal, "submit", lambda *_: None)
+        cluster.set_ring(cluster.ring.with_replication(3))
+        for n in range(2 * int(journal.GROW_PAUSE_S)):
+            await asyncio.wait_for(flushed(device, n * PAGE, b"on and on"), 0.5)
+            await asyncio.sleep(1.0)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@virtual
+async def test_a_member_that_leaves_the_ring_leaves_the_journal_too(busy: bool) -> None:
+    """It may be switched off as soon as it has handed over its blocks, with what was flushed."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        leaver, _ = session.journal.members
+        await flushed(device, 0, b"before")
+        cluster.set_ring(cluster.ring.without_peer(leaver))
+        for n in range(1, 31):
+            if busy:
+                await flushed(device, n * PAGE, b"meanwhile")
+            await asyncio.sleep(1.0)
+        assert session.journal.active
+        assert set(session.journal.members) == set(cluster.ids) - {leaver}
+        await flushed(device, SIZE - PAGE, b"after")
+        await cluster.nodes[leaver].crash()
+        again = await reopened(device)
+        assert await again.read(0, 6) == b"before"
+        assert await again.read(30 * PAGE, 9) == (b"meanwhile" if busy else bytes(9))
+        assert await again.read(SIZE - PAGE, 5) == b"after"

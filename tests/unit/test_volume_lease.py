@@ -533,3 +533,41 @@ async def test_a_new_lease_does_not_bring_back_the_lock_of_a_volume_that_was_clo
         await asyncio.sleep(20)
         assert (await cluster.meta.lock_status(volume_id))[0] is None
         await (await cluster.client()).open("v")
+
+
+@virtual
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_what_a_closed_volume_has_again_without_a_word_is_given_up_at_a_later_beat(
+    read_only: bool,
+) -> None:
+    """It could not be hung on a new lease at once, and was closed while that was tried again.
+
+    Found by review: the metadata was away before an answer, and what hung on the lease then stayed
+    there as long as the process lived.
+    """
+    async with Cluster() as cluster:
+        await cluster.meta.create_volume("v", SIZE)
+        client = await cluster.client(lease_ttl_s=60, read_only=read_only)
+        client.store = client.meta.store = store = GoesDown(cluster.store)
+        device = await client.open("v")
+        method = "keep_reading" if read_only else "renew_lock"
+        renew, attempts = getattr(client.meta, method), itertools.count()
+
+        async def late(*args: Any) -> None:
+            if not next(attempts):
+                raise OutOfSpace("database space exceeded")
+            await device.release()
+            store.fatal = "/readers/" if read_only else "/locks/"
+            await renew(*args)
+
+        setattr(client.meta, method, late)
+        await cluster.meta.revoke_lease(await client.actor("heartbeat").lease.remote())
+        await until(lambda: store.down)
+        setattr(client.meta, method, renew)
+        state = await cluster.meta.state()
+        assert state.locks or state.readers
+        await asyncio.sleep(5.0)
+        store.down = False
+        await asyncio.sleep(60.0)
+        state = await cluster.meta.state()
+        assert not state.locks and not state.readers

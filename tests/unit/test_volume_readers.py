@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torus_actors.errors import BlockUnavailable, OutcomeUnknown, TorusError
 from torus_actors.metadata.records import Reader
 from torus_actors.nbd.requests import Hole
 from torus_actors.volume import audit
-from torus_actors.volume.opening import open_session
+from torus_actors.volume.opening import kept_head, open_session
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import Session
 
@@ -353,3 +354,57 @@ async def test_a_reader_that_was_overtaken_stops_no_collector() -> None:
         assert stored(cluster) == 2 * 8
         for node in cluster.nodes.values():
             assert (await node.actor("collector").status.remote())["last_error"] == ""
+
+
+@pytest.mark.parametrize("name", ["v", "v@s"])
+@virtual
+async def test_a_check_misses_nothing_of_a_snapshot_that_is_deleted_meanwhile(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only the snapshot led to is collected when the check has ended, and not before."""
+    async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
+        device = await journaling(cluster, SIZE)
+        for n in range(8):
+            await device.write(n * BLOCK, b"1" * BLOCK)
+        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+        await cluster.meta.create_snapshot(1, "s")
+        await replaced(device)
+        find_unsafe = audit.Auditor.find_unsafe
+
+        async def slowly(auditor: audit.Auditor) -> None:
+            await find_unsafe(auditor)
+            await cluster.meta.delete_snapshot(1, "s")
+            await collected(cluster)
+
+        monkeypatch.setattr(audit.Auditor, "find_unsafe", slowly)
+        tool = await cluster.client()
+        assert tool.system is not None
+        found = await audit.audit_volume(tool.system, tool.meta, tool.view, name)
+        assert found.good and found.snapshots == 1
+        await collected(cluster)
+        assert stored(cluster) == 2 * 8
+        assert not (await cluster.meta.state()).readers
+
+
+@virtual
+async def test_who_is_cut_off_while_it_keeps_a_head_leaves_no_record() -> None:
+    """At any moment, from its beginning to its end."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = (await cluster.volume(SIZE)).client
+        assert client.system is not None
+
+        async def keep() -> None:
+            async with kept_head(client.system, client.meta, 1, "tool"):
+                pass
+
+        for turns in itertools.count():
+            keeping = asyncio.ensure_future(keep())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if keeping.done():
+                break
+            keeping.cancel()
+            await asyncio.wait([keeping])
+            await asyncio.sleep(5.0)
+            assert not (await cluster.meta.state()).readers, turns
+        assert turns > 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from unittest.mock import AsyncMock
 
@@ -139,6 +140,25 @@ async def test_what_is_cut_off_is_collected() -> None:
         await shrink(await cluster.client(), HALF)
         await asyncio.sleep(60)
         assert len(cluster.node(0).refs()) == HALF // BLOCK
+
+
+@virtual
+async def test_who_gives_up_cutting_a_volume_keeps_no_lock() -> None:
+    """At any moment: this process lives on, and with it what hangs on its lease."""
+    async with Cluster(journals=True) as cluster:
+        await written(cluster)
+        client = await cluster.client()
+        for step in itertools.count():
+            shrinking = asyncio.ensure_future(shrink(client, HALF))
+            await asyncio.sleep(step * 0.0004)
+            if shrinking.done():
+                break
+            shrinking.cancel()
+            await asyncio.wait([shrinking])
+            await asyncio.sleep(10.0)
+            assert (await cluster.meta.lock_status(1))[0] is None, step
+        assert step > 5
+        assert await content(cluster, "v", HALF) == pattern(1)[:HALF]
 
 
 @virtual

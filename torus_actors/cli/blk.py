@@ -238,7 +238,12 @@ async def fenced_and_left(volumes: ActorHandle, volume: str) -> None:
         for row in rows:
             # One user is the command itself.
             if row["name"] == volume and row["fenced"] and row["users"] <= 1:
-                raise Failed(f"volume {volume} is not this client's any more: {row['failure']}")
+                if "deleted" in row["failure"]:
+                    raise Failed(f"volume {volume}: {row['failure']}")
+                raise Failed(
+                    f"volume {volume} was taken over by another client ({row['failure']}): "
+                    "start this again to open it anew"
+                )
 
 
 def _tls_context(cert: Path, key: Path) -> ssl.SSLContext:

@@ -259,14 +259,17 @@ def one_line(error: BaseException) -> str:
 
 def _is_of_stdout(error: BaseException) -> bool:
     """Whether standard output is what failed; then it is left alone from now on."""
-    if sys.stdout is None or isinstance(error, TorusError) or getattr(error, "filename", None):
+    at = error.__traceback__
+    if at is None or isinstance(error, TorusError) or getattr(error, "filename", None):
         return False
-    try:
-        sys.stdout.flush()  # what could not be written is still there
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    while at.tb_next is not None:
+        at = at.tb_next
+    # Such an error does not say of what it is; but who writes there are these, and nobody else.
+    writer = at.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    if writer not in ("click", "rich") and at.tb_frame.f_code is not run_main.__code__:
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def run_main(command: click.Command, program: str, args: Sequence[str] | None = None) -> None:

@@ -476,7 +476,7 @@ async def close_session(session: Session, meta: MetadataService) -> None:
         if session.epoch:
             detaching = detach_later(session.system, meta, session.volume_id, session.epoch)
         elif session.reader is not None:
-            reader, session.reader = session.reader, None
+            reader = session.reader  # it stays for the heartbeat, which may have put it back
             detaching = end_reading_later(session.system, meta, reader.volume_id, reader.nonce)
     if detaching is not None:
         await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
