@@ -110,12 +110,16 @@ class NbdServer(LoopActor):
             return
         spinner = Spinner(self.system.loop, self._spin_s)
         self._state = NbdState(self, BufferPool(POOL_BYTES), spinner)
-        for address in self._listen:
-            if address.tcp is not None:
-                host, port = address.tcp
-                await serve(self, host=host, port=port, tls=self._tls, state=self._state)
-            else:
-                await serve(self, path=address.path, tls=self._tls, state=self._state)
+        try:
+            for address in self._listen:
+                if address.tcp is not None:
+                    host, port = address.tcp
+                    await serve(self, host=host, port=port, tls=self._tls, state=self._state)
+                else:
+                    await serve(self, path=address.path, tls=self._tls, state=self._state)
+        except BaseException:
+            await self._close()  # no successor knows of those that were opened
+            raise
         heirlooms["nbd_state"] = self._state
 
     def quiesce(self) -> list[asyncio.Future[Any]]:

@@ -309,6 +309,24 @@ async def flush_under_way(folder: Path) -> AsyncIterator[tuple[ActorSystem, Clie
         yield system, client
 
 
+def test_the_actor_leaves_nothing_where_it_cannot_listen_everywhere(
+    run: Callable[[Test], None],
+) -> None:
+    """Of several addresses the last one is in use: no socket of the first ones stays."""
+
+    async def body(folder: Path) -> None:
+        path = folder / "first"
+        listener = await start(folder, One(Held()))
+        taken = [NbdAddress(path=str(path)), NbdAddress(path=str(folder / "s"))]
+        with pytest.raises(Exists, match="another server is using it"):
+            async with system_of(ChildSpec("nbd_server", lambda: NbdServer(taken))):
+                pass
+        assert not path.exists()
+        await listener.close()
+
+    run(body)
+
+
 def test_the_actor_gives_back_the_volume_of_a_client_that_was_lost(
     run: Callable[[Test], None],
 ) -> None:
