@@ -393,13 +393,19 @@ class OpenStores:
 
     def bury(self, refs: Sequence[BlockRef]) -> None:
         """Remember that blocks are dead: a ref is never used again."""
-        now = self.system.loop.time()
-        if now - self._dead_since > DEAD_S:
-            self._dead_before, self._dead, self._dead_since = self._dead, RefSet(), now
+        self._forget_old_dead()
         self._dead.add_all(refs)
+
+    def _forget_old_dead(self) -> None:
+        now = self.system.loop.time()
+        age = now - self._dead_since
+        if age > DEAD_S:
+            self._dead_before = self._dead if age < 2 * DEAD_S else RefSet()
+            self._dead, self._dead_since = RefSet(), now
 
     def is_dead(self, ref: BlockRef) -> bool:
         """Whether the collector of this node has deleted a block, not too long ago."""
+        self._forget_old_dead()
         return ref in self._dead or ref in self._dead_before
 
     def close(self) -> None:
@@ -524,7 +530,8 @@ class BlockStoreActor(LoopActor):
             durable: flush before answering, so that what is reported survives a crash; and keep
                 the blocks for ``VOUCH_S``, so that two nodes that see different rings do not both
                 drop their copies because of each other's.
-            ring_version: of the ring by which who asks is to drop its copies, if ``durable``.
+            ring_version: of the ring by which who asks is to drop its copies, if ``durable``; 0
+                from an earlier version of this program, which does not say.
 
         Returns:
             A packed CHECK_STATUS for each ref.
@@ -532,8 +539,9 @@ class BlockStoreActor(LoopActor):
         Raises:
             Again: a later ring is known here, which may want more copies.
         """
-        if durable and self._view is not None and self._view.ring.version > ring_version:
-            raise Again(f"ring {ring_version} is not the last one: {self._view.ring.version} is")
+        newest = self._view.ring.version if self._view is not None else 0
+        if durable and 0 < ring_version < newest:
+            raise Again(f"ring {ring_version} is not the last one: {newest} is")
         if len(refs) > CHECK_REFS_MAX * BLOCK_REF_SIZE:
             raise Invalid(f"more than {CHECK_REFS_MAX} blocks in one check")
         answers: list[tuple[int, int]] = []

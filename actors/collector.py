@@ -76,6 +76,7 @@ class _Roots(NamedTuple):
         read: for each volume first and last INode number of what somebody reads who has no lock.
         journals: for each volume the session that recorded its last ensemble, and whether this node
             may have what no head does.
+        held: volumes that somebody has open.
     """
 
     oldest_open: dict[int, int]
@@ -84,6 +85,7 @@ class _Roots(NamedTuple):
     heads_read: list[Head]
     read: dict[int, list[tuple[int, int]]]
     journals: dict[int, tuple[int, bool]]
+    held: set[int]
 
 
 class Collector(LoopActor):
@@ -113,7 +115,10 @@ class Collector(LoopActor):
             "garbage_bytes": 0,
             "reclaimed": 0,
             "reclaimed_bytes": 0,
+            "begun": 0,
+            "journals_read": 0,
             "unreplayed": 0,
+            "unreplayed_open": 0,
         }
         self._last_error = ""
         self._pass_s = 0.0
@@ -133,8 +138,9 @@ class Collector(LoopActor):
         """Counts of blocks, and the room that they take or took.
 
         ``garbage`` are the dead ones that wait for their second pass, ``reclaimed`` those that were
-        deleted since this actor started. ``unreplayed`` are volumes of which the journal here has
-        what no head has yet.
+        deleted since this actor started. ``unreplayed`` are volumes that nobody has open, of which
+        the journal here may have what no head has yet, and ``unreplayed_open`` those that somebody
+        has, as pass number ``journals_read`` of ``begun`` found.
         """
         return {**self._counts, "last_error": self._last_error, "pass_s": round(self._pass_s, 3)}
 
@@ -166,12 +172,18 @@ class Collector(LoopActor):
 
     async def _pass(self) -> None:
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
+        self._counts["begun"] += 1
         logs = await self._logs()  # before the metadata, which may then say of what is in them
-        oldest_open, tombs, heads, heads_read, read, journals = await self._read_metadata()
-        self._counts["unreplayed"] = sum(
-            last > 0 and volume not in tombs and journals.get(volume, (0, False))[1]
-            for volume, (_, last) in logs.items()
-        )
+        oldest_open, tombs, heads, heads_read, read, journals, held = await self._read_metadata()
+        if logs is not None:
+            kept = {
+                volume
+                for volume, (_, last) in logs.items()
+                if last and volume not in tombs and journals.get(volume, (0, False))[1]
+            }
+            self._counts["unreplayed"] = len(kept - held)
+            self._counts["unreplayed_open"] = len(kept & held)
+            self._counts["journals_read"] = self._counts["begun"]
         # Not before: what died while the metadata was read has its whole grace too.
         began = self.system.loop.time()
         live = await self._reachable(heads, heads_read)
@@ -210,19 +222,25 @@ class Collector(LoopActor):
         if any(dead_twice):
             await store.flush.remote(timeout_s=120.0)  # their room is free only after that
             log.info("%d dead blocks deleted", sum(map(len, dead_twice)))
-        await self._trim_journals(logs, tombs, journals)
+        await self._trim_journals(logs or {}, tombs, journals)
         self._suspects = suspects
         self._suspected_at = began
         self._counts["passes"] += 1
         self._counts["garbage"] = len(suspects)
         self._counts["garbage_bytes"] = suspect_bytes
 
-    async def _logs(self) -> dict[int, tuple[int, int]]:
-        """Of each volume that has a log here, the newest epoch with records, and the last one."""
-        logs: dict[int, tuple[int, int]] = {}
+    async def _logs(self) -> dict[int, tuple[int, int]] | None:
+        """Of each volume that has a log here, the newest epoch with records, and the last one.
+
+        None if the journal does not say: blocks are still collected.
+        """
+        logs: dict[int, tuple[int, int]] | None = {}
         if "journal" in self.system.cells:
-            with contextlib.suppress(TorusError):  # blocks are still collected
+            try:
                 logs = await self.system.actor("journal").volumes.remote()
+            except TorusError as error:
+                log.info("the journal does not say what it has: %s", error)
+                logs = None
         return logs
 
     async def _trim_journals(
@@ -281,7 +299,8 @@ class Collector(LoopActor):
             unreplayed = is_unreplayed(journal, state.heads.get(volume))
             journals[volume] = journal.epoch, unreplayed and me in journal.ensemble
         tombs = set(state.deleted) - set(state.volumes)
-        return _Roots(oldest_open, tombs, heads, heads_read, read, journals)
+        held = set(state.locks)
+        return _Roots(oldest_open, tombs, heads, heads_read, read, journals, held)
 
     async def _reachable(self, heads: list[Head], heads_read: list[Head]) -> RefSet:
         """Every block that a head leads to."""

@@ -136,8 +136,12 @@ class Rebalancer(LoopActor):
         """How many calls of this pass each peer let time out."""
         self._refusing: dict[tuple[str, int], str] = {}
         """Why peers take no more blocks of a type in this pass: no room, or a failed store."""
-        self._receivers: dict[str, int] = {}
-        """To whom blocks were sent in this pass, and to which incarnation of their stores."""
+        self._relied: set[str] = set()
+        """Whose copies this pass has counted."""
+        self._incarnations: dict[str, int] = {}
+        """Of the stores of others, as far as known: a store that has another one was opened anew,
+        and may lack what it had."""
+        self._confirming: asyncio.Task[None] | None = None
         self._room = asyncio.Semaphore(SENDS_MAX)
         self._shared_room = asyncio.Semaphore(SHARED_SENDS_MAX)
         self._next_send = 0.0
@@ -212,6 +216,8 @@ class Rebalancer(LoopActor):
                 if self._situation() != situation:
                     continue
             self._asked.clear()
+            if self._confirming is not None:
+                self._confirming.cancel()
             yielded = p.yielded if situation == handled and not self._insists else 0
             again = situation == handled and (in_vain or not yielded)
             retry_s = min(retry_s * 2, PASS_EVERY_S) if again else RETRY_FIRST_S
@@ -224,8 +230,43 @@ class Rebalancer(LoopActor):
             p = self._progress
             # Whoever takes nothing from anybody, full for one, is not asked to every moment.
             in_vain = ((again and in_vain) or self._insists) and not p.sent
-            self._settled = None if p.failed or p.yielded else situation
+            outcome = None if p.failed or p.yielded else situation
+            if p.sent or outcome is None:
+                self._settled = None
+            if outcome is not None:
+                self._confirming = self.spawn(self._confirm(outcome, sorted(self._relied)))
             last_pass = loop.time()
+
+    async def _confirm(self, situation: tuple[Any, ...], peers: list[str]) -> None:
+        """See to it that all copies that were counted are durable: until then nothing is settled.
+
+        Not a part of the pass: a disk whose syncs hang is not to keep others from being healed.
+        """
+        sure = await asyncio.gather(*[self._is_durable(peer) for peer in peers])
+        if all(sure):
+            self._settled = situation
+        else:
+            self._asked.set()
+
+    async def _is_durable(self, peer: str) -> bool:
+        """Have a peer flush; False if it may lack by now what it had, and is to be asked again."""
+        transport: Any = self.system.transport
+        store = self.system.actor("block_store", node=peer)
+        # One that goes away is another situation, which is looked at for itself.
+        while transport is not None and transport.is_up(peer):
+            try:
+                found = await store.flush.remote(timeout_s=FLUSH_TIMEOUT_S)
+            except TorusError as error:
+                log.debug("peer %s may not have what it was sent: %s", peer[:8], error)
+                await asyncio.sleep(RETRY_FIRST_S)
+                continue
+            return self._has_incarnation(peer, found)
+        return True
+
+    def _has_incarnation(self, peer: str, found: int) -> bool:
+        known = self._incarnations.get(peer, found)
+        self._incarnations[peer] = found
+        return known == found
 
     # -- one pass ----------------------------------------------------------------------------------
 
@@ -236,7 +277,7 @@ class Rebalancer(LoopActor):
         self._progress = p = Progress(running=True, passes=passes, started_at=loop.time())
         self._late.clear()
         self._refusing.clear()
-        self._receivers.clear()
+        self._relied.clear()
         try:
             await self._give_way()
             stats = await store.stats.remote()
@@ -247,7 +288,6 @@ class Rebalancer(LoopActor):
                     packed, slot = await store.list_blocks.remote(kind, slot, BATCH)
                     if packed:
                         await self._settle_batch(list(split_refs(packed)))
-            await asyncio.gather(*[self._flush(*each) for each in self._receivers.items()])
         except TorusError as error:
             p.failed += 1
             log.warning("rebalancing: %s", error)
@@ -262,17 +302,6 @@ class Rebalancer(LoopActor):
                 p.dropped,
                 p.waiting,
             )
-
-    async def _flush(self, peer: str, incarnation: int) -> None:
-        """Make durable what a peer was sent: until then a crash may take it."""
-        store = self.system.actor("block_store", node=peer)
-        try:
-            found = await store.flush.remote(timeout_s=FLUSH_TIMEOUT_S)
-            if found != incarnation:
-                raise BlockUnavailable("its store was opened anew meanwhile")
-        except TorusError as error:
-            self._progress.failed += 1
-            log.debug("peer %s may not have what it was sent: %s", peer[:8], error)
 
     def _owners(self, ref: BlockRef) -> tuple[str, ...]:
         view = self._view
@@ -398,8 +427,10 @@ class Rebalancer(LoopActor):
     ) -> dict[BlockRef, int]:
         """Root checksums of the blocks that a peer has, and when ``deep``, has right; or DEAD."""
         refs = list(refs)
+        # An earlier version of this program takes no more than it must.
+        how = (deep, True, self._view.ring.version) if durable else (deep,)
         answer = await self.system.actor("block_store", node=peer).check_blocks.remote(
-            b"".join(refs), deep, durable, self._view.ring.version, timeout_s=timeout_s
+            b"".join(refs), *how, timeout_s=timeout_s
         )
         statuses = split_answer(CHECK_STATUS, answer, len(refs))
         return {
@@ -425,6 +456,7 @@ class Rebalancer(LoopActor):
                 raise answer
             else:
                 there[peer] = answer
+                self._relied.add(peer)
         return there
 
     async def _send_all(
@@ -485,7 +517,8 @@ class Rebalancer(LoopActor):
                 raise
             self._progress.sent += 1
             self._progress.sent_bytes += size
-            self._receivers.setdefault(peer, incarnation)
+            if not self._has_incarnation(peer, incarnation):
+                self._asked.set()  # what it was sent before, it may have lost
 
     async def _drop(self, refs: list[BlockRef], roots: dict[BlockRef, int]) -> None:
         """Delete copies that do not belong here, as far as all their owners have them for sure."""

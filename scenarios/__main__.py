@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 
@@ -262,6 +261,4 @@ def _summary(result: Result) -> None:
 
 
 if __name__ == "__main__":
-    # As Ctrl-C does: what runs beside is ended too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_main(main, "python -m torus_actors.scenarios")

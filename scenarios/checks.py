@@ -74,6 +74,8 @@ class Checker:
         self._epochs: dict[str, int] = {}
         self._holders: dict[tuple[str, int], str] = {}
         """Whose session each epoch of a lock is."""
+        self._rewritten: dict[str, float] = {}
+        """When an epoch was last written as it was before."""
         self._heads: dict[str, Head] = {}
         self._oldest_open: dict[str, int] = {}
         """The INode number that began with the last head that could be followed."""
@@ -178,9 +180,11 @@ class Checker:
                 self._snapshots.pop(operation.key, None)
         elif row is table.EPOCH:
             epoch = Epoch.decode(operation.value).epoch
-            # The same one is written anew when a lock is given up, say; see `_on_lock`.
-            if epoch < self._epochs.get(operation.key, -1):
+            before = self._epochs.get(operation.key, -1)
+            if epoch < before:
                 self.cluster.fail(f"{operation.key} goes from {self._epochs} to {epoch}")
+            if epoch == before:  # as when a lock is given up; but see `_on_lock`
+                self._rewritten[operation.key] = self.cluster.loop.time()
             self._epochs[operation.key] = epoch
         elif row is table.LOCK:
             self._on_lock(operation.key, Lock.decode(operation.value))
@@ -210,8 +214,10 @@ class Checker:
         self._members = members
 
     def _on_lock(self, key: str, lock: Lock) -> None:
-        epochs = self._keys.under(table.EPOCH)
-        newest = self._epochs.get(epochs + key.removeprefix(self._keys.under(table.LOCK)))
+        epoch_key = self._keys.under(table.EPOCH) + key.removeprefix(self._keys.under(table.LOCK))
+        newest = self._epochs.get(epoch_key)
+        if self._rewritten.get(epoch_key) == self.cluster.loop.time():
+            self.cluster.fail(f"{key}: a session begins in epoch {lock.epoch}, which was there")
         if lock.epoch != newest:
             self.cluster.fail(f"{key} is of epoch {lock.epoch}, the newest is {newest}")
         first = self._holders.setdefault((key, lock.epoch), lock.holder)

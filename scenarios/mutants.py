@@ -122,7 +122,7 @@ _RING = (
         "The rebalancer drops its copy by no ring but the last that an owner knows of",
         Edit(
             "actors.block_store:BlockStoreActor.check_blocks",
-            "self._view.ring.version > ring_version",
+            "0 < ring_version < newest",
             "False",
         ),
         hunted_in=("late_ring",),
@@ -260,6 +260,16 @@ _SESSIONS = (
             "return",
         ),
         hunted_in=("zombie_client", "partition_client"),
+    ),
+    _mutant(
+        "epoch_given_out_twice",
+        "Each session has an epoch of its own",
+        Edit(
+            "metadata.sessions:SessionOperations.attach",
+            "Epoch(epoch.epoch + 1)",
+            "Epoch(max(epoch.epoch, 1))",
+        ),
+        hunted_in=("two_clients", "client_crash"),
     ),
     _mutant(
         "zombie_renews_its_lock",
@@ -402,7 +412,7 @@ _JOURNAL = (
         "ensemble_not_recorded",
         "A new ensemble is in the metadata before it acknowledges anything",
         Edit(
-            "volume.journal:SessionJournal.form",
+            "volume.journal:SessionJournal._record",
             "        self._revision = await self._meta.set_journal(\n"
             "            self._volume_id, self._epoch, self._revision, record\n"
             "        )\n",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -272,7 +271,6 @@ async def _watch(connection: Connection, node: str | None) -> None:
         while True:
             for each in await _trees(connection, node):
                 _print_tree(each)
-            sys.stdout.flush()
             await asyncio.sleep(WATCH_S)
     with Live(console=out, auto_refresh=False, screen=True) as live:
         while True:

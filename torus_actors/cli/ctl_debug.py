@@ -158,20 +158,28 @@ async def _journals_of_leavers(connection: Connection, addresses: dict[str, str]
 
     _, ring = await connection.cluster()
     leaving = {peer: at for peer, at in addresses.items() if peer not in ring.members}
-    before = await _ask_all(connection, leaving, "collector", "start_pass")
-    while True:
-        now = await _ask_all(connection, leaving, "collector", "status")
-        if all(_looks(each) != _looks(was) for each, was in zip(now, before, strict=True)):
-            return [
-                f"node {short(peer)} must stay for now: {unreplayed_of(each['unreplayed'])}"
-                for peer, each in zip(leaving, now, strict=True)
-                if each.get("unreplayed")
-            ]
+    found: dict[str, int] = {}
+    begun: dict[str, int] = {}
+    while leaving:
+        for peer, now in zip(
+            list(leaving), await _ask_all(connection, leaving, "collector", "status"), strict=True
+        ):
+            if "journals_read" not in now:  # an earlier version, which cannot tell
+                del leaving[peer]
+                continue
+            # Only a pass that began after the question tells. It has begun anew if it was started
+            # again; and what a client has open it is about to move.
+            begun[peer] = min(begun.get(peer, now["begun"]), now["begun"])
+            if now["journals_read"] > begun[peer] and not now["unreplayed_open"]:
+                found[peer] = now["unreplayed"]
+                del leaving[peer]
+        await _ask_all(connection, leaving, "collector", "start_pass")
         await asyncio.sleep(POLL_S)
-
-
-def _looks(status: dict[str, Any]) -> int:
-    return int(status["passes"]) + int(status["failed_passes"])
+    return [
+        f"node {short(peer)} must stay for now: {unreplayed_of(count)}"
+        for peer, count in found.items()
+        if count
+    ]
 
 
 @debug.command("scrub")

@@ -117,17 +117,21 @@ class MetadataBase:
 
         A copy of a request may arrive long after another one was answered. One that makes a key
         compares that it is not there, which is true again once the key was deleted. So it compares
-        the revision of the volume's epoch too, and who deletes such a key writes that anew, as it
-        is.
+        the revision of the volume's epoch too, or of the marker that is left of a deleted volume,
+        and who deletes such a key writes that anew, as it is.
 
         Returns:
             What either compares, and what who deletes writes besides.
         """
-        key = self.keys.of(table.EPOCH, volume_id)
-        found = await self.store.get(key)
-        if found is None:
-            return [Compare(key, mod_revision=0)], []
-        return [Compare(key, mod_revision=found.mod_revision)], [Put(key, found.value)]
+        gone: list[Compare] = []
+        for row in (table.EPOCH, table.DELETED):
+            key = self.keys.of(row, volume_id)
+            found = await self.store.get(key)
+            if found is not None:
+                there = Compare(key, mod_revision=found.mod_revision)
+                return [*gone, there], [Put(key, found.value)]
+            gone.append(Compare(key, mod_revision=0))
+        return gone, []
 
     async def _settle_deletion(
         self,
@@ -158,7 +162,8 @@ class MetadataBase:
         still under way. When the compares fail, ``mine`` looks whether that is our own doing.
 
         Args:
-            compare: false once ``then`` has applied, whatever comes later: see `_touch`.
+            compare: false once ``then`` has applied, whatever comes later (see `_touch`); or twice
+                must be as good as once.
             then: the operations.
             mine: returns the revision at which this very change was made, or None.
 

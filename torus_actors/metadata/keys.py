@@ -66,7 +66,12 @@ HEAD = Key(
     "Last checkpoint; compare-and-set under the session's epoch",
 )
 EPOCH = Key(
-    "epochs/ID", records.Epoch, "attach", False, "Newest session of the volume; fences older ones"
+    "epochs/ID",
+    records.Epoch,
+    "attach",
+    False,
+    "Newest session of the volume; fences older ones. Written anew, as it is, by who deletes a "
+    "lock, reader, snapshot or request, which no late copy of another request then brings back",
 )
 LOCK = Key("locks/ID", records.Lock, "the volume's session", True, "Who has the volume open")
 JOURNAL = Key(

@@ -129,11 +129,6 @@ class SnapshotOperations(SessionOperations):
         """
         check_name(name)
         volume_key = self.keys.of(table.VOLUME, volume_id)
-        volume, revision = await self._read(volume_key, VolumeRecord)
-        if volume is None:
-            raise NotExist(f"there is no volume with id {volume_id}")
-        if (await self._read(self.keys.snapshot(volume_id, name), Snapshot))[0] is not None:
-            raise Exists(f"snapshot {name} exists already")
         key = self.keys.snapshot_request(volume_id, name)
         request = SnapshotRequest(volume_id, name, lease, self._now(), self.new_nonce())
 
@@ -141,16 +136,26 @@ class SnapshotOperations(SessionOperations):
             stored, at = await self._read(key, SnapshotRequest)
             return at if stored == request else None
 
-        unchanged, _ = await self._touch(volume_id)
-        compare = [
-            Compare(volume_key, mod_revision=revision),
-            Compare(self.keys.snapshot(volume_id, name), mod_revision=0),
-            Compare(key, mod_revision=0),
-            *unchanged,
-        ]
-        if await self._settle(compare, [Put(key, request.encode(), lease)], mine) is None:
-            raise Again(f"somebody else is asking for snapshot {name} just now")
-        return request
+        attempts = self._attempts(f"ask for snapshot {name}")
+        while True:
+            await attempts.next()
+            volume, revision = await self._read(volume_key, VolumeRecord)
+            if volume is None:
+                raise NotExist(f"there is no volume with id {volume_id}")
+            if (await self._read(self.keys.snapshot(volume_id, name), Snapshot))[0] is not None:
+                raise Exists(f"snapshot {name} exists already")
+            unchanged, _ = await self._touch(volume_id)
+            compare = [
+                Compare(volume_key, mod_revision=revision),
+                Compare(self.keys.snapshot(volume_id, name), mod_revision=0),
+                Compare(key, mod_revision=0),
+                *unchanged,
+            ]
+            put = [Put(key, request.encode(), lease)]
+            if await self._settle(compare, put, mine) is not None:
+                return request
+            if (await self._read(key, SnapshotRequest))[0] is not None:
+                raise Again(f"somebody else is asking for snapshot {name} just now")
 
     async def snapshot_request(self, request: SnapshotRequest) -> SnapshotRequest | None:
         """What has become of a request; None if it is gone: look for the snapshot then."""

@@ -29,6 +29,7 @@ from torus_actors.errors import (
     Fenced,
     NotExist,
     OutcomeUnknown,
+    OutOfSpace,
     TorusError,
 )
 from torus_actors.metadata.patience import Backoff
@@ -128,8 +129,8 @@ class SessionJournal:
         self._grow_at = 0.0
         """From when on other members are looked for."""
         self._looking = False
-        self._found = False
-        """Whether peers were found that would be members, when that was last looked for."""
+        self._found_for: tuple[Any, ...] = ()
+        """In which state of things peers were found that would be members instead."""
 
     async def form(self, covered_seq: int) -> None:
         """Choose an ensemble and record it; only right after a commit that covers all records.
@@ -144,7 +145,7 @@ class SessionJournal:
             Again, OutcomeUnknown: the metadata cannot be reached; nothing is active.
         """
         was_active, self.active = self.active, False
-        self._found = False
+        self._found_for = ()
         try:
             homes, room = await self._gather(covered_seq)
         except BaseException:
@@ -154,16 +155,8 @@ class SessionJournal:
         extra: bytes = msgpack.packb({each: home.identity for each, home in homes.items()})
         record = Journal(epoch=self._epoch, ensemble=members, extra=extra)
         try:
-            self._revision = await self._meta.set_journal(
-                self._volume_id, self._epoch, self._revision, record
-            )
-        except CompareFailed:
-            # An attempt of ours whose answer was lost: nobody else writes under this epoch.
-            found, revision = await self._meta.journal(self._volume_id)
-            self._revision = revision
-            if found != record:
-                raise BlockUnavailable("the journal's record changed meanwhile") from None
-        except Again:
+            await self._record(record)
+        except (Again, OutOfSpace):  # nothing was changed
             self._keep(was_active, covered_seq)
             raise
         self._homes = homes
@@ -173,6 +166,21 @@ class SessionJournal:
         self.size = 0
         self.size_max = min(room)
         self.began_at = self._system.loop.time()
+
+    async def _record(self, record: Journal) -> None:
+        try:
+            self._revision = await self._meta.set_journal(
+                self._volume_id, self._epoch, self._revision, record
+            )
+        except CompareFailed:
+            # An attempt of ours whose answer was lost: nobody else writes under this epoch.
+            try:
+                found, revision = await self._meta.journal(self._volume_id)
+            except Again as error:
+                raise OutcomeUnknown(str(error)) from error
+            self._revision = revision
+            if found != record:
+                raise BlockUnavailable("the journal's record changed meanwhile") from None
 
     def _keep(self, was_active: bool, covered_seq: int) -> None:
         """Go on with the ensemble that the metadata still name, if it was active.
@@ -234,7 +242,10 @@ class SessionJournal:
         Because more copies are wanted than it has members, or because one has left the ring, and
         may be switched off as soon as it has handed over its blocks.
         """
-        return self._found and self._wants_others()
+        return bool(self._found_for) and self._found_for == self._state() and self._wants_others()
+
+    def _state(self) -> tuple[Any, ...]:
+        return self._view.ring.version, self._view.replication, self.members
 
     def _wants_others(self) -> bool:
         if not self.active or self._system.loop.time() < self._grow_at:
@@ -248,7 +259,7 @@ class SessionJournal:
 
     def look_for_others(self) -> None:
         """Look for other members if it should have some, which may take long, and nobody waits."""
-        if self._looking or self._found or not self._wants_others():
+        if self._looking or not self._wants_others() or self._found_for == self._state():
             return
         self._looking = True
         task = self._system.loop.create_task(self._look_for_others())
@@ -256,9 +267,10 @@ class SessionJournal:
         task.add_done_callback(self._system.background.discard)
 
     async def _look_for_others(self) -> None:
+        state = self._state()
         try:
             await self._gather(self._covered)
-            self._found = True
+            self._found_for = state
         except TorusError as error:
             log.info("a journal stays as it is: %s", error)
             self._grow_at = self._system.loop.time() + GROW_PAUSE_S

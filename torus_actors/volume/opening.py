@@ -393,8 +393,9 @@ async def kept_head(
         reader, lease = await _under_lease(system, partial(begin, kept))
     keeping: asyncio.Task[None] | None = None
     try:
-        reader = dataclasses.replace(reader, upto=0)
-        await meta.keep_reading(reader, lease)
+        if reader.upto:
+            reader = dataclasses.replace(reader, upto=0)
+            await meta.keep_reading(reader, lease)
         keeping = _in_background(system, _keep_reading(system, meta, reader, lease))
         yield Head.decode(reader.head) if reader.head else None
     finally:

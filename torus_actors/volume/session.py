@@ -272,6 +272,7 @@ class Session:
     async def _committer_loop(self) -> None:
         """One commit after the other: when asked for, and when the journal is large or old."""
         while True:
+            self.journal.look_for_others()
             if self.heads.owed is None:
                 self.keeper.ask_again()
             if self.keeper.wanted and self.file.failure is None:
@@ -285,7 +286,6 @@ class Session:
                 except TimeoutError:
                     self._flush_if_quiet()
                     await self._pay()
-                    self.journal.look_for_others()
                     if not self._commit_is_due():
                         continue
                 if self.keeper.wanted and self.file.failure is None:
@@ -340,7 +340,7 @@ class Session:
         journal = self.journal
         if self.file.failure is not None:
             return False
-        if journal.is_outdated:
+        if journal.is_outdated and self.heads.owed is None:
             return True
         if self.committer.clean:
             return False
