@@ -86,7 +86,7 @@ def debug_rebalance(settings: Settings, timeout: float) -> None:
     """Run passes on all nodes until every block is where the ring wants it.
 
     On a terminal a bar shows the pass under way: blocks looked at on all nodes, and how long it
-    will take.
+    will take. Fails if a node that has left the ring must stay for what its journal has.
     """
     run(settings, _rebalance(settings, timeout))
 
