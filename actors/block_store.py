@@ -400,8 +400,9 @@ class OpenStores:
         now = self.system.loop.time()
         age = now - self._dead_since
         if age > DEAD_S:
-            self._dead_before = self._dead if age < 2 * DEAD_S else RefSet()
-            self._dead, self._dead_since = RefSet(), now
+            recent = age < 2 * DEAD_S
+            self._dead_before = self._dead if recent else RefSet()
+            self._dead, self._dead_since = RefSet(), self._dead_since + DEAD_S if recent else now
 
     def is_dead(self, ref: BlockRef) -> bool:
         """Whether the collector of this node has deleted a block, not too long ago."""

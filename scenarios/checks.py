@@ -185,6 +185,8 @@ class Checker:
                 self.cluster.fail(f"{operation.key} goes from {self._epochs} to {epoch}")
             if epoch == before:  # as when a lock is given up; but see `_on_lock`
                 self._rewritten[operation.key] = self.cluster.loop.time()
+            else:
+                self._rewritten.pop(operation.key, None)
             self._epochs[operation.key] = epoch
         elif row is table.LOCK:
             self._on_lock(operation.key, Lock.decode(operation.value))

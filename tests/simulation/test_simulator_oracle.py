@@ -1,11 +1,19 @@
-"""The oracle: what it allows, and what it does not."""
+"""The oracle and the checker: what they allow, and what they do not."""
 
 # ruff: noqa: D102, D103 - what is no test needs none
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from torus_actors.metadata import keys as table
+from torus_actors.metadata.keys import Keys
+from torus_actors.metadata.kv import Delete, Put
+from torus_actors.metadata.records import Epoch, Lock
+from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.oracle import SECTOR, Session, VolumeOracle, stamp
 
 SIZE = 16 * SECTOR
@@ -423,3 +431,40 @@ def test_a_snapshot_during_a_cut_may_have_zeros_behind_it(judged: Judged) -> Non
     assert taking.crossed
     assert taking.loose(3) == before[3] and 0 not in before[3]
     assert taking.loose(9) == [*before[9], 0]
+
+
+# -- epochs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [5, 6])
+def test_no_two_sessions_have_the_same_epoch(epoch: int) -> None:
+    """Not those of one client either, and though it is written anew when a lock is given up."""
+    now, complaints = 1.0, list[str]()
+    cluster: Any = SimpleNamespace(
+        store=SimpleNamespace(watchers=[]),
+        node_watchers=[],
+        flush_watchers=[],
+        loop=SimpleNamespace(time=lambda: now),
+        fail=complaints.append,
+    )
+    Checker(cluster)
+    (happens,) = cluster.store.watchers
+    keys = Keys()
+    epoch_key, lock_key = keys.of(table.EPOCH, 1), keys.of(table.LOCK, 1)
+
+    def begins(epoch: int) -> None:
+        happens(Put(epoch_key, Epoch(epoch).encode()))
+        happens(Put(lock_key, Lock("host:1", epoch, now, str(now)).encode()))
+
+    begins(5)
+    now = 2.0
+    happens(Put(lock_key, Lock("host:1", 5, now, "under another lease").encode()))
+    now = 3.0
+    happens(Delete(lock_key))
+    happens(Put(epoch_key, Epoch(5).encode()))
+    now = 4.0
+    happens(Put(lock_key, Lock("host:1", 5, now, "which is late").encode()))
+    assert complaints == []
+    now = 5.0
+    begins(epoch)
+    assert len(complaints) == (epoch == 5)

@@ -16,6 +16,7 @@ import pytest
 
 from tests.fakes import Cluster, StorageNode, until, virtual
 from tests.unit.runtime_harness import on_uvloop, system_of
+from torus_actors.actors import block_store
 from torus_actors.actors.block_messages import (
     CHECK_STATUS,
     RANGE,
@@ -125,6 +126,29 @@ async def test_what_the_collector_deleted_is_told_from_what_is_missing() -> None
             (Status.MISSING, 0),
             (Status.MISSING, 0),
         ]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@virtual
+async def test_what_the_collector_deleted_is_forgotten_after_a_while(
+    busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not it deletes anything else meanwhile.
+
+    Found by review: what was deleted last was remembered for ever.
+    """
+    monkeypatch.setattr(block_store, "DEAD_S", 10.0)
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await node.actor("block_store").delete_blocks.remote(ref_of(0))
+        for n in range(1, 25):
+            if busy:
+                await node.actor("block_store").delete_blocks.remote(ref_of(n))
+            if n == 10:
+                assert await check(node, ref_of(0)) == [(Status.DEAD, 0)]
+            await asyncio.sleep(1.0)
+        assert await check(node, ref_of(0)) == [(Status.MISSING, 0)]
+        assert await check(node, ref_of(24)) == [(Status.DEAD if busy else Status.MISSING, 0)]
 
 
 @virtual

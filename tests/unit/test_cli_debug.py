@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -13,7 +14,13 @@ from click.testing import CliRunner
 from tests.fakes import virtual
 from torus_actors.cli import common, connect
 from torus_actors.cli.common import Failed, Settings
-from torus_actors.cli.ctl_debug import SILENT_S_MAX, _rebalance, _scrub, debug
+from torus_actors.cli.ctl_debug import (
+    SILENT_S_MAX,
+    _journals_of_leavers,
+    _rebalance,
+    _scrub,
+    debug,
+)
 from torus_actors.errors import DeadlineExceeded, TorusError
 
 COUNTS = "seen total left damaged failed unread sent dropped waiting yielded"
@@ -143,3 +150,70 @@ def test_a_node_that_stays_silent_is_named(nodes: dict[str, Node], command: Any)
             await command(Settings(), 10 * SILENT_S_MAX)
 
     fails()
+
+
+def looked(
+    begun: int, read: int, unreplayed: int = 0, still_open: int = 0, failed: int = 0
+) -> dict[str, int]:
+    """What a collector says that has begun so many passes, and has told of the journal in one."""
+    return {
+        "passes": read,
+        "failed_passes": failed,
+        "begun": begun,
+        "journals_read": read,
+        "unreplayed": unreplayed,
+        "unreplayed_open": still_open,
+    }
+
+
+async def kept(*statuses: dict[str, int]) -> list[str]:
+    """Why a node that has left the ring must stay, as its collector says this, one by one."""
+    left = list(statuses)
+
+    async def ask_all(addresses: list[str], actor: str, method: str) -> list[Any]:
+        assert actor == "collector" and addresses in (["at 1"], [])
+        if not addresses:
+            return []
+        return [left.pop(0) if method == "status" and len(left) > 1 else left[0]]
+
+    async def cluster() -> tuple[None, Any]:
+        return None, SimpleNamespace(members=("member",))
+
+    connection: Any = SimpleNamespace(ask_all=ask_all, cluster=cluster)
+    async with asyncio.timeout(60.0):
+        return await _journals_of_leavers(connection, {"leaver": "at 1", "member": "at 2"})
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param([looked(5, 5), looked(6, 5)], id="none"),
+        pytest.param([looked(5, 4), looked(5, 5), looked(6, 5)], id="under way"),
+        pytest.param([looked(5, 5), looked(6, 5), looked(7, 5, failed=1)], id="failed"),
+        pytest.param(
+            [looked(5, 5), looked(6, 6, still_open=1), looked(7, 6, still_open=1)], id="open"
+        ),
+        pytest.param([looked(5, 5), looked(0, 0), looked(1, 0)], id="started again"),
+    ],
+)
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_node_that_leaves_has_looked_into_its_journal_since(
+    before: list[dict[str, int]], count: int
+) -> None:
+    """In a pass that began after the question, and when no client had a volume open any more."""
+    last = before[-1]
+    following = looked(last["begun"] + 1, last["begun"] + 1, count, failed=last["failed_passes"])
+
+    @virtual
+    async def ask() -> None:
+        told = await kept(*before, following)
+        assert len(told) == count
+        assert all(each.startswith("node leaver must stay for now: ") for each in told)
+
+    ask()
+
+
+@virtual
+async def test_a_node_of_the_version_before_may_leave_without_a_look() -> None:
+    """It does not say which of its passes have read the journal: nobody waits for it."""
+    assert await kept({"passes": 5, "failed_passes": 0, "unreplayed": 0}) == []

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes import Client, Cluster, Device, virtual
 from torus_actors.actors.collector import Collector
-from torus_actors.errors import Fenced
+from torus_actors.errors import DeadlineExceeded, Fenced
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.kv import Delete, Put
@@ -592,29 +592,74 @@ async def test_what_some_collectors_have_deleted_the_others_do_not_send_back(
         assert sum(len(node.refs()) for node in cluster.nodes.values()) == 2 * count
 
 
+async def told(cluster: Cluster, what: str, after_s: float = 15.0) -> dict[str, int]:
+    """What each node's collector says, by default some passes later."""
+    await asyncio.sleep(after_s)
+    found = {}
+    for node in cluster.nodes.values():
+        found[node.node_id] = (await node.actor("collector").status.remote())[what]
+    return found
+
+
+async def with_records(cluster: Cluster) -> tuple[Device, dict[str, int]]:
+    """An open volume with records that no head has; and for each node whether it has them."""
+    device = await cluster.volume(SIZE)
+    await device.write(0, b"a")
+    await device.flush()
+    await commit(device)
+    assert set((await told(cluster, "unreplayed")).values()) == {0}
+    for n in range(3):
+        await device.write(n, b"x")
+        await device.flush()
+    members = device.client.session(device.name).journal.members
+    return device, {each: int(each in members) for each in cluster.ids}
+
+
 @virtual
 async def test_members_tell_of_what_only_their_journals_have() -> None:
     """A client crashed: until somebody has opened its volume, who has its records must stay."""
     async with Cluster(nodes=3, replication=2, collect_s=5.0, journals=True) as cluster:
-
-        async def unreplayed() -> dict[str, int]:
-            await asyncio.sleep(15.0)
-            told = {}
-            for node in cluster.nodes.values():
-                told[node.node_id] = (await node.actor("collector").status.remote())["unreplayed"]
-            return told
-
-        device = await cluster.volume(SIZE)
-        await device.write(0, b"a")
-        await device.flush()
-        await commit(device)
-        assert set((await unreplayed()).values()) == {0}
-        for n in range(3):
-            await device.write(n, b"x")
-            await device.flush()
-        members = device.client.session(device.name).journal.members
+        device, having = await with_records(cluster)
         await device.client.crash()
-        assert await unreplayed() == {each: int(each in members) for each in cluster.ids}
+        assert await told(cluster, "unreplayed") == having
         again = await (await cluster.client()).open(device.name)
-        assert set((await unreplayed()).values()) == {0}
+        assert set((await told(cluster, "unreplayed")).values()) == {0}
         assert await again.read(0, 3) == b"xxx"
+
+
+@virtual
+async def test_what_a_client_has_open_is_not_left_to_the_journals() -> None:
+    """It counts for itself: the client moves it when a member leaves."""
+    async with Cluster(nodes=3, replication=2, collect_s=5.0, journals=True) as cluster:
+        device, having = await with_records(cluster)
+        none = dict.fromkeys(cluster.ids, 0)
+        assert await told(cluster, "unreplayed") == none
+        assert await told(cluster, "unreplayed_open", 0.0) == having
+        await device.client.crash()
+        assert await told(cluster, "unreplayed") == having
+        assert await told(cluster, "unreplayed_open", 0.0) == none
+
+
+@virtual
+async def test_a_journal_that_does_not_answer_is_not_an_empty_one() -> None:
+    """What it had when it was last asked is still told; blocks are collected meanwhile."""
+    async with Cluster(nodes=3, replication=2, collect_s=5.0, journals=True) as cluster:
+        device, having = await with_records(cluster)
+        await device.client.crash()
+        assert await told(cluster, "unreplayed") == having
+        member = cluster.nodes[max(having, key=having.__getitem__)]
+        before = await member.actor("collector").status.remote()
+        journal: Any = member.system.cells["journal"].actor
+        handlers = journal.handlers
+
+        def fail(*_: Any) -> None:
+            raise DeadlineExceeded("no answer in time")
+
+        silent = dataclasses.replace(handlers["volumes"], function=fail, is_async=False)
+        journal.handlers = {**handlers, "volumes": silent}
+        assert await told(cluster, "unreplayed") == having
+        now = await member.actor("collector").status.remote()
+        assert now["passes"] > before["passes"] and not now["failed_passes"]
+        assert now["journals_read"] == before["journals_read"]
+        journal.handlers = handlers
+        assert (await told(cluster, "journals_read"))[member.node_id] > now["begun"]

@@ -1119,6 +1119,13 @@ async def _reader_under_a_new_lease(service: MetadataService, volume_id: int) ->
     )
 
 
+async def _reader_of_a_deleted_volume(service: MetadataService, volume_id: int) -> Change:
+    """The same, while the volume was deleted, since nobody seemed to read it."""
+    change = await _reader_under_a_new_lease(service, volume_id)
+    await service.delete_volume("demo")
+    return change
+
+
 async def _snapshot(service: MetadataService, volume_id: int) -> Change:
     """A snapshot is made, and deleted."""
     return (
@@ -1138,7 +1145,15 @@ async def _request(service: MetadataService, volume_id: int) -> Change:
 
 @pytest.mark.parametrize(
     "prepare",
-    [_lock, _reader, _reader_of_a_snapshot, _reader_under_a_new_lease, _snapshot, _request],
+    [
+        _lock,
+        _reader,
+        _reader_of_a_snapshot,
+        _reader_under_a_new_lease,
+        _reader_of_a_deleted_volume,
+        _snapshot,
+        _request,
+    ],
 )
 def test_what_was_undone_is_not_made_by_a_late_request(
     backend: Backend, prepare: Callable[[MetadataService, int], Awaitable[Change]]
@@ -1229,6 +1244,30 @@ def test_a_request_for_a_snapshot_is_answered_once_by_the_session_of_now(backend
         with pytest.raises(CompareFailed):
             await service.answer_request(third, epoch, revision, GIB)
         assert [each.name for each in await service.snapshots(demo.id)] == ["monday"]
+
+    run(backend, test)
+
+
+def test_who_asks_for_a_snapshot_does_not_mind_a_reader_that_ends(backend: Backend) -> None:
+    """It ends after all was read that the request compares: that is no other request."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        demo = await service.create_volume("demo", GIB)
+        lease = await service.grant_lease(60)
+        await service.attach(demo.id, "vm1", lease)
+        reader, _ = await service.begin_reading(demo.id, "vm2", lease)
+        txn = f.store.txn
+
+        async def after_the_end(compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
+            f.store.txn = txn  # type: ignore[method-assign]
+            await service.end_reading(demo.id, reader.nonce)
+            return await txn(compare, then)
+
+        f.store.txn = after_the_end  # type: ignore[method-assign]
+        request = await service.request_snapshot(demo.id, "monday", lease)
+        assert f.store.txn == txn
+        assert await service.snapshot_request(request) == request
 
     run(backend, test)
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 POLL_S = 0.3
 
+MOVE_S_MAX = 30.0
+"""A client that is to move its journal off a node needs no longer, if there are nodes for it."""
+
 SILENT_S_MAX = 20.0
 """A node that is busy, or is just started again, answers late; after so long it is given up."""
 
@@ -158,8 +161,10 @@ async def _journals_of_leavers(connection: Connection, addresses: dict[str, str]
 
     _, ring = await connection.cluster()
     leaving = {peer: at for peer, at in addresses.items() if peer not in ring.members}
-    found: dict[str, int] = {}
+    found: list[str] = []
     begun: dict[str, int] = {}
+    loop = asyncio.get_running_loop()
+    until = loop.time() + MOVE_S_MAX
     while leaving:
         for peer, now in zip(
             list(leaving), await _ask_all(connection, leaving, "collector", "status"), strict=True
@@ -170,16 +175,19 @@ async def _journals_of_leavers(connection: Connection, addresses: dict[str, str]
             # Only a pass that began after the question tells. It has begun anew if it was started
             # again; and what a client has open it is about to move.
             begun[peer] = min(begun.get(peer, now["begun"]), now["begun"])
-            if now["journals_read"] > begun[peer] and not now["unreplayed_open"]:
-                found[peer] = now["unreplayed"]
+            is_open = now["unreplayed_open"]
+            if now["journals_read"] > begun[peer] and not (is_open and loop.time() < until):
                 del leaving[peer]
+                must_stay = f"node {short(peer)} must stay for now: "
+                if now["unreplayed"]:
+                    found.append(must_stay + unreplayed_of(now["unreplayed"]))
+                elif is_open:
+                    found.append(
+                        f"{must_stay}clients have yet to move the journals of what is open"
+                    )
         await _ask_all(connection, leaving, "collector", "start_pass")
         await asyncio.sleep(POLL_S)
-    return [
-        f"node {short(peer)} must stay for now: {unreplayed_of(count)}"
-        for peer, count in found.items()
-        if count
-    ]
+    return found
 
 
 @debug.command("scrub")
