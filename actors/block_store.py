@@ -91,9 +91,10 @@ CHECK_REFS_MAX = 4096
 VOUCH_S = 60.0
 """How long a copy that was vouched for is kept; who asked has to drop its own copy well before."""
 
-DEAD_S = 1800.0
-"""What the collector deleted is known as dead for this long, and up to twice as long: longer than
-two passes of the collectors of other nodes take, which may still have it."""
+DEAD_S = 4 * 3600.0
+"""What the collector deleted is known as dead for this long, and up to twice as long: other nodes
+may have it until their collectors have made two passes, with pauses of five times as long between
+them. This suffices for passes of twenty minutes."""
 
 DATA, INODES = 0, 1
 
