@@ -14,6 +14,10 @@ from typing import Any
 from torus_actors.errors import ProtocolError
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef
 
+INODE_BLOCK_SIZE = 32 << 10
+"""Slots for INode pages: a page of 1,024 entries of 28 bytes and its header fit, and a sparse page
+does not take the room of a data block."""
+
 RANGE = struct.Struct("<24sII")
 """A wanted range: ref, offset in the block, length; bytes, page-aligned (the end may be cut)."""
 
@@ -33,6 +37,11 @@ class Status(enum.IntEnum):
     FAILED = 3
     DEAD = 4
     """In answers to checks only: not here, since the collector of this node has deleted it."""
+
+
+def whole(ref: BlockRef, block_size: int) -> bytes:
+    """The range that is all of a block, in a cluster with data blocks of ``block_size`` bytes."""
+    return RANGE.pack(ref, 0, max(block_size, INODE_BLOCK_SIZE))
 
 
 def split_refs(packed: bytes) -> Iterator[BlockRef]:

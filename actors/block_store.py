@@ -20,6 +20,7 @@ from typing import Any
 
 from torus_actors.actors.block_messages import (
     CHECK_STATUS,
+    INODE_BLOCK_SIZE,
     RANGE,
     RANGE_STATUS,
     Status,
@@ -53,10 +54,6 @@ from torus_actors.storage.store import BlockStore, DirectRead, FlushBatch, Level
 from torus_actors.wire.limits import PAYLOAD_MAX
 
 log = logging.getLogger(__name__)
-
-INODE_BLOCK_SIZE = 32 << 10
-"""Slots for INode pages: a page of 1,024 entries of 28 bytes and its header fit, and a sparse page
-does not take the room of a data block."""
 
 INODE_SHARE = 16
 """One part in this many of a node's size is for INode pages."""

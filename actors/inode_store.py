@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from torus_actors.actors.block_store import INODE_BLOCK_SIZE
+from torus_actors.actors.block_messages import INODE_BLOCK_SIZE
 from torus_actors.errors import BlockUnavailable, Invalid, TorusError
 from torus_actors.metadata.patience import Backoff
 from torus_actors.model.checksums import root_of, sums_of
@@ -42,6 +42,7 @@ class INodeStore(LoopActor):
         end = self.system.loop.time() + PATIENCE_S
         room = asyncio.Semaphore(PUTS_MAX)
         replicator = self.system.actor("replicator")
+        failure: BaseException | None = None
 
         async def put(ref: BlockRef, page: bytes) -> list[Any]:
             if len(page) > INODE_BLOCK_SIZE:
@@ -50,15 +51,28 @@ class INodeStore(LoopActor):
             async with room:
                 sums = sums_of(page)
                 root = root_of(sums)
-                while True:
+                while failure is None:
                     try:
                         placed = await replicator.put_block.remote(ref, root, sums, 0, payload=page)
                         return [root, placed]
                     except BlockUnavailable:
                         if not await backoff.wait(end):
                             raise
+            return []
 
-        return list(await asyncio.gather(*[put(ref, page) for ref, page in pages]))
+        async def put_or_fail(ref: BlockRef, page: bytes) -> list[Any]:
+            nonlocal failure
+            try:
+                return await put(ref, page)
+            except BaseException as error:
+                failure = failure or error
+                return []
+
+        # To the end of all: what still went on would store pages that nobody knows of.
+        answers = await asyncio.gather(*[put_or_fail(ref, page) for ref, page in pages])
+        if failure is not None:
+            raise failure
+        return list(answers)
 
     @expose(deferred=True)
     def get_page(self, reply: Any, ref: BlockRef, root: int) -> None:

@@ -18,12 +18,12 @@ from typing import Any
 
 from torus_actors.actors.block_messages import (
     CHECK_STATUS,
-    RANGE,
     RANGE_STATUS,
     Status,
     split_answer,
     split_records,
     split_refs,
+    whole,
 )
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
@@ -486,7 +486,7 @@ class Rebalancer(LoopActor):
                 raise BlockUnavailable(f"peer {peer[:8]} takes no more: {refusal}")
             self._reads += 1
             answer = await self.system.actor("block_store").read_ranges.remote(
-                RANGE.pack(ref, 0, self._view.block_size)
+                whole(ref, self._view.block_size)
             )
             packed = answer.result if type(answer) is Reply else answer
             ((status, _, size),) = split_records(RANGE_STATUS, packed)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torus_actors.actors.block_messages import RANGE, RANGE_STATUS, Status, split_answer
+from torus_actors.actors.block_messages import RANGE, RANGE_STATUS, Status, split_answer, whole
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
     TRANSIENT,
@@ -102,6 +102,7 @@ class _Read:
     __slots__ = (
         "bad",
         "failures",
+        "hedged",
         "in_air",
         "length",
         "offset",
@@ -126,6 +127,8 @@ class _Read:
         self.order: Sequence[str] = ()
         self.tried = 0
         self.in_air = 0
+        self.hedged = False
+        """Whether who was asked first does not answer: others are asked as soon as one fails."""
         self.rounds = 0
         self.failures: list[TorusError] = []
         self.bad: list[str] = []  # peers whose copy is missing or wrong
@@ -357,6 +360,7 @@ class Replicator(LoopActor):
     def _begin(self, read: _Read) -> None:
         read.order = self._read_order(read.ref)
         read.tried = 0
+        read.hedged = False
         read.failures.clear()
         self._queue.append(read)
         if not self._dispatching:
@@ -513,7 +517,7 @@ class Replicator(LoopActor):
     def _missed(self, read: _Read, error: TorusError, by_peer: dict[str, list[_Read]]) -> None:
         read.in_air -= 1
         read.failures.append(error)
-        if not read.in_air and not read.reply.done():
+        if (read.hedged or not read.in_air) and not read.reply.done():
             self._next_replica(read, by_peer)
 
     def _exhausted(self, read: _Read) -> None:
@@ -550,6 +554,7 @@ class Replicator(LoopActor):
                 batch.hedged = True
                 for read in batch.reads:
                     if not read.reply.done() and self._next_replica(read, by_peer):
+                        read.hedged = True
                         self._counts["hedged"] += 1
         self._send_all(by_peer)
 
@@ -598,7 +603,7 @@ class Replicator(LoopActor):
                 continue
             try:
                 answer = await self._store(peer).read_ranges.remote(
-                    RANGE.pack(ref, 0, self._view.block_size), timeout_s=READ_TIMEOUT_S
+                    whole(ref, self._view.block_size), timeout_s=READ_TIMEOUT_S
                 )
                 ((status, sums, block),) = _parse_ranges(answer, 1)
                 if status != Status.OK or len(sums) != sums_size(len(block)):
@@ -628,6 +633,13 @@ class Replicator(LoopActor):
     def discard(self, peer: str, refs: bytes) -> None:
         """Have a peer delete blocks that no head ever named; what it misses is collected later."""
         self._store(peer).discard_blocks.tell(refs)
+
+    @expose()
+    def discard_everywhere(self, refs: bytes) -> None:
+        """Likewise all peers that are not down: of these blocks it is not known who has them."""
+        for peer in self._view.ring.members:
+            if not self._down(peer):
+                self.discard(peer, refs)
 
     @expose()
     async def reclaim(self) -> int:

@@ -8,14 +8,16 @@ and what it was opening for somebody, or closing, its successor closes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.actors.volume import VolumeActor
-from torus_actors.errors import Fenced, NotExist, TorusError, WrongVolumeType
+from torus_actors.errors import Again, Fenced, NotExist, TorusError, WrongVolumeType, anew
 from torus_actors.metadata.records import SnapshotRequest
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import Cell, ChildSpec, LoopActor, State, expose
@@ -34,6 +36,10 @@ JOURNAL_S = 3.0
 
 REPLAY_COMMIT_S = 30.0
 """How long opening a volume waits for the commit of what the last session left in its journal."""
+
+TURN_S_MAX = 300.0
+"""How long an opening waits for those before it of the same volume. With what it takes itself that
+is less than those wait who ask: for one that had given up nobody would give the volume back."""
 
 RESTARTS_MAX = 20
 RESTART_PERIOD_S = 10.0
@@ -162,7 +168,7 @@ class Volumes(LoopActor):
             Fenced: another client took it over from this one, whose users have not all left yet.
         """
         name = self._resolve(name)
-        async with self._locks.setdefault(name, asyncio.Lock()):
+        async with self._turn(name):
             await self._close_unused(name)
             volume = self._open.get(name)
             if volume is None:
@@ -176,10 +182,28 @@ class Volumes(LoopActor):
                 self._hand_out_requests()
             elif volume.session.file.failure is not None:
                 # Fenced: those who have it open may read on, but it is not what the volume is now.
-                raise volume.session.file.failure
+                raise anew(volume.session.file.failure)
             volume.users += 1
             session = volume.session
         return [name, session.size, f"torus volume {name}", not session.epoch]
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[None]:
+        """Open one volume at a time.
+
+        Raises:
+            Again: others are at it for so long that nobody would wait for the result.
+        """
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        try:
+            async with asyncio.timeout(TURN_S_MAX):
+                await lock.acquire()
+        except TimeoutError as error:
+            raise Again(f"volume {name} is being opened by others for too long") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def _first_commit(self, name: str, session: Session) -> None:
         """Begin the session's journal, so that its flushes need no metadata any more.

@@ -256,7 +256,7 @@ _SESSIONS = (
         "No flush of a session succeeds that knows that it is over",
         Edit(
             "volume.flushing:Flusher._flush",
-            "raise session.file.failure",
+            "raise anew(session.file.failure)",
             "return",
         ),
         hunted_in=("zombie_client", "partition_client"),

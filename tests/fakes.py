@@ -619,7 +619,7 @@ class Client(Member):
                     lambda: Replicator(
                         self.view, read_level=self.read_level, write_level=self.write_level
                     ),
-                    max_concurrency=256,
+                    max_concurrency=1024,
                 ),
                 ChildSpec("inode_store", INodeStore, max_concurrency=64),
                 ChildSpec(
@@ -630,7 +630,7 @@ class Client(Member):
                 ChildSpec(
                     "volumes",
                     lambda: Volumes(self.meta, self.view, self.caches, read_only=self.read_only),
-                    max_concurrency=64,
+                    max_concurrency=1024,
                     shutdown_s=90.0,
                 ),
                 ChildSpec("nbd_server", lambda: _Answers(self.devices)),
@@ -769,6 +769,7 @@ class Cluster:
         collect_s: grace of the nodes' garbage collectors; None for none.
         journals: whether nodes keep journals; without, every flush is a commit.
         seed: of everything random.
+        inode_copies: of a page at least.
     """
 
     def __init__(
@@ -780,6 +781,7 @@ class Cluster:
         seed: int = 1,
         collect_s: float | None = None,
         journals: bool = False,
+        inode_copies: int = 1,
     ) -> None:
         self.collect_s = collect_s
         self.journals = journals
@@ -790,7 +792,7 @@ class Cluster:
         self.gmd = GlobalMetadata(
             block_size=block_size,
             block_spec="crc,base",
-            inode_replication=1,
+            inode_replication=inode_copies,
             cluster_id=self.new_id(),
         )
         self.ids = [self.new_id() for _ in range(nodes)]

@@ -38,6 +38,9 @@ same request may succeed a moment later, so that a caller with time left tries a
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 
 class TorusError(Exception):
     """Base of all errors raised on purpose; its text is one plain line for a person."""
@@ -175,3 +178,15 @@ def _collect(cls: type[TorusError]) -> None:
 
 
 _collect(TorusError)
+
+
+E = TypeVar("E", bound=TorusError)
+
+
+def anew(error: E) -> E:
+    """An error that was kept, to be raised once more.
+
+    Each raise adds the frames that it came by to an error, with all that was in them: one that is
+    kept and raised itself for every write would keep every write in memory.
+    """
+    return copy.copy(error)

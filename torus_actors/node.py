@@ -322,7 +322,8 @@ class Process:
                 lambda: Replicator(
                     view, has_store=has_store, read_level=read_level, write_level=write_level
                 ),
-                max_concurrency=256,
+                # More than many volumes put at once: reads must not wait for puts that hang.
+                max_concurrency=1024,
             ),
             ChildSpec("inode_store", INodeStore, max_concurrency=64),
         ]
@@ -345,7 +346,8 @@ class Process:
                     read_only=nbd.read_only,
                     holder=self.machine.process_name(),
                 ),
-                max_concurrency=64,
+                # As many as connections may open one volume at once: others must not wait for it.
+                max_concurrency=1024,
                 shutdown_s=90.0,
             ),
             ChildSpec(

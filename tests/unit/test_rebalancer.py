@@ -821,3 +821,17 @@ async def test_a_node_of_the_version_before_may_ask_whether_copies_are_safe() ->
             await store.check_blocks.remote(block.ref, True, True, version - 1)
         right = await store.check_blocks.remote(block.ref, True, True, version)
         assert await store.check_blocks.remote(block.ref, True, True) == right
+
+
+@virtual
+async def test_pages_that_are_larger_than_a_block_are_sent_whole() -> None:
+    """They have up to 28 KiB, and blocks of data may have 4: else a lost copy would stay lost."""
+    async with Cluster(nodes=2, replication=2, inode_copies=2) as cluster:
+        await started(cluster)
+        page = bytes(range(256)) * (28 * 4)
+        assert len(page) > cluster.gmd.block_size
+        ref = BlockRef.of(1, 1, 7, BlockType.INODE)
+        cluster.node(0).stores[1].put(ref, page)
+        await cluster.node(0).actor("rebalancer").start_pass.remote()
+        await until(lambda: ref in cluster.node(1).refs(1))
+        assert cluster.node(1).stores[1].get(ref) == page

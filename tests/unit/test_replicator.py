@@ -12,7 +12,7 @@ from tests.fakes import Client, Cluster, until, virtual
 from torus_actors.actors.replicator import REPAIR_PAUSE_S, ReadLevel, WriteLevel
 from torus_actors.errors import BlockUnavailable, Corruption, NoPeer, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
-from torus_actors.model.refs import BlockRef
+from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.storage.mfile_open import DATA_PATH
 
 BLOCK = 16 << 10
@@ -533,3 +533,73 @@ async def test_one_bad_disk_does_not_make_the_cluster_full() -> None:
             await good.actor("block_store").flush.remote()
         bad.disks[0].heal()
         assert set(await Block(300).put(client)) == set(cluster.ids)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+@virtual
+async def test_a_hedged_read_goes_on_where_the_second_peer_has_nothing(copies: int) -> None:
+    """The first one hangs, the second one lacks the block, and a third has it, an owner or not.
+
+    Found by review: nobody else was asked before the first one's time was over.
+    """
+    async with Cluster(nodes=3, replication=copies) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        await block.put(client)
+        replicator: Any = client.system.cells["replicator"].actor
+        hangs, lacks, has = replicator._read_order(block.ref)
+        cluster.nodes[has].stores[0].put(block.ref, block.data)
+        cluster.nodes[lacks].stores[0].delete([block.ref])
+        cluster.network.hanging.add(hangs)
+        began = asyncio.get_running_loop().time()
+        assert await block.read(client) == block.data
+        assert asyncio.get_running_loop().time() - began < 1.0
+
+
+@virtual
+async def test_a_page_that_is_larger_than_a_block_is_repaired() -> None:
+    """Pages have up to 28 KiB, and blocks of data may have 4: all of a page is fetched."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client()
+        page = bytes(range(256)) * (28 * 4)
+        ref = BlockRef.of(1, 1, 7, BlockType.INODE)
+        sums = sums_of(page)
+        lost, other = cluster.node(0), cluster.node(1)
+        await other.actor("block_store").put_block.remote(ref, root_of(sums), sums, payload=page)
+        repair = client.actor("replicator").repair
+        await repair.remote(ref, root_of(sums), lost.node_id)
+        assert lost.stores[1].get(ref) == page
+
+
+@virtual
+async def test_reads_do_not_wait_for_puts_that_hang() -> None:
+    """Of many volumes; the blocks that are read are on other peers."""
+    async with Cluster(nodes=3, replication=1) as cluster:
+        client = await cluster.client()
+        hangs = cluster.ids[0]
+        blocks = [Block(n) for n in range(1200)]
+        stuck = [block for block in blocks if hangs in cluster.ring.owners(block.ref)]
+        there = next(block for block in blocks if hangs not in cluster.ring.owners(block.ref))
+        await there.put(client)
+        cluster.network.hanging.add(hangs)
+        puts = [asyncio.ensure_future(block.put(client)) for block in stuck[:300]]
+        await asyncio.sleep(0.01)
+        began = asyncio.get_running_loop().time()
+        assert await there.read(client) == there.data
+        assert len(puts) == 300 and asyncio.get_running_loop().time() - began < 0.5
+        await asyncio.gather(*puts, return_exceptions=True)
+
+
+@virtual
+async def test_no_page_is_put_when_the_call_has_failed() -> None:
+    """What went on would store pages that nobody knows of."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        client = await cluster.client()
+        too_large = [BlockRef.of(1, 1, 0, BlockType.INODE), bytes(64 << 10)]
+        others = [[BlockRef.of(1, 1, n, BlockType.INODE), bytes(30)] for n in range(1, 128)]
+        cluster.network.hanging.update(cluster.ids)
+        with pytest.raises(TorusError):
+            await client.actor("inode_store").put_pages.remote([too_large, *others])
+        cluster.network.hanging.clear()
+        await asyncio.sleep(60)
+        assert not any(node.refs(1) for node in cluster.nodes.values())

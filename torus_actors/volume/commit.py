@@ -26,6 +26,7 @@ from torus_actors.errors import (
     BlockUnavailable,
     OutOfSpace,
     TorusError,
+    anew,
 )
 from torus_actors.metadata.patience import Backoff
 from torus_actors.model.checksums import Buffer, sums_of
@@ -115,7 +116,7 @@ class Committer:
         """
         file = self._file
         if file.failure is not None:
-            raise file.failure
+            raise anew(file.failure)
         if self.clean and not force:
             return
         await self.write_out(list(file.layers.indexes()), self._checkpoint)
@@ -154,6 +155,7 @@ class Committer:
             self.exact = file.held and not (file.layers.dirty or file.layers.frozen)
             if self.complete:
                 file.release_writes()
+        may_be_named = False
         try:
             inode_store = self._system.actor("inode_store")
             for first in range(0, len(plan.blocks), PAGES_TOGETHER):
@@ -165,10 +167,14 @@ class Committer:
                     covered[ref] = Stored(root, placed, data=data)
             await self.make_durable(covered)
             if file.failure is not None:
-                raise file.failure
+                raise anew(file.failure)
+            may_be_named = True
             await self._record(plan, inode)
         except BaseException:
             file.map.commit_failed(plan)
+            if not may_be_named:
+                # The next attempt names its pages anew, and these would fill those that took them.
+                file.discard_tried([ref for ref, _ in plan.blocks])
             raise
         file.map.commit_done(plan)
 
@@ -216,9 +222,9 @@ class Committer:
                     end = self._system.loop.time() + PATIENCE_S
                     continue
             if file.failure is not None:
-                raise file.failure
+                raise anew(file.failure)
             if isinstance(file.put_error, OutOfSpace):
-                raise file.put_error
+                raise anew(file.put_error)
             remaining = end - self._system.loop.time()
             if remaining <= 0 and not file.reclaiming:
                 raise BlockUnavailable(
@@ -299,7 +305,7 @@ class Committer:
                     f"{len(pending)} blocks, lost by a node, cannot be made durable: {told}"
                 )
             if file.failure is not None:
-                raise file.failure
+                raise anew(file.failure)
 
     async def _place_all_again(self, lost: dict[BlockRef, Stored]) -> TorusError | None:
         """Store blocks anew; returns why some of them could not be, if so."""

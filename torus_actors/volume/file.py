@@ -26,6 +26,7 @@ from torus_actors.errors import (
     Invalid,
     OutOfSpace,
     TorusError,
+    anew,
 )
 from torus_actors.model.blocksets import Blockset
 from torus_actors.model.buffers import BufferPool
@@ -134,6 +135,8 @@ class File(ReadSide):
         self.fresh: dict[BlockRef, None] = {}
         """Blocks in the map that no plan of a commit has named yet: once overwritten, nobody's."""
         self._discards: dict[str, list[BlockRef]] = {}
+        self._tried: list[BlockRef] = []
+        """To be discarded too, by whoever has them."""
         self._discard_timer: asyncio.TimerHandle | None = None
         self.reclaiming = False
         """Whether the cluster is full and garbage is being looked for."""
@@ -237,14 +240,14 @@ class File(ReadSide):
 
     def _check_writable(self) -> None:
         if self.failure is not None:
-            raise self.failure
+            raise anew(self.failure)
         if self.read_only:
             raise Invalid(f"volume {self.name} is open read-only")
 
     def _check_room(self) -> None:
         if isinstance(self.put_error, OutOfSpace):
             # Whatever is taken now could not be stored: say so while the writer can still react.
-            raise self.put_error
+            raise anew(self.put_error)
 
     def _wait_for_room(self, offset: int, data: Buffer | None, length: int, done: Done) -> bool:
         if data is not None and not (self.layers.size or self._waiting or self.held):
@@ -343,7 +346,7 @@ class File(ReadSide):
             # Not refused where the cluster is full, since this is how room is made; but the zero
             # runs themselves must not fill the memory.
             if self.layers.size >= 2 * self.layers.size_max:
-                raise self.put_error
+                raise anew(self.put_error)
         elif self._waiting or self.layers.size >= self.layers.size_max:
             return self._wait_for_room(offset, None, length, done)
         return self._make_zero(offset, length, done)
@@ -414,8 +417,8 @@ class File(ReadSide):
             return
         # In one step with the map: a layer must not be gone before what lies below it is.
         self.layers.drop(first, last)
-        for index in [index for index in self._failed_puts if first <= index < last]:
-            del self._failed_puts[index]
+        failed = [index for index in self._failed_puts if first <= index < last]
+        self.discard_tried([self._failed_puts.pop(index)[0] for index in failed])
         self.loop.call_soon(done, None, ())
         self.loop.call_soon(self._room_made)
 
@@ -541,6 +544,8 @@ class File(ReadSide):
         # One of an older INode would look collectable.
         if failed is not None and failed[0].inode == ref.inode and failed[1] == _digest(block):
             return failed[0]
+        if failed is not None:
+            self.discard_tried([failed[0]])
         return ref
 
     def _settle(self, index: int, layer: ExtentMap, block: tuple[BlockRef, Stored] | None) -> None:
@@ -575,11 +580,27 @@ class File(ReadSide):
             del self.discarded[next(iter(self.discarded))]
         for peer, _ in stored.placed if stored is not None else ():
             self._discards.setdefault(peer, []).append(ref)
+        self._discard_soon()
+
+    def discard_tried(self, refs: list[BlockRef]) -> None:
+        """Have all peers drop what some may have taken though storing it failed.
+
+        A collector may not, until a head is stored: it could be named by one that is on its way.
+        No other block ever gets one of these names.
+        """
+        if refs:
+            self._tried += refs
+            self._discard_soon()
+
+    def _discard_soon(self) -> None:
         if self._discard_timer is None:
             self._discard_timer = self.loop.call_later(DISCARD_S, self._send_discards)
 
     def _send_discards(self) -> None:
         self._discard_timer = None
+        tried, self._tried = self._tried, []
+        if tried:
+            self._replicator.discard_everywhere.tell(b"".join(tried))
         discards, self._discards = self._discards, {}
         for peer, refs in discards.items():
             self._replicator.discard.tell(peer, b"".join(refs))

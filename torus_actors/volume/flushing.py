@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torus_actors.errors import Fenced, TorusError
+from torus_actors.errors import Fenced, TorusError, anew
 from torus_actors.model.checksums import Buffer
 from torus_actors.volume import change_log
 from torus_actors.volume.commit import Superseded
@@ -219,7 +219,7 @@ class Flusher:
         """Make everything acknowledged so far durable: by the journal, or else by a commit."""
         session = self._session
         if session.file.failure is not None:
-            raise session.file.failure
+            raise anew(session.file.failure)
         changes = session.log
         # Otherwise a record may be replayed over what a newer head has.
         told = changes.empty and (not changes.waits_for_head or changes.seq == session.covered_seq)

@@ -23,6 +23,7 @@ from torus_actors.errors import (
     Fenced,
     Overloaded,
     TorusError,
+    anew,
 )
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import Head, Reader, SnapshotRequest, VolumeRecord
@@ -243,8 +244,8 @@ class Session:
 
     def flush_soon(self, done: Callable[[TorusError | None], None]) -> None:
         """Make everything acknowledged so far durable, then call ``done``."""
-        if isinstance(self.file.failure, Closed):
-            done(self.file.failure)
+        if self.closed:
+            done(self.file.failure or Closed(f"volume {self.name} is closed"))
             return
         self.flusher.ask(done)
 
@@ -254,8 +255,8 @@ class Session:
 
     def commit_soon(self, done: Callable[[TorusError | None], None]) -> None:
         """Fold everything acknowledged so far into blocks and a new head, then call ``done``."""
-        if isinstance(self.file.failure, Closed):
-            done(self.file.failure)
+        if self.closed:
+            done(self.file.failure or Closed(f"volume {self.name} is closed"))
             return
         self._commit_waiting.append(done)
         self._commit_wake.set()
@@ -456,7 +457,7 @@ class Session:
             awaited = bool(self._committing or self._commit_waiting)
             if complete and await self.heads.keep_in_journal(head, awaited):
                 if self.file.failure is not None:
-                    raise self.file.failure
+                    raise anew(self.file.failure)
                 return
             await backoff.wait()
 
