@@ -76,6 +76,10 @@ CONFIRMED_S = 20.0
 
 CALL_TIMEOUT_S = 30.0
 
+CONFIRM_AFTER_S = 3.0
+"""A store syncs by itself once nothing came for two seconds. To have it do so while others still
+send to it makes clients wait for all that is in memory."""
+
 FLUSH_TIMEOUT_S = 120.0
 """What was sent in a pass counts once its receivers have it on their disks."""
 
@@ -242,6 +246,7 @@ class Rebalancer(LoopActor):
 
         Not a part of the pass: a disk whose syncs hang is not to keep others from being healed.
         """
+        await asyncio.sleep(CONFIRM_AFTER_S)
         sure = await asyncio.gather(*[self._is_durable(peer) for peer in peers])
         if all(sure):
             self._settled = situation

@@ -250,12 +250,18 @@ class SessionJournal:
     def _wants_others(self) -> bool:
         if not self.active or self._system.loop.time() < self._grow_at:
             return False
+        transport: Any = self._system.transport
         ring = set(self._view.ring.members)
-        if len(self._homes) >= self._view.replication and ring.issuperset(self._homes):
+        # One that is down already ends the journal with the next flush, and not before.
+        leave = any(
+            home not in ring and transport is not None and not transport.is_down(home)
+            for home in self._homes
+        )
+        if len(self._homes) >= self._view.replication and not leave:
             return False
         order, up = self._candidates()
         wanted = min(self._view.replication, len(order))
-        return len(up) >= wanted and (len(self._homes) < wanted or not ring.issuperset(self._homes))
+        return len(up) >= wanted and (len(self._homes) < wanted or leave)
 
     def look_for_others(self) -> None:
         """Look for other members if it should have some, which may take long, and nobody waits."""
