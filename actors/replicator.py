@@ -96,6 +96,11 @@ class WriteLevel(enum.StrEnum):
     LOCAL = "local"  # this node's store has it, or as ONE where it has no store
 
 
+CONCURRENCY = 1024
+"""Messages in work at once: more than many volumes put, so that reads do not wait for puts that
+hang."""
+
+
 class _Read:
     """One range being read."""
 

@@ -37,6 +37,9 @@ JOURNAL_S = 3.0
 REPLAY_COMMIT_S = 30.0
 """How long opening a volume waits for the commit of what the last session left in its journal."""
 
+CONCURRENCY = 1024
+"""Openings at once: as many as may ask for one volume, so that no other one waits for it."""
+
 TURN_S_MAX = 300.0
 """How long an opening waits for those before it of the same volume. With what it takes itself that
 is less than those wait who ask: for one that had given up nobody would give the volume back."""

@@ -26,8 +26,10 @@ from torus_actors.actors.heartbeat import Heartbeat
 from torus_actors.actors.inode_store import INodeStore
 from torus_actors.actors.journal import JournalActor, JournalDisk, OpenJournal
 from torus_actors.actors.rebalancer import Rebalancer
+from torus_actors.actors.replicator import CONCURRENCY as REPLICATOR_CONCURRENCY
 from torus_actors.actors.replicator import ReadLevel, Replicator, WriteLevel
 from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.actors.volumes import CONCURRENCY as VOLUMES_CONCURRENCY
 from torus_actors.actors.volumes import Volumes
 from torus_actors.errors import ActorNotFound, NoPeer, NotSupported, PeerLost, TorusError
 from torus_actors.metadata.faulty import FaultyStore
@@ -619,7 +621,7 @@ class Client(Member):
                     lambda: Replicator(
                         self.view, read_level=self.read_level, write_level=self.write_level
                     ),
-                    max_concurrency=1024,
+                    max_concurrency=REPLICATOR_CONCURRENCY,
                 ),
                 ChildSpec("inode_store", INodeStore, max_concurrency=64),
                 ChildSpec(
@@ -630,7 +632,7 @@ class Client(Member):
                 ChildSpec(
                     "volumes",
                     lambda: Volumes(self.meta, self.view, self.caches, read_only=self.read_only),
-                    max_concurrency=1024,
+                    max_concurrency=VOLUMES_CONCURRENCY,
                     shutdown_s=90.0,
                 ),
                 ChildSpec("nbd_server", lambda: _Answers(self.devices)),

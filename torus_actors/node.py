@@ -53,9 +53,11 @@ from torus_actors.actors.journal import JournalActor, JournalDisk, OpenJournal
 from torus_actors.actors.metadata import CONCURRENCY, ActorStore, MetadataActor
 from torus_actors.actors.nbd_server import NbdAddress, NbdServer
 from torus_actors.actors.rebalancer import RATE_BYTES_S, Rebalancer
+from torus_actors.actors.replicator import CONCURRENCY as REPLICATOR_CONCURRENCY
 from torus_actors.actors.replicator import ReadLevel, Replicator, WriteLevel
 from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
 from torus_actors.actors.scrubber import Scrubber
+from torus_actors.actors.volumes import CONCURRENCY as VOLUMES_CONCURRENCY
 from torus_actors.actors.volumes import Volumes
 from torus_actors.errors import (
     Again,
@@ -322,8 +324,7 @@ class Process:
                 lambda: Replicator(
                     view, has_store=has_store, read_level=read_level, write_level=write_level
                 ),
-                # More than many volumes put at once: reads must not wait for puts that hang.
-                max_concurrency=1024,
+                max_concurrency=REPLICATOR_CONCURRENCY,
             ),
             ChildSpec("inode_store", INodeStore, max_concurrency=64),
         ]
@@ -346,8 +347,7 @@ class Process:
                     read_only=nbd.read_only,
                     holder=self.machine.process_name(),
                 ),
-                # As many as connections may open one volume at once: others must not wait for it.
-                max_concurrency=1024,
+                max_concurrency=VOLUMES_CONCURRENCY,
                 shutdown_s=90.0,
             ),
             ChildSpec(

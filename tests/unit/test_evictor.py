@@ -100,6 +100,16 @@ class Cluster:
         """Members of the ring."""
         return set((await self.ring()).members)
 
+    async def suspended(self) -> Member:
+        """One whose lease ended, and which was taken out of the ring, while it slept."""
+        slept = self.members[0]
+        assert slept.system is not None
+        lease = (await slept.system.actor("heartbeat").status.remote())["lease"]
+        await self.meta.revoke_lease(lease)
+        ring = (await self.ring()).without_peer(slept.id)
+        await self.meta.set_ring(rings.marshal(ring), ring.version)
+        return slept
+
 
 @contextlib.asynccontextmanager
 async def running(members: int, replication: int) -> AsyncIterator[Cluster]:
@@ -336,12 +346,8 @@ async def test_a_machine_that_was_suspended_comes_back_too() -> None:
     It was taken out meanwhile, and enters again under its next lease.
     """
     async with running(4, 2) as cluster:
-        slept = cluster.members[0]
+        slept = await cluster.suspended()
         assert slept.system is not None
-        lease = (await slept.system.actor("heartbeat").status.remote())["lease"]
-        await cluster.meta.revoke_lease(lease)
-        ring = (await cluster.ring()).without_peer(slept.id)
-        await cluster.meta.set_ring(rings.marshal(ring), ring.version)
         evictor: Any = slept.system.cells["evictor"].actor
         with contextlib.suppress(TorusError):
             await evictor._look()
@@ -390,12 +396,8 @@ async def test_who_lost_its_registration_but_not_its_lease_is_registered_again()
 async def test_who_was_taken_out_while_suspended_is_back_though_its_evictor_dies_too() -> None:
     """After the node has heard of the ring, and before its next lease: the next evictor knows."""
     async with running(4, 2) as cluster:
-        slept = cluster.members[0]
+        slept = await cluster.suspended()
         assert slept.system is not None
-        lease = (await slept.system.actor("heartbeat").status.remote())["lease"]
-        await cluster.meta.revoke_lease(lease)
-        ring = (await cluster.ring()).without_peer(slept.id)
-        await cluster.meta.set_ring(rings.marshal(ring), ring.version)
         evictor: Any = slept.system.cells["evictor"].actor
         await until(lambda: slept.id not in evictor._view.ring.members)
         slept.system.cells["evictor"].kill()

@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes import Cluster, until, virtual
 from tests.unit.test_volume_flush import journaling, reopened
+from torus_actors.errors import Again, OutOfSpace
 from torus_actors.model.inode_tree_pages import FANOUT
 
 BLOCK = 16 << 10
@@ -294,3 +295,31 @@ async def test_a_volume_takes_writes_again_when_what_found_no_room_was_trimmed()
         await asyncio.sleep(10.0)
         assert file.put_error is None
         await device.write(0, b"x" * 100)
+
+
+@virtual
+async def test_who_waits_for_one_volume_keeps_nobody_from_another() -> None:
+    """A hundred ask for one that takes long to fail. Those who wait too long are told, and gone."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        device = await cluster.volume(SIZE)
+        for name in ("slow", "other"):
+            await cluster.meta.create_volume(name, SIZE)
+        volumes: Any = device.client.system.cells["volumes"].actor
+        attach = volumes._attach
+
+        async def slowly(name: str) -> Any:
+            if name == "slow":
+                await asyncio.sleep(30.0)
+                raise OutOfSpace("not now")
+            return await attach(name)
+
+        volumes._attach = slowly
+        ask = device.client.actor("volumes").open
+        waiting = [ask.remote("slow", timeout_s=600.0).future for _ in range(100)]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5.0):
+            await ask.remote("other")
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        kinds = [type(answer) for answer in answers]
+        assert set(kinds) == {OutOfSpace, Again} and kinds.count(Again) > 80
+        assert "slow" not in volumes._open

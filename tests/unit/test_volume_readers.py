@@ -180,15 +180,21 @@ async def test_what_is_read_is_not_collected() -> None:
         assert not state.readers
 
 
+async def with_snapshot(cluster: Cluster) -> Device:
+    """An open volume with eight blocks of ones, and the snapshot ``s`` of them."""
+    device = await journaling(cluster, SIZE)
+    for n in range(8):
+        await device.write(n * BLOCK, b"1" * BLOCK)
+    await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
+    await cluster.meta.create_snapshot(1, "s")
+    return device
+
+
 @virtual
 async def test_a_deleted_snapshot_stays_for_those_who_read_it() -> None:
     """And goes with them, also when they end without a word."""
     async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
-        device = await journaling(cluster, SIZE)
-        for n in range(8):
-            await device.write(n * BLOCK, b"1" * BLOCK)
-        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
-        await cluster.meta.create_snapshot(1, "s")
+        device = await with_snapshot(cluster)
         client, reading = await only_reading(cluster, "v@s")
         await cluster.meta.delete_snapshot(1, "s")
         await replaced(device)
@@ -363,11 +369,7 @@ async def test_a_check_misses_nothing_of_a_snapshot_that_is_deleted_meanwhile(
 ) -> None:
     """What only the snapshot led to is collected when the check has ended, and not before."""
     async with Cluster(nodes=3, replication=2, journals=True, collect_s=5.0) as cluster:
-        device = await journaling(cluster, SIZE)
-        for n in range(8):
-            await device.write(n * BLOCK, b"1" * BLOCK)
-        await device.client.actor("volume:v").commit.remote(timeout_s=30.0)
-        await cluster.meta.create_snapshot(1, "s")
+        device = await with_snapshot(cluster)
         await replaced(device)
         find_unsafe = audit.Auditor.find_unsafe
 

@@ -23,6 +23,9 @@ POLL_S = 0.3
 MOVE_S_MAX = 30.0
 """A client that is to move its journal off a node needs no longer, if there are nodes for it."""
 
+ASK_AGAIN_S = 5.0
+"""A pass may have been asked for just before the one that tells could begin."""
+
 SILENT_S_MAX = 20.0
 """A node that is busy, or is just started again, answers late; after so long it is given up."""
 
@@ -165,6 +168,7 @@ async def _journals_of_leavers(connection: Connection, addresses: dict[str, str]
     begun: dict[str, int] = {}
     loop = asyncio.get_running_loop()
     until = loop.time() + MOVE_S_MAX
+    ask_at = 0.0
     while leaving:
         for peer, now in zip(
             list(leaving), await _ask_all(connection, leaving, "collector", "status"), strict=True
@@ -185,7 +189,9 @@ async def _journals_of_leavers(connection: Connection, addresses: dict[str, str]
                     found.append(
                         f"{must_stay}clients have yet to move the journals of what is open"
                     )
-        await _ask_all(connection, leaving, "collector", "start_pass")
+        if loop.time() >= ask_at:
+            ask_at = loop.time() + ASK_AGAIN_S
+            await _ask_all(connection, leaving, "collector", "start_pass")
         await asyncio.sleep(POLL_S)
     return found
 

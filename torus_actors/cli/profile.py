@@ -46,8 +46,8 @@ def config_path() -> Path:
 
 def data_home() -> Path:
     """Where data goes unless told otherwise."""
-    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return Path(home) / "torus-actors"
+    home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return expanded(home) / "torus-actors"
 
 
 def profile_name() -> str:

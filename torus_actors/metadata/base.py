@@ -133,6 +133,34 @@ class MetadataBase:
             gone.append(Compare(key, mod_revision=0))
         return gone, []
 
+    async def _delete(self, volume_id: int, key: str, revision: int, what: str) -> bool:
+        """Delete a key of a volume so that no late request brings it back; see `_touch`.
+
+        Args:
+            volume_id: the volume.
+            key: fine if it is not there.
+            revision: of the record that is meant; 0 for any.
+            what: for the error if others change the volume all the time.
+
+        Returns:
+            Whether it is gone; if not, another record has taken its place.
+        """
+        meant = [Compare(key, mod_revision=revision)] if revision else []
+
+        async def gone() -> int | None:
+            # What made a compare fail has touched the epoch, too.
+            return None if await self.store.get(key) else 1
+
+        attempts = self._attempts(what)
+        while True:
+            await attempts.next()
+            unchanged, touch = await self._touch(volume_id)
+            if await self._settle_deletion([*meant, *unchanged], key, touch, gone) is not None:
+                return True
+            found = await self.store.get(key)
+            if revision and found is not None and found.mod_revision != revision:
+                return False
+
     async def _settle_deletion(
         self,
         compare: Sequence[Compare],

@@ -91,17 +91,7 @@ class ReaderOperations(MetadataBase):
     async def end_reading(self, volume_id: int, nonce: str) -> None:
         """Keep nothing for a reader any more; fine if its record is gone, or was never there."""
         key = self.keys.reader(volume_id, nonce)
-
-        async def gone() -> int | None:
-            # What made the compare fail has touched the epoch, too.
-            return 1 if await self.store.get(key) is None else None
-
-        attempts = self._attempts("keep no longer what is read")
-        while True:
-            await attempts.next()
-            unchanged, touch = await self._touch(volume_id)
-            if await self._settle_deletion(unchanged, key, touch, gone) is not None:
-                return
+        await self._delete(volume_id, key, 0, "keep no longer what is read")
 
     async def _put(self, reader: Reader, lease: int, *compare: Compare) -> bool:
         """Whether the record is there now."""

@@ -98,20 +98,8 @@ class SnapshotOperations(SessionOperations):
         _, revision = await self._read(key, Snapshot)
         if not revision:
             raise NotExist(f"the volume has no snapshot {name}")
-
-        async def gone() -> int | None:
-            return None if await self.store.get(key) else revision
-
-        attempts = self._attempts(f"delete snapshot {name}")
-        while True:
-            await attempts.next()
-            unchanged, touch = await self._touch(volume_id)
-            compare = [Compare(key, mod_revision=revision), *unchanged]
-            if await self._settle_deletion(compare, key, touch, gone) is not None:
-                return
-            _, present = await self._read(key, Snapshot)
-            if present != revision:
-                raise CompareFailed(f"snapshot {name} was replaced meanwhile")
+        if not await self._delete(volume_id, key, revision, f"delete snapshot {name}"):
+            raise CompareFailed(f"snapshot {name} was replaced meanwhile")
 
     async def request_snapshot(self, volume_id: int, name: str, lease: int) -> SnapshotRequest:
         """Ask the session that has the volume open for a snapshot.
@@ -225,19 +213,13 @@ class SnapshotOperations(SessionOperations):
     async def withdraw_request(self, request: SnapshotRequest) -> None:
         """Ask no longer; the snapshot may have been made before that."""
         key = self.keys.snapshot_request(request.volume_id, request.name)
-        attempts = self._attempts(f"ask no longer for snapshot {request.name}")
+        what = f"ask no longer for snapshot {request.name}"
         while True:
-            await attempts.next()
             present, revision = await self._read(key, SnapshotRequest)
             if present is None or present.nonce != request.nonce:
-                return
-            unchanged, touch = await self._touch(request.volume_id)
-            compare = [Compare(key, mod_revision=revision), *unchanged]
-
-            async def gone(at: int = revision) -> int | None:
-                return None if (await self._read(key, SnapshotRequest))[1] == at else at
-
-            if await self._settle_deletion(compare, key, touch, gone) is not None:
+                return  # made, or another one
+            # Not gone if it was refused just now, which is another record of the same request.
+            if await self._delete(request.volume_id, key, revision, what):
                 return
 
     async def restore_snapshot(
