@@ -142,7 +142,10 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
                 for key in moved:
                     moved[key] += total[key]
                 if not any(total.values()):
-                    break
+                    left = "nothing to move, but not all copies are on disks"
+                    if await _are_durable(connection, addresses, result):
+                        break
+                    continue
                 left = ", ".join(f"{count} {key}" for key, count in total.items() if count)
                 click.echo(f"a pass ended: {left}", err=True)
                 await asyncio.sleep(POLL_S)
@@ -153,6 +156,25 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
     click.echo(f"balanced: {moved['sent']} blocks sent, {moved['dropped']} dropped")
     if kept:
         raise Failed("; ".join(kept))
+
+
+async def _are_durable(
+    connection: Connection, addresses: dict[str, str], ended: list[dict[str, Any]]
+) -> bool:
+    """Wait until all copies that these passes counted are on disks; False if others came after.
+
+    Not a reason to ask for a pass: that begins the wait anew.
+    """
+    while True:
+        now = await _ask_all(connection, addresses, "rebalancer", "status")
+        if all(each.get("settled", True) for each in now):
+            return True
+        if any(
+            each["running"] or each["passes"] != was["passes"]
+            for each, was in zip(now, ended, strict=True)
+        ):
+            return False
+        await asyncio.sleep(POLL_S)
 
 
 async def _journals_of_leavers(connection: Connection, addresses: dict[str, str]) -> list[str]:
