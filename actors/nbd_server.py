@@ -1,20 +1,24 @@
 """The NBD server actor: listens for NBD clients and passes their requests to volume actors.
 
-Messages in: ``replies`` from volume actors, ``addresses``. Messages out: ``submit`` to volume
-actors, ``open`` and ``release`` to the volumes actor. Sockets and connections outlive it, so its
-death costs no client anything: requests wait until the successor has adopted them.
+Messages in: ``replies`` from volume actors, ``addresses``, ``attach`` (a volume as a device of this
+machine's kernel). Messages out: ``submit`` to volume actors, ``open`` and ``release`` to the
+volumes actor. Sockets and connections outlive it, so its death costs no client anything: requests
+wait until the successor has adopted them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torus_actors.actors import same_machine
 from torus_actors.errors import DeadlineExceeded, TorusError
 from torus_actors.model.buffers import BufferPool
+from torus_actors.nbd import kernel
 from torus_actors.nbd.connection import NbdConnection, NbdState, TlsSettings
 from torus_actors.nbd.requests import BlockDevice, ExportInfo, Replies, Reply, Request
 from torus_actors.nbd.server import serve
@@ -148,6 +152,35 @@ class NbdServer(LoopActor):
         if connection is not None:
             connection.reply(replies)
             self._connections.forget_if_done(connection)
+
+    @expose()
+    async def attach(self, name: str, path: str | None) -> kernel.KernelDevice:
+        """Open an export and attach it to a device of this machine's kernel.
+
+        Args:
+            name: of the export.
+            path: ``/dev/nbdN``; None for the first that is free.
+
+        Returns:
+            The device. The export is given back when it has ended.
+
+        Raises:
+            TorusError: it cannot be opened, or attached.
+        """
+        opened = await self.open(name)
+        info = opened[0]
+        ours, theirs = socket.socketpair()
+        try:
+            same_machine.tune(ours)
+            same_machine.tune(theirs)
+            ours.setblocking(False)
+            self._state.open_names[info.name] += 1
+            connection = NbdConnection(self._state, opened=opened)
+            await same_machine.hand_over(ours, lambda: connection)
+            assert connection.lost is not None
+            return await kernel.attach(theirs, connection.lost, info, path)
+        finally:
+            theirs.close()  # the kernel has it, and sees the end when the other one is closed
 
     @expose()
     def addresses(self) -> list[str]:

@@ -134,9 +134,15 @@ class NbdConnection(asyncio.BufferedProtocol):
     Args:
         state: what the connection belongs to.
         tls: how its listener encrypts.
+        opened: an export that was opened for it: there is no handshake, and it gives it back.
     """
 
-    def __init__(self, state: NbdState, tls: TlsSettings | None = None) -> None:
+    def __init__(
+        self,
+        state: NbdState,
+        tls: TlsSettings | None = None,
+        opened: tuple[ExportInfo, BlockDevice] | None = None,
+    ) -> None:
         self._state = state
         self._wakeful = state.wakeful
         self._tls = tls
@@ -148,8 +154,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._progress_at = 0.0
-        self._opened: tuple[ExportInfo, BlockDevice] | None = None
-        self._name: str | None = None
+        self._opened = opened
+        self._name = opened[0].name if opened is not None else None
         self._device: BlockDevice | None = None
         self._tx: Transmission | None = None
         self._pumping = False
@@ -209,6 +215,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family == socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER_BYTES)
+        if self._opened is not None:
+            self._enter(hs.Enter(self._opened[0].name, False, False, b""))
+            return
         self._progress_at = loop.time()
         self._timer = loop.call_later(HANDSHAKE_TIMEOUT_S, self._check_progress)
         self._drain_handshake()

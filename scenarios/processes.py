@@ -22,9 +22,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torus_actors
 
@@ -66,12 +66,18 @@ def pause(process: subprocess.Popen[Any]) -> None:
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
-def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+def until(condition: Callable[[], Any], what: str, deadline_s: float | None = None) -> Any:
     """Wait until a condition holds, and return what it returned.
+
+    Args:
+        condition: to hold.
+        what: that is, for people.
+        deadline_s: `DEADLINE_S` if None.
 
     Raises:
         Unexpected: not within the deadline.
     """
+    deadline_s = DEADLINE_S if deadline_s is None else deadline_s
     end = time.monotonic() + deadline_s
     while not (found := condition()):
         require(time.monotonic() < end, f"not within {deadline_s:g} s: {what}")
@@ -162,14 +168,17 @@ class Process:
         require(self._process is None, f"{self.name} runs already")
         self._starts += 1
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(self.directory),
-            )
+            self._process = self._spawn(log, environment(self.directory))
         return self
+
+    def _spawn(self, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
 
     def start(self) -> Self:
         """Start it, and wait until it is up."""

@@ -353,6 +353,8 @@ class Process:
             ChildSpec(
                 "nbd_server",
                 lambda: NbdServer(nbd.listen, nbd.tls, self.machine.spin_s),
+                # The kernel reads a device, and has to be answered, before it is attached.
+                max_concurrency=16,
                 shutdown_s=20.0,
             ),
         ]

@@ -4,48 +4,52 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
+from torus_actors.cli.blk_common import (
+    ClientOptions,
+    client_options,
+    once_unlocked,
+    read_only_option,
+    snapshot_option,
+    start_patiently,
+    wait_lock_option,
+)
+from torus_actors.cli.blk_nbd import nbd
 from torus_actors.cli.common import (
     ADDRESS,
     CONTEXT,
-    SIZE,
     Failed,
     Group,
-    Seconds,
     Settings,
-    lease_option,
     run_main,
     version_option,
 )
 from torus_actors.cli.units import Address, format_address
-from torus_actors.errors import Invalid, Locked, TorusError
+from torus_actors.errors import Invalid, TorusError
 
 if TYPE_CHECKING:
     import ssl
 
+    from torus_actors.node import Client
     from torus_actors.runtime import ActorHandle
-
-LOCK_POLL_S = 0.25
-"""How often a lock that is waited for is tried."""
 
 OPEN_TIMEOUT_S = 60.0
 
 FENCED_POLL_S = 1.0
 """How often it is looked whether another client has taken the volume over."""
 
-START_PATIENCE_S = 3.0
-"""How long to wait for metadata that does not answer: nodes and clients of a machine that boots
-are started together."""
-
 
 @click.group(cls=Group, context_settings=CONTEXT)
 @version_option()
 def cli() -> None:
     """Volumes of a torus-actors cluster as block devices."""
+
+
+cli.add_command(nbd)
 
 
 @cli.command()
@@ -59,69 +63,38 @@ def cli() -> None:
     help="Serve on a unix socket.",
 )
 @click.option("--tcp", "tcp", multiple=True, type=ADDRESS, help="Serve on TCP.")
-@click.option("--read-only", is_flag=True, help="Take no lock and refuse writes.")
-@click.option("--snapshot", metavar="NAME", help="Serve this snapshot of VOLUME, read-only.")
-@click.option(
-    "--read-cache", type=SIZE, default="256MiB", show_default=True, help="Memory for all volumes."
-)
-@click.option(
-    "--write-cache", type=SIZE, default="256MiB", show_default=True, help="Memory for each volume."
-)
-@click.option("--listen", type=ADDRESS, help="Where torusctl tree may ask this process.")
-@click.option(
-    "--read-level",
-    type=click.Choice(["block", "sequential", "spread"]),
-    default="block",
-    show_default=True,
-    help="Which replicas are read from.",
-)
-@click.option(
-    "--write-level",
-    type=click.Choice(["all", "one", "local"]),
-    default="all",
-    show_default=True,
-    help="How many replicas must have a block before it counts as stored.",
-)
+@read_only_option
+@snapshot_option
+@client_options
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--tls-required", is_flag=True, help="Refuse NBD clients that do not start TLS.")
 @click.option(
     "--default-export", metavar="VOLUME", help="With no VOLUME: what the unnamed export is."
 )
-@click.option(
-    "--wait-lock",
-    type=Seconds(min=0),
-    default=0.0,
-    metavar="SECONDS",
-    help="Wait so long for a volume that is held elsewhere.",
-)
+@wait_lock_option
 @click.option(
     "--insecure", is_flag=True, help="Allow addresses beyond loopback without protection."
 )
-@lease_option
 @click.option("--with-parent", is_flag=True, hidden=True)
 @click.pass_obj
 def serve(
     settings: Settings,
+    /,
     *,
     volume: str | None,
     paths: tuple[Path, ...],
     tcp: tuple[Address, ...],
     read_only: bool,
     snapshot: str | None,
-    read_cache: int,
-    write_cache: int,
-    listen: Address | None,
-    read_level: str,
-    write_level: str,
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_required: bool,
     default_export: str | None,
     wait_lock: float,
     insecure: bool,
-    lease: int | None,
     with_parent: bool,
+    **options: Any,
 ) -> None:
     """Serve VOLUME over NBD until SIGINT or SIGTERM; without it, every volume by its name.
 
@@ -137,46 +110,32 @@ def serve(
         raise click.UsageError("TLS needs both --tls-cert and --tls-key")
     if volume is not None and default_export is not None:
         raise click.UsageError("--default-export goes with no VOLUME: VOLUME is the default")
-    import asyncio
-
-    from torus_actors.actors.heartbeat import LEASE_TTL_S
     from torus_actors.actors.nbd_server import NbdAddress
-    from torus_actors.actors.replicator import ReadLevel, WriteLevel
     from torus_actors.cli.daemon import run_daemon, serve_until_stopped
     from torus_actors.nbd.connection import TlsSettings
-    from torus_actors.node import Client, ClientConfig, NbdConfig, check_exposure, start_client
-    from torus_actors.volume.session import CacheSizes
+    from torus_actors.node import check_exposure
 
+    client = ClientOptions(**options)
     if snapshot is not None:
         volume, read_only = f"{volume}@{snapshot}", True
-    secret = settings.secret()
     for address in tcp:
         check_exposure(
             address, tls_required, insecure, "TLS: give --tls-cert, --tls-key and --tls-required"
         )
-    if listen is not None:
-        check_exposure(listen, secret is not None, insecure)
+    client.check(settings, insecure)
     tls: TlsSettings | None = None
     if tls_cert is not None and tls_key is not None:
         tls = TlsSettings(_tls_context(tls_cert, tls_key), tls_required)
     sockets = [path.absolute() for path in paths]
     addresses = [NbdAddress(path=str(path)) for path in sockets]
     addresses += [NbdAddress(tcp=address) for address in tcp]
-    config = ClientConfig(
-        metadata=settings.metadata_url(),
-        secret=secret,
-        nbd=NbdConfig(
-            tuple(addresses),
-            only=volume,
-            default=default_export,
-            read_only=read_only,
-            caches=CacheSizes(read_cache, write_cache),
-            tls=tls,
-        ),
-        listen=listen,
-        read_level=ReadLevel(read_level),
-        write_level=WriteLevel(write_level),
-        lease_ttl_s=lease or LEASE_TTL_S,
+    config = client.config(
+        settings,
+        listen=tuple(addresses),
+        only=volume,
+        default=default_export,
+        read_only=read_only,
+        tls=tls,
     )
     shown = default_export if volume is None else volume
     scheme = "nbds" if tls_required else "nbd"
@@ -184,27 +143,11 @@ def serve(
     uris += [f"{scheme}://{format_address(address)}/{shown or ''}" for address in tcp]
 
     async def open_volume(client: Client) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + wait_lock
-        while volume is not None:
-            try:
-                await client.system.actor("volumes").open.remote(volume, timeout_s=OPEN_TIMEOUT_S)
-                break
-            except Locked:
-                if loop.time() >= until:
-                    raise
-                await asyncio.sleep(LOCK_POLL_S)
+        opening = client.system.actor("volumes").open
+        if volume is not None:
+            await once_unlocked(lambda: opening.remote(volume, timeout_s=OPEN_TIMEOUT_S), wait_lock)
         what = f"volume {volume}" if volume is not None else "every volume"
         click.echo(f"serving {what} at {' and '.join(uris)}")
-
-    async def start() -> Client:
-        from torus_actors.cli.connect import unreachable
-        from torus_actors.errors import Again
-
-        try:
-            return await start_client(config, patience_s=START_PATIENCE_S)
-        except Again as error:
-            raise unreachable(config.metadata, error) from error
 
     async def over(client: Client) -> None:
         assert volume is not None
@@ -212,7 +155,12 @@ def serve(
 
     run_daemon(
         settings,
-        serve_until_stopped(start, open_volume, with_parent, None if volume is None else over),
+        serve_until_stopped(
+            lambda: start_patiently(config),
+            open_volume,
+            with_parent,
+            None if volume is None else over,
+        ),
     )
 
 
