@@ -28,6 +28,7 @@ ASKED = (
     "evictor",
     "volumes",
     "nbd_server",
+    "aoe_server",
     "bridge",
 )
 """Actors whose status is part of the node's, where they run here."""

@@ -73,6 +73,7 @@ class Volumes(LoopActor):
         default: the default export where every volume is served.
         read_only: open without a lock, and refuse writes.
         holder: who has the volumes open, for people: host and process.
+        answers_to: the actor that takes the answers to requests.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Volumes(LoopActor):
         default: str | None = None,
         read_only: bool = False,
         holder: str = "",
+        answers_to: str = "nbd_server",
     ) -> None:
         super().__init__()
         self._meta = meta
@@ -94,6 +96,7 @@ class Volumes(LoopActor):
         self._default = only if only is not None else default
         self._read_only = read_only
         self._holder = holder
+        self._answers_to = answers_to
         self._deaths: list[float] = []
         # A lock is there as long as somebody has it or waits for it, and there is one for a name.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -263,6 +266,7 @@ class Volumes(LoopActor):
             view=self._view,
             read_only=self._read_only or snapshot is not None,
             snapshot=snapshot,
+            answers_to=self._answers_to,
         )
 
     @expose()

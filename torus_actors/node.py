@@ -22,7 +22,8 @@ Storage node::
         |-- control            questions and orders from torusctl
         `-- volumes, nbd_server   with --nbd: volumes for NBD clients
 
-A client is the same without what concerns stored blocks.
+A client is the same without what concerns stored blocks. One that serves a volume over AoE has an
+aoe_server in the place of the nbd_server.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
 from torus_actors import __version__
+from torus_actors.actors.aoe_server import NAME as AOE_SERVER
+from torus_actors.actors.aoe_server import AoeServer
 from torus_actors.actors.block_store import STORE_NAMES, BlockStoreActor, OpenStores, StoreConfig
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.collector import Collector
@@ -59,6 +63,7 @@ from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
 from torus_actors.actors.scrubber import Scrubber
 from torus_actors.actors.volumes import CONCURRENCY as VOLUMES_CONCURRENCY
 from torus_actors.actors.volumes import Volumes
+from torus_actors.aoe.port import Port
 from torus_actors.errors import (
     Again,
     Corruption,
@@ -137,6 +142,29 @@ class NbdConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AoeConfig:
+    """Serving one volume over AoE.
+
+    Attributes:
+        port: the interface; open.
+        major: shelf.
+        minor: slot.
+        volume: what to serve, or ``VOLUME@SNAPSHOT``.
+        read_only: open it without a lock, and refuse writes.
+        accept: hardware addresses that may use it; empty for all.
+        caches: bounds of memory.
+    """
+
+    port: Port
+    major: int
+    minor: int
+    volume: str
+    read_only: bool = False
+    accept: frozenset[bytes] = frozenset()
+    caches: CacheSizes = field(default_factory=CacheSizes)
+
+
+@dataclass(frozen=True, slots=True)
 class NodeConfig:
     """A storage node.
 
@@ -185,6 +213,7 @@ class ClientConfig:
     metadata: str = DEFAULT_METADATA
     secret: bytes | None = None
     nbd: NbdConfig | None = None
+    aoe: AoeConfig | None = None
     listen: Addr | None = None
     read_level: ReadLevel = ReadLevel.BLOCK
     write_level: WriteLevel = WriteLevel.ALL
@@ -331,24 +360,11 @@ class Process:
 
     def nbd_services(self, nbd: NbdConfig | None) -> list[ChildSpec | SupervisorSpec]:
         """Services for NBD clients."""
-        view = self.view
-        assert view is not None
         if nbd is None:
             return []
         return [
-            ChildSpec(
-                "volumes",
-                lambda: Volumes(
-                    self.meta,
-                    view,
-                    nbd.caches,
-                    only=nbd.only,
-                    default=nbd.default,
-                    read_only=nbd.read_only,
-                    holder=self.machine.process_name(),
-                ),
-                max_concurrency=VOLUMES_CONCURRENCY,
-                shutdown_s=90.0,
+            self._volumes_service(
+                nbd.caches, only=nbd.only, default=nbd.default, read_only=nbd.read_only
             ),
             ChildSpec(
                 "nbd_server",
@@ -358,6 +374,35 @@ class Process:
                 shutdown_s=20.0,
             ),
         ]
+
+    def aoe_services(self, aoe: AoeConfig | None) -> list[ChildSpec | SupervisorSpec]:
+        """Services for AoE initiators."""
+        view = self.view
+        assert view is not None
+        if aoe is None:
+            return []
+        cluster_id = view.gmd.cluster_id
+        return [
+            self._volumes_service(
+                aoe.caches, only=aoe.volume, read_only=aoe.read_only, answers_to=AOE_SERVER
+            ),
+            ChildSpec(
+                AOE_SERVER,
+                lambda: AoeServer(aoe.port, aoe.major, aoe.minor, cluster_id, aoe.accept),
+                shutdown_s=20.0,
+            ),
+        ]
+
+    def _volumes_service(self, caches: CacheSizes, **options: Any) -> ChildSpec:
+        """The actor that opens volumes; options are those of ``Volumes``."""
+        view = self.view
+        assert view is not None
+        return ChildSpec(
+            "volumes",
+            lambda: Volumes(self.meta, view, caches, holder=self.machine.process_name(), **options),
+            max_concurrency=VOLUMES_CONCURRENCY,
+            shutdown_s=90.0,
+        )
 
     async def stop(self) -> None:
         """Stop the tree and give the lease back."""
@@ -565,6 +610,7 @@ class Client(Process):
                 ),
                 ChildSpec("control", lambda: Control(view, "client"), max_concurrency=16),
                 *self.nbd_services(config.nbd),
+                *self.aoe_services(config.aoe),
             ]
         )
 

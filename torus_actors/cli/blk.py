@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import click
 
+from torus_actors.cli.blk_aoe import aoe
 from torus_actors.cli.blk_common import (
     ClientOptions,
     client_options,
@@ -50,6 +51,7 @@ def cli() -> None:
 
 
 cli.add_command(nbd)
+cli.add_command(aoe)
 
 
 @cli.command()

@@ -15,7 +15,8 @@ from torus_actors.errors import Again, Locked
 
 if TYPE_CHECKING:
     from torus_actors.nbd.connection import TlsSettings
-    from torus_actors.node import Client, ClientConfig
+    from torus_actors.node import AoeConfig, Client, ClientConfig, NbdConfig
+    from torus_actors.volume.session import CacheSizes
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -66,22 +67,37 @@ class ClientOptions:
             read_only: take no lock, and refuse writes.
             tls: how connections are encrypted.
         """
+        from torus_actors.node import NbdConfig
+
+        nbd = NbdConfig(
+            listen,
+            only=only,
+            default=default,
+            read_only=read_only,
+            caches=self.caches(),
+            tls=tls,
+        )
+        return self.client(settings, nbd=nbd)
+
+    def caches(self) -> CacheSizes:
+        """Bounds of memory."""
+        from torus_actors.volume.session import CacheSizes
+
+        return CacheSizes(self.read_cache, self.write_cache)
+
+    def client(
+        self, settings: Settings, *, nbd: NbdConfig | None = None, aoe: AoeConfig | None = None
+    ) -> ClientConfig:
+        """Configuration of a client that serves as said."""
         from torus_actors.actors.heartbeat import LEASE_TTL_S
         from torus_actors.actors.replicator import ReadLevel, WriteLevel
-        from torus_actors.node import ClientConfig, NbdConfig
-        from torus_actors.volume.session import CacheSizes
+        from torus_actors.node import ClientConfig
 
         return ClientConfig(
             metadata=settings.metadata_url(),
             secret=settings.secret(),
-            nbd=NbdConfig(
-                listen,
-                only=only,
-                default=default,
-                read_only=read_only,
-                caches=CacheSizes(self.read_cache, self.write_cache),
-                tls=tls,
-            ),
+            nbd=nbd,
+            aoe=aoe,
             listen=self.listen,
             read_level=ReadLevel(self.read_level),
             write_level=WriteLevel(self.write_level),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from torus_actors import __version__
+from torus_actors.aoe.protocol import parse_mac
 from torus_actors.cli.log_floods import FloodGate
 from torus_actors.cli.profile import expanded, profile_value
 from torus_actors.cli.units import parse_address, parse_size
@@ -158,6 +159,7 @@ SIZE = _Parsed("size", lambda text: parse_size(text))
 ADDRESS = _Parsed("host:port", parse_address)
 METADATA_URL = _Parsed("url", parse_metadata_url)
 NAMED_SIZE = _Parsed("name:size", _named_size)
+MAC = _Parsed("mac", parse_mac)
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:

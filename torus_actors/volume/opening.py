@@ -72,11 +72,13 @@ async def open_session(
     read_only: bool = False,
     snapshot: str | None = None,
     shrink_to: int | None = None,
+    answers_to: str = "nbd_server",
 ) -> Session:
     """Attach a volume: fence the session before, and take over what its journal holds.
 
     With a ``snapshot``, read-only, what is kept under that name is opened instead. With
     ``shrink_to`` bytes, to write, the session cuts off what lies behind: its first head does.
+    Requests are answered to the actor ``answers_to``.
 
     Raises:
         NotExist: there is no such volume or snapshot.
@@ -146,6 +148,7 @@ async def open_session(
                 revision=journal_revision,
                 replay_bytes=write_cache_bytes,
             ),
+            answers_to=answers_to,
         )
         # The map of a head of a part may be longer than that says.
         if head is not None and (head.size, blockset.length) != (record.size, nblocks):

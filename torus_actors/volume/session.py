@@ -86,6 +86,9 @@ class CacheSizes:
 class Session:
     """See the module; made by ``open_session``.
 
+    Args:
+        answers_to: the actor whose ``replies`` takes the answers to requests.
+
     Attributes:
         name, volume_id, size: of the volume.
         epoch: of this session; 0 for a read-only one, which has no lock.
@@ -107,6 +110,7 @@ class Session:
         read_cache: ReadCache,
         write_cache_bytes: int,
         journal: SessionJournal,
+        answers_to: str = "nbd_server",
     ) -> None:
         self.system = system
         self.name = record.name
@@ -156,7 +160,7 @@ class Session:
             meta, self.file, self.committer, self.size, epoch, self._commit, self._revision_of_head
         )
         self._spawn: Spawn | None = None
-        self._replies = system.actor("nbd_server").replies
+        self._replies = system.actor(answers_to).replies
         self._outbox: dict[int, list[Reply]] = {}
         self._emptying = False
         self._block_status = BlockStatus(self.file, self._answer)
