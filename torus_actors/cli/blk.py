@@ -17,13 +17,13 @@ from torus_actors.cli.blk_common import (
     read_only_option,
     snapshot_option,
     start_patiently,
+    taken_over,
     wait_lock_option,
 )
 from torus_actors.cli.blk_nbd import nbd
 from torus_actors.cli.common import (
     ADDRESS,
     CONTEXT,
-    Failed,
     Group,
     Settings,
     run_main,
@@ -188,12 +188,7 @@ async def fenced_and_left(volumes: ActorHandle, volume: str) -> None:
         for row in rows:
             # One user is the command itself.
             if row["name"] == volume and row["fenced"] and row["users"] <= 1:
-                if "deleted" in row["failure"]:
-                    raise Failed(f"volume {volume}: {row['failure']}")
-                raise Failed(
-                    f"volume {volume} was taken over by another client ({row['failure']}): "
-                    "start this again to open it anew"
-                )
+                raise taken_over(volume, row["failure"])
 
 
 def _tls_context(cert: Path, key: Path) -> ssl.SSLContext:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from torus_actors.cli.common import ADDRESS, SIZE, Seconds, Settings, lease_option
+from torus_actors.cli.common import ADDRESS, SIZE, Failed, Seconds, Settings, lease_option
 from torus_actors.cli.units import Address
 from torus_actors.errors import Again, Locked
 
@@ -154,6 +154,21 @@ wait_lock_option = click.option(
     metavar="SECONDS",
     help="Wait so long for a volume that is held elsewhere.",
 )
+
+
+def taken_over(volume: str, failure: str) -> Failed:
+    """Why a volume is of no use here any more.
+
+    Args:
+        volume: its name.
+        failure: what its session says.
+    """
+    if "deleted" in failure:
+        return Failed(f"volume {volume}: {failure}")
+    return Failed(
+        f"volume {volume} was taken over by another client ({failure}): start this again to open "
+        "it anew"
+    )
 
 
 async def start_patiently(config: ClientConfig) -> Client:

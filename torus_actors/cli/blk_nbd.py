@@ -15,6 +15,7 @@ from torus_actors.cli.blk_common import (
     read_only_option,
     snapshot_option,
     start_patiently,
+    taken_over,
     wait_lock_option,
 )
 from torus_actors.cli.common import LIFECYCLE, Command, Failed, Settings
@@ -106,6 +107,8 @@ class AttachedClient:
         self.system = client.system
         self._client = client
         self.device: KernelDevice | None = None
+        self._is_lost = False
+        """Whether the volume was taken over, and takes nothing any more."""
 
     async def stop(self) -> None:
         """Detach the device when it is not in use any more, and stop.
@@ -143,7 +146,7 @@ class AttachedClient:
                     "this stops at once, and what was not synced is lost",
                     device.path,
                 )
-        if failure is not None:
+        if failure is not None and not self._is_lost:
             raise Failed(
                 f"{device.path}: what was written last is not in the volume: {failure.strerror}"
             ) from failure
@@ -167,7 +170,8 @@ class AttachedClient:
                 continue  # it is being restarted
             for row in rows:
                 if row["name"] == volume and row["fenced"]:
-                    raise Failed(f"volume {volume}: {row['failure']}")
+                    self._is_lost = True
+                    raise taken_over(volume, row["failure"])
         raise Failed(f"{device.path} was detached by another program")
 
 

@@ -257,6 +257,8 @@ def test_a_volume_that_was_taken_over_gives_errors(cluster: Cluster, volume: str
     assert [error.errno for error in late] == [errno.EIO]
     # Nobody uses the device any more.
     assert zombie.wait() == 1
-    assert zombie.output.splitlines()[-1].startswith(f"torusblk: volume {volume}: ")
+    assert zombie.output.splitlines()[-1].startswith(
+        f"torusblk: volume {volume} was taken over by another client"
+    )
     assert read(heir.path, 4096) == b"b" * 4096
     assert heir.stop() == 0
