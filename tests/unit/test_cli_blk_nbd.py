@@ -25,6 +25,7 @@ class Device:
     """As `KernelDevice`; says what was done with it."""
 
     path = "/dev/nbd7"
+    kept = True
 
     def __init__(self, done: list[str]) -> None:
         self.done = done
@@ -47,6 +48,10 @@ class Device:
     async def let_go(self) -> None:
         """See KernelDevice."""
         self.done.append("let go")
+
+    async def cut_off(self) -> None:
+        """See KernelDevice."""
+        self.done.append("cut off")
 
     async def has_gone(self, patience_s: float) -> bool:
         """See KernelDevice."""
@@ -92,7 +97,7 @@ def test_it_stops_when_nobody_uses_the_device(caplog: pytest.LogCaptureFixture) 
         rig.device.looks_until_gone = 4
         with caplog.at_level(logging.WARNING):
             await rig.client.stop()
-        assert rig.done == ["sync", "let go", "stop"]
+        assert rig.done == ["sync", "let go", "cut off", "stop"]
         assert rig.device.looks == 4
         (line,) = caplog.messages
         assert line.startswith("/dev/nbd7 is in use: it is detached when it is unmounted")
@@ -109,7 +114,7 @@ def test_a_device_that_goes_at_once_is_told_of_to_nobody(
         rig = Rig()
         with caplog.at_level(logging.WARNING):
             await rig.client.stop()
-        assert rig.done == ["sync", "let go", "stop"]
+        assert rig.done == ["sync", "let go", "cut off", "stop"]
         assert not caplog.messages
 
     run(test())
@@ -123,7 +128,7 @@ def test_what_could_not_be_written_is_told() -> None:
         rig.device.sync_fails = OSError(errno.EIO, "Input/output error")
         with pytest.raises(Failed, match=r"/dev/nbd7: what was written last is not in the volume"):
             await rig.client.stop()
-        assert rig.done == ["sync", "let go", "stop"]
+        assert rig.done == ["sync", "let go", "cut off", "stop"]
 
     run(test())
 
@@ -138,7 +143,7 @@ def test_a_device_that_nobody_serves_any_more_is_not_waited_for() -> None:
         await rig.device.syncing.wait()
         rig.system.fatal.set_exception(RuntimeError("a child died too often"))
         await stopping
-        assert rig.done == ["sync", "stop"]
+        assert rig.done == ["sync", "cut off", "stop"]
 
     run(test())
 
@@ -175,7 +180,20 @@ def test_it_is_over_when_the_volume_was_taken_over(monkeypatch: pytest.MonkeyPat
         rig.device.looks_until_gone = 0
         rig.device.sync_fails = OSError(errno.EIO, "Input/output error")
         await rig.client.stop()
-        assert rig.done == ["sync", "let go", "stop"]
+        assert rig.done == ["sync", "let go", "cut off", "stop"]
+
+    run(test())
+
+
+def test_it_is_over_when_nobody_keeps_the_device() -> None:
+    """It would not be ended after a kill of this process."""
+
+    async def test() -> None:
+        rig = Rig()
+        rig.device.looks_until_gone = 100
+        rig.device.kept = False
+        with pytest.raises(Failed, match=r"^the process that keeps /dev/nbd7 was killed$"):
+            await rig.client.until_over("demo")
 
     run(test())
 
@@ -185,7 +203,7 @@ def test_it_is_over_when_the_device_was_detached() -> None:
 
     async def test() -> None:
         rig = Rig()
-        with pytest.raises(Failed, match=r"^/dev/nbd7 was detached by another program$"):
+        with pytest.raises(Failed, match=r"^/dev/nbd7 was detached by another program, or"):
             await rig.client.until_over("demo")
 
     run(test())

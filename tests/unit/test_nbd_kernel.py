@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
+import json
 import socket
-import struct
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,96 +16,58 @@ import uvloop
 
 from torus_actors.actors import same_machine
 from torus_actors.errors import Exists, Invalid
-from torus_actors.nbd import genetlink, kernel
-from torus_actors.nbd import protocol as p
+from torus_actors.nbd import genetlink, keeper, kernel
 from torus_actors.nbd.connection import NbdConnection, NbdState
-from torus_actors.nbd.genetlink import attribute, attributes_of
+from torus_actors.nbd.genetlink import attribute
 from torus_actors.nbd.memory import MemoryDevice, MemoryExports
 from torus_actors.nbd.requests import ExportInfo
 
 MIB = 1 << 20
-REPLY_BYTES = 16
-DISC = p.REQUEST.pack(p.REQUEST_MAGIC, 0, p.Cmd.DISC, 0, 0, 0)
+FAKE = Path(__file__).with_name("nbd_keeper.py")
+GONE_S = 20.0
 
 
-class Driver:
-    """What of `drivers/block/nbd.c` is asked by netlink; has one free device."""
+class Asked:
+    """What the fake driver was asked."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, dict[int, bytes]]] = []
-        self.refuses: dict[int, int] = {}
-        self.sock: socket.socket | None = None
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def ask(self, command: int, attributes: Iterable[bytes]) -> Mapping[int, bytes]:
-        """See Netlink."""
-        told = dict(attributes_of(b"".join(attributes)))
-        self.asked.append((command, told))
-        if command in self.refuses:
-            raise OSError(self.refuses[command], os.strerror(self.refuses[command]))
-        if command == kernel.CONNECT:
-            (item,) = dict(attributes_of(told[kernel.SOCKETS])).values()
-            (number,) = dict(attributes_of(item)).values()
-            self.sock = socket.socket(fileno=os.dup(int.from_bytes(number, "little")))
-            self.sock.setblocking(True)
-            return {kernel.INDEX: told.get(kernel.INDEX, bytes(4))}
-        if command == kernel.DISCONNECT:
-            self.end()
-        return {}
+    @property
+    def all(self) -> list[tuple[int, dict[int, int]]]:
+        """Commands, and the numbers they came with."""
+        if not self.path.exists():
+            return []
+        return [
+            (
+                command,
+                {
+                    int(kind): int.from_bytes(bytes.fromhex(value), "little")
+                    for kind, value in told.items()
+                },
+            )
+            for command, told in map(json.loads, self.path.read_text().splitlines())
+        ]
 
-    def close(self) -> None:
-        """See Netlink."""
-
-    def end(self) -> None:
-        """As when the last one has closed the device."""
-        assert self.sock is not None
-        self.sock.sendall(DISC)
-        self.sock.close()
-        self.sock = None
-
-    def do(self, command: p.Cmd, offset: int, length: int, data: bytes = b"") -> bytes:
-        """One request, as the kernel sends it; the payload of its answer."""
-        assert self.sock is not None
-        self.sock.sendall(p.REQUEST.pack(p.REQUEST_MAGIC, 0, command, 7, offset, length) + data)
-        magic, error, cookie = struct.unpack(">IIQ", self._take(REPLY_BYTES))
-        assert (magic, error, cookie) == (0x67446698, 0, 7)
-        return self._take(length) if command is p.Cmd.READ else b""
-
-    def _take(self, count: int) -> bytes:
-        assert self.sock is not None
-        parts = bytearray()
-        while len(parts) < count:
-            part = self.sock.recv(count - len(parts))
-            assert part
-            parts += part
-        return bytes(parts)
+    @property
+    def commands(self) -> list[int]:
+        """Without the numbers."""
+        return [command for command, _ in self.all]
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
-    """Put in the place of the kernel's; its devices are files."""
-    driver = Driver()
-    monkeypatch.setattr(kernel, "Netlink", lambda: driver)
-    real = os.open
-
-    def open_device(path: str, flags: int) -> int:
-        assert path.startswith("/dev/nbd")
-        return real(tmp_path / os.path.basename(path), flags)
-
-    (tmp_path / "nbd0").touch()
-    (tmp_path / "nbd3").touch()
-    monkeypatch.setattr(kernel.os, "open", open_device)
-    return driver
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
+    """Put a driver in the place of the kernel's."""
+    monkeypatch.setattr(kernel, "KEEPER", (sys.executable, str(FAKE)))
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(kernel.__file__).parents[2]))
+    return Asked(tmp_path / "asked")
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
     """Run a test on the loop that production uses."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(test)
-
-
-async def in_thread(work: Callable[[], Any]) -> Any:
-    """The kernel does not run on the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(None, work)
+        runner.run(asyncio.wait_for(test, 60.0))
 
 
 async def attach(state: NbdState, path: str | None = None) -> kernel.KernelDevice:
@@ -123,60 +85,85 @@ async def attach(state: NbdState, path: str | None = None) -> kernel.KernelDevic
         theirs.close()
 
 
-def new_state() -> NbdState:
+async def until_given_back(state: NbdState) -> None:
+    """Until no connection is left, nor an export open."""
+    async with asyncio.timeout(GONE_S):
+        await asyncio.gather(*[each.lost for each in set(state.connections) if each.lost])
+        await state.settled()
+    assert not state.open_names
+
+
+def new_state(size: int = MIB + 100) -> NbdState:
     """A server with an export that does not end at a sector's end."""
-    info = ExportInfo("demo", MIB + 100)
-    return NbdState(MemoryExports({"demo": (info, MemoryDevice(info.size))}))
+    return NbdState(MemoryExports({"demo": (ExportInfo("demo", size), MemoryDevice(size))}))
 
 
-def test_a_device_is_served_from_attaching_to_its_end(driver: Driver) -> None:
+def test_a_device_is_served_from_attaching_to_its_end(asked: Asked) -> None:
     """The kernel is told all it needs, reads what it wrote, and the export is given back."""
 
     async def test() -> None:
         state = new_state()
         device = await attach(state)
         assert device.path == "/dev/nbd0"
-        (connect, told), (reconfigure, last) = driver.asked
-        assert (connect, reconfigure) == (kernel.CONNECT, kernel.RECONFIGURE)
-        del told[kernel.SOCKETS]
+        assert device.kept
         flags = int(ExportInfo("demo", MIB).flags(structured=False))
-        assert {kind: int.from_bytes(value, "little") for kind, value in told.items()} == {
-            kernel.SIZE_BYTES: MIB,
-            kernel.BLOCK_SIZE_BYTES: 512,
-            kernel.SERVER_FLAGS: flags,
-        }
-        assert last == {kernel.INDEX: bytes(4), kernel.CLIENT_FLAGS: b"\2" + bytes(7)}
+        assert asked.all == [
+            (
+                keeper.CONNECT,
+                {
+                    keeper.SIZE_BYTES: MIB,
+                    keeper.BLOCK_SIZE_BYTES: 512,
+                    keeper.SERVER_FLAGS: flags,
+                },
+            ),
+            (
+                keeper.RECONFIGURE,
+                {keeper.INDEX: 0, keeper.CLIENT_FLAGS: keeper.DISCONNECT_ON_CLOSE},
+            ),
+        ]
         (connection,) = state.connections
         assert connection.export == "demo"
-        data = os.urandom(8192)
-        await in_thread(lambda: driver.do(p.Cmd.WRITE, 4096, 8192, data))
-        await in_thread(lambda: driver.do(p.Cmd.FLUSH, 0, 0))
-        assert await in_thread(lambda: driver.do(p.Cmd.READ, 4096, 8192)) == data
         await device.sync()
+        assert not device.ended
         await device.let_go()
-        assert not device.ended  # somebody else has it open
-        assert not await device.has_gone(0.01)
-        driver.end()
-        assert await device.has_gone(10.0)
-        assert device.ended
-        await state.settled()
-        assert not state.open_names
-        await device.sync()  # nothing is left to do
+        assert await device.has_gone(GONE_S)
+        await until_given_back(state)
+        await device.cut_off()
+        # It has gone: nothing is left to be ended, which may be somebody else's by now.
+        assert keeper.DISCONNECT not in asked.commands
+
+    run(test())
+
+
+def test_a_device_in_use_is_ended_with_its_server(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for it would wait without end."""
+    monkeypatch.setenv("IN_USE", "1")
+
+    async def test() -> None:
+        state = new_state()
+        device = await attach(state)
         await device.let_go()
+        assert not await device.has_gone(0.2)
+        await device.cut_off()  # as if this process had ended
+        assert await device.has_gone(GONE_S)
+        assert asked.commands[-1] == keeper.DISCONNECT
+        await until_given_back(state)
 
     run(test())
 
 
 @pytest.mark.parametrize("path", ["/dev/nbd3", "nbd3"])
-def test_a_device_can_be_named(driver: Driver, path: str) -> None:
+def test_a_device_can_be_named(asked: Asked, path: str) -> None:
     """With its directory, or without."""
 
     async def test() -> None:
         device = await attach(new_state(), path)
         assert device.path == "/dev/nbd3"
-        assert driver.asked[0][1][kernel.INDEX] == b"\3\0\0\0"
-        driver.end()
-        assert await device.has_gone(10.0)
+        assert asked.all[0][1][keeper.INDEX] == 3
+        await device.cut_off()
+        assert await device.has_gone(GONE_S)
 
     run(test())
 
@@ -184,61 +171,113 @@ def test_a_device_can_be_named(driver: Driver, path: str) -> None:
 @pytest.mark.parametrize(
     ("command", "number", "error", "told"),
     [
-        (kernel.CONNECT, errno.EBUSY, Exists, "/dev/nbd3 is in use: name another one"),
-        (kernel.CONNECT, errno.EPERM, Invalid, "cannot attach to /dev/nbd3: only root may"),
-        (kernel.CONNECT, errno.EINVAL, Invalid, "cannot attach to /dev/nbd3: Invalid argument"),
-        (kernel.RECONFIGURE, errno.EINVAL, Invalid, "cannot attach to /dev/nbd3: Invalid"),
+        (keeper.CONNECT, errno.EBUSY, Exists, "/dev/nbd3 is in use: name another one"),
+        (keeper.CONNECT, errno.EPERM, Invalid, "cannot attach to /dev/nbd3: only root may"),
+        (keeper.CONNECT, errno.EINVAL, Invalid, "cannot attach to /dev/nbd3: Invalid argument"),
+        (keeper.RECONFIGURE, errno.EINVAL, Invalid, "cannot attach to /dev/nbd3: Invalid"),
     ],
 )
 def test_what_the_kernel_refuses_is_told(
-    driver: Driver, command: int, number: int, error: type[Exception], told: str
+    asked: Asked,
+    monkeypatch: pytest.MonkeyPatch,
+    command: int,
+    number: int,
+    error: type[Exception],
+    told: str,
 ) -> None:
     """In one line; the export is given back, and no device is left that nobody serves."""
-    driver.refuses[command] = number
+    monkeypatch.setenv("REFUSES", json.dumps({command: number}))
 
     async def test() -> None:
         state = new_state()
         with pytest.raises(error, match=told):
             await attach(state, "/dev/nbd3")
-        connections = list(state.connections)
-        await asyncio.gather(*[each.lost for each in connections if each.lost is not None])
-        await state.settled()
-        assert not state.open_names
-        ended = kernel.DISCONNECT in [each for each, _ in driver.asked]
-        assert ended is (command == kernel.RECONFIGURE)
+        await until_given_back(state)
+        assert (keeper.DISCONNECT in asked.commands) is (command == keeper.RECONFIGURE)
 
     run(test())
 
 
-def test_a_device_that_cannot_be_opened_is_ended(driver: Driver) -> None:
+def test_a_device_that_cannot_be_opened_is_ended(asked: Asked) -> None:
     """It would stay for ever: only who has a device open can let go of it."""
 
     async def test() -> None:
         state = new_state()
         with pytest.raises(Invalid, match="nbd4: No such file"):
             await attach(state, "/dev/nbd4")
-        assert [each for each, _ in driver.asked] == [kernel.CONNECT, kernel.DISCONNECT]
+        assert asked.commands == [keeper.CONNECT, keeper.DISCONNECT]
+        await until_given_back(state)
 
     run(test())
 
 
 @pytest.mark.parametrize("path", ["/dev/sda", "/tmp/nbd0", "nbd", "/dev/nbd0p1"])
-def test_a_device_that_is_none_is_told(driver: Driver, path: str) -> None:
+def test_a_device_that_is_none_is_told(asked: Asked, path: str) -> None:
     """Before anything is asked of the kernel."""
 
     async def test() -> None:
         with pytest.raises(Invalid, match="is not an NBD device"):
             await attach(new_state(), path)
-        assert not driver.asked
+        assert not asked.all
+
+    run(test())
+
+
+def test_what_has_no_sector_is_no_device(asked: Asked) -> None:
+    """It could not be read or written."""
+
+    async def test() -> None:
+        with pytest.raises(Invalid, match="demo is smaller than a sector"):
+            await attach(new_state(511))
+        assert not asked.all
+
+    run(test())
+
+
+def test_an_attaching_that_is_given_up_leaves_no_device(asked: Asked) -> None:
+    """Whenever that is."""
+
+    async def test() -> None:
+        state = new_state()
+        attaching = asyncio.ensure_future(attach(state))
+        while not asked.commands:  # noqa: ASYNC110 - another process does it
+            await asyncio.sleep(0.001)
+        attaching.cancel()
+        await asyncio.wait([attaching])
+        await until_given_back(state)
+        assert keeper.DISCONNECT in asked.commands
+
+    run(test())
+
+
+def test_who_kept_a_device_is_missed(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of it fails, and does not wait."""
+    monkeypatch.setenv("IN_USE", "1")
+
+    async def test() -> None:
+        device = await attach(new_state())
+        device._process.kill()
+        await device._process.wait()
+        assert not device.kept
+        with pytest.raises(OSError, match="Input/output error"):
+            await device.sync()
+        await device.cut_off()
 
     run(test())
 
 
 @pytest.mark.skipif(Path("/sys/block/nbd0").exists(), reason="this kernel has NBD devices")
-def test_a_kernel_without_the_module_is_told() -> None:
+def test_a_kernel_without_the_module_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """As most are that have booted and served no device yet: this asks the real kernel."""
-    with pytest.raises(Invalid, match="modprobe nbd"):
-        kernel.Netlink()
+    monkeypatch.setenv("PYTHONPATH", str(Path(kernel.__file__).parents[2]))
+
+    async def test() -> None:
+        state = new_state()
+        with pytest.raises(Invalid, match="modprobe nbd"):
+            await attach(state)
+        await until_given_back(state)
+
+    run(test())
 
 
 def test_netlink_messages_are_laid_out_as_the_kernel_has_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 from typing import TYPE_CHECKING, Any
 
@@ -127,16 +128,19 @@ class AttachedClient:
                     detaching.result()
                 detaching.cancel()
         finally:
+            if self.device is not None:
+                await self.device.cut_off()
             await self._client.stop()
 
     async def _detach(self, device: KernelDevice) -> None:
         failure: OSError | None = None
-        try:
-            if not device.ended:
+        if not device.ended:
+            try:
                 await device.sync()
-        except OSError as error:
-            failure = error
-        await device.let_go()
+            except OSError as error:
+                failure = error
+            with contextlib.suppress(OSError):  # who kept it has ended, and keeps it no more
+                await device.let_go()
         told = False
         while not await device.has_gone(USE_POLL_S):
             if not told:
@@ -164,6 +168,8 @@ class AttachedClient:
         device = self.device
         assert device is not None
         while not await device.has_gone(FENCED_POLL_S):
+            if not device.kept:
+                raise Failed(f"the process that keeps {device.path} was killed")
             try:
                 rows: list[dict[str, Any]] = await self.system.actor("volumes").status.remote()
             except TorusError:
@@ -172,7 +178,7 @@ class AttachedClient:
                 if row["name"] == volume and row["fenced"]:
                     self._is_lost = True
                     raise taken_over(volume, row["failure"])
-        raise Failed(f"{device.path} was detached by another program")
+        raise Failed(f"{device.path} was detached by another program, or its connection broke")
 
 
 def become_io_flusher() -> None:

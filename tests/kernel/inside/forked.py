@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, NoReturn
 
 import torus_actors.cli.blk
@@ -28,18 +28,14 @@ class Fork:
     """What of `subprocess.Popen` a `Process` needs.
 
     Args:
-        arguments: as of `processes.command`.
-        log: gets the program's output.
-        environment: the program's.
+        work: what it does; its status is 0 if that returns.
     """
 
-    def __init__(
-        self, arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, work: Callable[[], object]) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if not self.pid:
-            _become(arguments, log, environment)
+            _end_with(work)
 
     def poll(self) -> int | None:
         """See subprocess."""
@@ -71,27 +67,13 @@ class ForkedProcess(Process):
     """A program of this package, in a fork."""
 
     def _spawn(self, log: IO[bytes], environment: Mapping[str, str]) -> Any:
-        return Fork(self.arguments, log, environment)
+        return Fork(lambda: _become(self.arguments, log, environment))
 
 
-def _become(arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> NoReturn:
-    status = 70
+def _end_with(work: Callable[[], object]) -> NoReturn:
+    status = 1
     try:
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        os.closerange(3, 1024)
-        # pytest has put its own in their place.
-        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        logging.root.handlers.clear()
-        os.environ.clear()
-        os.environ.update(environment)
-        _, option, module, *rest = arguments
-        assert option == "-m" and module in MODULES.values()
-        (program,) = (name for name, each in MODULES.items() if each == module)
-        sys.argv = [program, *rest]
-        importlib.import_module(module).main()
+        work()
         status = 0
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
@@ -100,3 +82,20 @@ def _become(arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, 
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def _become(arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    os.closerange(3, 1024)
+    # pytest has put its own in their place.
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    logging.root.handlers.clear()
+    os.environ.clear()
+    os.environ.update(environment)
+    _, option, module, *rest = arguments
+    assert option == "-m"
+    (program,) = (name for name, each in MODULES.items() if each == module)
+    sys.argv = [program, *rest]
+    importlib.import_module(module).main()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import mmap
 import os
 import random
 import subprocess
@@ -15,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.cluster import Cluster
-from tests.kernel.inside.forked import ForkedProcess
-from torus_actors.nbd import kernel
+from tests.kernel.inside.forked import Fork, ForkedProcess
+from torus_actors.nbd import keeper
 from torus_actors.nbd.genetlink import attribute
 from torus_actors.scenarios import processes
 from torus_actors.scenarios.processes import command, until
@@ -52,6 +54,10 @@ class Attached(ForkedProcess):
     def path(self) -> str:
         """The device."""
         return self.output.partition(self.ready)[2].split()[0]
+
+    def lives(self) -> bool:
+        """Whether the kernel has it."""
+        return Path("/sys/block", os.path.basename(self.path), "pid").exists()
 
 
 def device(cluster: Cluster, volume: str, *options: str) -> Attached:
@@ -209,6 +215,67 @@ def test_a_killed_command_leaves_errors_and_what_was_synced(
     assert again.stop() == 0
 
 
+def write_on(path: str, direct: bool) -> Fork:
+    """A process that writes to a device until it gets an error."""
+
+    def work() -> None:
+        flags = os.O_WRONLY | os.O_EXCL | (os.O_DIRECT if direct else 0)
+        file = os.open(path, flags)
+        with mmap.mmap(-1, MIB) as page:
+            for at in itertools.cycle(range(0, SIZE, MIB)):
+                os.pwrite(file, page, at)
+
+    return Fork(work)
+
+
+def test_who_waits_for_a_killed_command_gets_an_error(cluster: Cluster, volume: str) -> None:
+    """Also of what it had sent already, which the kernel would wait for without end."""
+    attached = attach(cluster, volume)
+    writing = write_on(attached.path, direct=True)
+    time.sleep(2.0)
+    # It does not answer when it is killed: what has been sent to it is under way.
+    attached.pause()
+    time.sleep(1.0)
+    assert writing.poll() is None
+    attached.kill()
+    assert writing.wait(30.0) == 1
+    until(lambda: not attached.lives(), "the kernel lets go of the device")
+
+
+def test_a_killed_command_is_not_waited_for(cluster: Cluster, volume: str) -> None:
+    """What the kernel has in memory for a device whose server is gone keeps nobody."""
+    attached = attach(cluster, volume)
+    attached.pause()
+    file = os.open(attached.path, os.O_WRONLY)
+    os.pwrite(file, bytes(16 * MIB), 0)
+    closing = threading.Thread(target=os.close, args=(file,))
+    closing.start()
+    time.sleep(1.0)
+    attached.kill()
+    closing.join(30.0)
+    assert not closing.is_alive()
+    until(lambda: not attached.lives(), "the kernel lets go of the device")
+
+
+def test_the_second_signal_ends_it(cluster: Cluster, volume: str) -> None:
+    """Where no node answers, what is to be synced has no end."""
+    attached = attach(cluster, volume)
+    with open(attached.path, "r+b", buffering=0) as file:
+        file.write(bytes(MIB))
+        for node in cluster.nodes.values():
+            node.pause()
+        try:
+            attached.ask_to_stop()
+            time.sleep(3.0)
+            assert attached.running
+            attached.ask_to_stop()
+            assert attached.wait() == 1
+        finally:
+            for node in cluster.nodes.values():
+                node.resume()
+    until(lambda: not attached.lives(), "the kernel lets go of the device")
+
+
 def test_devices_are_not_taken_from_others(cluster: Cluster, volume: str) -> None:
     """A device in use, and a volume in use, are told in one line; the next device is taken."""
     cluster.ctl("volume", "create", f"{volume}-2", str(SIZE))
@@ -223,9 +290,9 @@ def test_devices_are_not_taken_from_others(cluster: Cluster, volume: str) -> Non
     write(second.path, b"2" * 4096)
     assert (read(first.path, 4096), read(second.path, 4096)) == (b"1" * 4096, b"2" * 4096)
     # As `nbd-client -d` does: the command ends, and says why.
-    index = int(second.path.removeprefix("/dev/nbd"))
-    with contextlib.closing(kernel.Netlink()) as netlink:
-        netlink.ask(kernel.DISCONNECT, [attribute(kernel.INDEX, index.to_bytes(4, "little"))])
+    index = int(second.path.removeprefix("/dev/nbd")).to_bytes(4, "little")
+    with contextlib.closing(keeper.Netlink()) as netlink:
+        netlink.ask(keeper.DISCONNECT, [attribute(keeper.INDEX, index)])
     assert second.wait() == 1
     assert "was detached by another program" in second.output
     # The other one is as it was.
