@@ -151,26 +151,30 @@ class AoeServer(LoopActor):
                 endpoint.refreshed()
             except NotExist as error:
                 self._gone = str(error)
-            if not target.failure:
-                target.failure = await self._failure()
-                if target.failure:
-                    self.system.heirlooms[LOST] = target.failure
+            if LOST not in self.system.heirlooms:
+                # The target may have been told with a write that it is lost, and not how.
+                doubted = bool(target.failure)
+                failure = await self._failure()
+                if failure is not None and doubted:
+                    target.failure = ""
+                if failure:
+                    target.failure = self.system.heirlooms[LOST] = failure
                     log.error(
                         "every command is answered with an error from now on: volume %s: %s",
-                        self._volume, target.failure,
+                        self._volume, failure,
                     )  # fmt: skip
             await asyncio.sleep(WATCH_S)
 
-    async def _failure(self) -> str:
-        """Why the volume is of no use any more; empty if it is, or cannot be asked now."""
+    async def _failure(self) -> str | None:
+        """Why the volume is of no use any more; empty if it is, None if nobody knows now."""
         try:
             rows = await self.system.actor("volumes").status.remote()
         except TorusError:
-            return ""
+            return None
         for row in rows:
-            if row["name"] == self._volume and row["fenced"]:
-                return row["failure"] or "it was taken over"
-        return ""
+            if row["name"] == self._volume:
+                return (row["failure"] or "it was taken over") if row["fenced"] else ""
+        return None
 
     @staticmethod
     async def _finish(endpoint: Endpoint) -> None:

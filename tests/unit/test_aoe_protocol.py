@@ -179,11 +179,10 @@ def test_flush_asks_the_volume_and_other_commands_are_aborted(bench: Bench) -> N
     ("errno", "status"),
     [(Errno.EIO, 0x61), (Errno.ENOSPC, 0x61), (Errno.ESHUTDOWN, 0x61), (Errno.EINVAL, 0x41)],
 )
-def test_errors_of_the_volume_become_those_of_a_disk(
-    bench: Bench, errno: Errno, status: int
-) -> None:
+def test_errors_of_the_volume_become_those_of_a_disk(errno: Errno, status: int) -> None:
     """Not errors of AoE, after which Linux goes on asking for minutes."""
     for sent in (write(0, b"a", 1), frame(0, ata(READ_EXT), 2), frame(0, ata(FLUSH), 3)):
+        bench = Bench()  # another one: after some errors a volume is lost
         answer = bench.reply(bench.asked(sent), errno)
         assert (answer.error, answer.status, answer.ata_error) == (0, status, 0x04)
         assert answer.data == b""
@@ -199,6 +198,14 @@ def test_once_the_volume_is_lost_every_ata_command_fails(bench: Bench) -> None:
 
 
 # -- what is sent again ----------------------------------------------------------------------------
+
+
+def test_nothing_is_read_after_a_write_was_told_that_the_volume_is_lost(bench: Bench) -> None:
+    """The rule of docs/decisions/0017: it would be what was there before somebody took it over."""
+    bench.reply(bench.asked(write(0, b"a", 1)), Errno.ESHUTDOWN)
+    for tag, code in enumerate((READ, READ_EXT, WRITE_EXT, IDENTIFY, FLUSH), 2):
+        data = bytes(SECTOR) if code == WRITE_EXT else b""
+        assert bench.ask(frame(0, ata(code, 0, 1, data), tag)).status == 0x61
 
 
 def test_a_write_in_work_is_not_done_twice(bench: Bench) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.aoe_initiator import (
     HOST_MAC,
+    OTHER_MAC,
     READ_EXT,
     SECTOR,
     TARGET_MAC,
@@ -27,9 +28,11 @@ from tests.unit.runtime_harness import on_uvloop, system_of, until
 from torus_actors.actors import aoe_server
 from torus_actors.actors.aoe_server import NAME, AoeServer
 from torus_actors.aoe.port import PacketPort
+from torus_actors.aoe.protocol import sectors_of_mtu
 from torus_actors.cli.blk_aoe import watch
 from torus_actors.cli.common import Failed
 from torus_actors.errors import Invalid, NotExist
+from torus_actors.nbd.protocol import Errno
 from torus_actors.nbd.requests import Op, Reply, Request
 from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, expose
 
@@ -41,6 +44,7 @@ class FakePort:
         self.name = "fake0"
         self.mac = TARGET_MAC
         self.mtu = 1500
+        self.up = True
         self.gone = False
         self.closed = False
         self._socket, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -282,6 +286,60 @@ async def test_a_volume_that_was_taken_over(used: bool, monkeypatch: pytest.Monk
         else:
             with pytest.raises(Failed, match=r"x was taken over by another client \(epoch 2\)"):
                 await watching
+
+
+@on_uvloop
+async def test_reads_fail_too_once_a_write_was_told_that_the_volume_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not only when somebody has looked: a read would be answered with what was there before.
+
+    When somebody has, and the volume is not lost, all goes on.
+    """
+    monkeypatch.setattr(aoe_server, "WATCH_S", 1000.0)
+    async with serving() as bench:
+        bench.send(0, write(0, b"a"), 1)
+        (request,) = await bench.asked()
+        bench.volume.batches.clear()
+        bench.system.actor(NAME).replies.tell(1, [Reply(request, Errno.ESHUTDOWN)])
+        assert (await bench.receive()).status == 0x61
+        bench.send(0, ata(READ_EXT, 0, 1), 2)
+        answer = await bench.receive()
+        assert (answer.tag, answer.status) == (2, 0x61)
+        assert not bench.volume.batches
+
+        monkeypatch.setattr(aoe_server, "WATCH_S", 0.01)
+        bench.system.cells[NAME].actor.spawn(bench.system.cells[NAME].actor._watch())
+        await until(lambda: not bench.system.heirlooms[NAME][1].target.failure)
+        bench.send(0, ata(READ_EXT, 0, 1), 3)
+        await bench.asked()
+        bench.volume.answer()
+        assert (await bench.receive()).tag == 3
+        assert aoe_server.LOST not in bench.system.heirlooms
+
+
+@pytest.mark.parametrize("change", [("mtu", 9000), ("mac", OTHER_MAC), ("up", False)])
+@on_uvloop
+async def test_an_interface_that_is_another_now_is_announced(
+    change: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and when it is up: Linux does not ask by itself."""
+    monkeypatch.setattr(aoe_server, "WATCH_S", 0.01)
+    async with serving() as bench:
+        endpoint = bench.system.heirlooms[NAME][1]
+        bench.port.up = False
+        await until(lambda: endpoint._told[2] is False)
+        setattr(bench.port, *change)
+        await until(lambda: endpoint._told == (bench.port.mac, bench.port.mtu, False))
+        with pytest.raises(BlockingIOError):
+            bench.port.other.recv(1 << 16)
+        bench.port.up = True
+        told = await bench.receive()
+        assert (told.command, told.tag, told.source) == (1, 0, bench.port.mac)
+        assert told.body[4] == sectors_of_mtu(bench.port.mtu)
+        # The next frame is an answer.
+        bench.send(0, ata(0xB0), 7)
+        assert (await bench.receive()).tag == 7
 
 
 @on_uvloop

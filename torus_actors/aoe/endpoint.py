@@ -46,14 +46,16 @@ class Endpoint:
         self._queue: deque[Answer] = deque()
         self._settled: asyncio.Future[None] | None = None
         self.receiving = True
+        self._told: tuple[bytes, int, bool] | None = None
         self.refreshed()
-        self._send(target.announce())
 
     def refreshed(self) -> None:
         """The port has looked at its interface; to be called now and then.
 
         An interface that went down is an error of the socket, after which libuv watches that no
-        more; so it is told again.
+        more; so it is told again. And so is the network, when the interface is back, or has another
+        address or MTU: Linux' driver does not ask by itself. It would send to the old address, or
+        ask for more than fits into a frame, until it gives the disk up.
         """
         self.target.mac, self.target.mtu = self.port.mac, self.port.mtu
         if self.receiving:
@@ -62,6 +64,11 @@ class Endpoint:
         if self._queue:
             self._loop.remove_writer(self.port.fileno())
             self._loop.add_writer(self.port.fileno(), self._writable)
+        now = self.port.mac, self.port.mtu, self.port.up
+        if self.receiving and self._told != now:
+            self._told = now
+            if self.port.up:
+                self._send(self.target.announce())
 
     def reply(self, replies: Sequence[Reply]) -> None:
         """Answers of the volume."""

@@ -31,6 +31,7 @@ _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
+_IFF_RUNNING = 0x40
 _ARPHRD_ETHER = 1
 _ARPHRD_LOOPBACK = 772
 _PACKET_FOR_US = frozenset({0, 1, 2})
@@ -49,11 +50,13 @@ class Port(Protocol):
         name: of the interface.
         mac: its hardware address.
         mtu: bytes.
+        up: whether frames can get through.
     """
 
     name: str
     mac: bytes
     mtu: int
+    up: bool
 
     def fileno(self) -> int:
         """For the event loop to watch."""
@@ -103,12 +106,13 @@ class PacketPort:
         try:
             self._socket.bind((name, ETHERTYPE))
             _, _, _, kind, mac = self._socket.getsockname()
-            flags = self._ask(_SIOCGIFFLAGS) & 0xFFFF
+            flags = self._flags()
             if kind not in (_ARPHRD_ETHER, _ARPHRD_LOOPBACK):
                 raise Invalid(f"interface {name} is not Ethernet")
             if not flags & _IFF_UP:
                 raise Invalid(f"interface {name} is down: ip link set {name} up")
             self.mac = bytes(mac)
+            self.up = bool(flags & _IFF_RUNNING)
             self.loopback = bool(flags & _IFF_LOOPBACK)
             self.mtu = self._ask(_SIOCGIFMTU)
             if not sectors_of_mtu(self.mtu):
@@ -170,10 +174,14 @@ class PacketPort:
         with contextlib.suppress(OSError):
             self.mtu = self._ask(_SIOCGIFMTU)
             self.mac = bytes(self._socket.getsockname()[4])
+            self.up = self._flags() & (_IFF_UP | _IFF_RUNNING) == _IFF_UP | _IFF_RUNNING
 
     def close(self) -> None:
         """See Port."""
         self._socket.close()
+
+    def _flags(self) -> int:
+        return self._ask(_SIOCGIFFLAGS) & 0xFFFF
 
     def _ask(self, request: int) -> int:
         ifreq = _IFREQ.pack(self.name.encode(), 0)

@@ -82,6 +82,9 @@ _FAULT = AtaStatus.DRDY | AtaStatus.DF | AtaStatus.ERR
 _NOT_ITS_FAULT = frozenset({Errno.EINVAL, Errno.EPERM, Errno.ENOTSUP})
 """Errors of the request and not of the device."""
 
+_OVER = "it takes no writes any more"
+"""Until whoever supervises the target has looked what it is."""
+
 _ZEROS = memoryview(bytes(1 << 17))
 
 
@@ -214,6 +217,9 @@ class Target:
             return None
         command, key = pending.command, pending.key
         self._in_work.discard(key)
+        if reply.error == Errno.ESHUTDOWN and command.code in WRITES:
+            # Who was told so shall not be given what was there before next.
+            self.failure = self.failure or _OVER
         status, error = _registers(reply.error)
         if command.code in WRITES:
             self._remember(key, now_s, status, error)
