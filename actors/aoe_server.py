@@ -74,6 +74,8 @@ class AoeServer(LoopActor):
         """When this is for good, let commands in flight finish; their answers are messages."""
         if self.cell.will_restart or self._endpoint is None:
             return super().quiesce()
+        if self._endpoint.target.failure:  # known from a write, and nobody has looked since
+            self.system.heirlooms.setdefault(LOST, self._endpoint.target.failure)
         self._endpoint.stop()
         return [self.spawn(self._finish(self._endpoint))]
 

@@ -318,6 +318,22 @@ async def test_reads_fail_too_once_a_write_was_told_that_the_volume_is_lost(
         assert aoe_server.LOST not in bench.system.heirlooms
 
 
+@on_uvloop
+async def test_a_volume_that_is_lost_is_told_also_if_it_is_stopped_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process ends with status 1 though nobody has looked how the volume is."""
+    monkeypatch.setattr(aoe_server, "WATCH_S", 1000.0)
+    async with serving() as bench:
+        bench.send(0, write(0, b"a"), 1)
+        (request,) = await bench.asked()
+        bench.volume.batches.clear()
+        bench.system.actor(NAME).replies.tell(1, [Reply(request, Errno.ESHUTDOWN)])
+        await bench.receive()
+        bench.system.cells[NAME].actor.quiesce()
+        assert bench.system.heirlooms[aoe_server.LOST]
+
+
 @pytest.mark.parametrize("change", [("mtu", 9000), ("mac", OTHER_MAC), ("up", False)])
 @on_uvloop
 async def test_an_interface_that_is_another_now_is_announced(
