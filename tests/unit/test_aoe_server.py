@@ -330,7 +330,7 @@ async def test_a_volume_that_is_lost_is_told_also_if_it_is_stopped_at_once(
         bench.volume.batches.clear()
         bench.system.actor(NAME).replies.tell(1, [Reply(request, Errno.ESHUTDOWN)])
         await bench.receive()
-        bench.system.cells[NAME].actor.quiesce()
+        await bench.system.stop()
         assert bench.system.heirlooms[aoe_server.LOST]
 
 
