@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.aoe_initiator import FLUSH, IDENTIFY, READ_EXT, SECTOR, Initiator, ata, config
+from tests.aoe_initiator import (
+    FLUSH,
+    IDENTIFY,
+    READ_EXT,
+    SECTOR,
+    WRITE_EXT,
+    Initiator,
+    ata,
+    config,
+)
 from tests.integration.cluster import Cluster, Process, command, need, small_cluster, until
 
 MTU = 9000
@@ -127,6 +137,39 @@ def test_what_was_answered_survives_kill_9(cluster: Cluster, link: tuple[str, st
         target.start()
         for lba, data in parts.items():
             assert host.read(lba, 4) == data
+    assert target.stop() == 0
+
+
+def sockets_on(interface: str) -> int:
+    """How many packet sockets are bound to it."""
+    index = str(socket.if_nametoindex(interface))
+    lines = Path("/proc/net/packet").read_text().splitlines()[1:]
+    return sum(line.split()[4] == index for line in lines)
+
+
+def test_what_came_before_the_volume_was_open_is_not_done(
+    cluster: Cluster, link: tuple[str, str]
+) -> None:
+    """Whoever sent it has given up by then, or had it done by another target that was stopped.
+
+    What has been written since would be undone.
+    """
+    cluster.ctl("volume", "create", "late", "16MiB")
+    holder = cluster.serve("late")
+    options = ("--insecure", "--wait-lock", "30")
+    target = Target(cluster, "late", "late", link[0], "7", "6", *options)
+    before = sockets_on(link[0])
+    with closing(Initiator(link[1], 7, 6)) as host:
+        target.launch()
+        until(lambda: sockets_on(link[0]) > before, "the target has its socket")
+        address = Path(f"/sys/class/net/{link[0]}/address").read_text().strip()
+        host.target = bytes.fromhex(address.replace(":", ""))
+        host.send(0, ata(WRITE_EXT, 0, 1, b"o" * SECTOR), host.tag())
+        assert holder.stop() == 0
+        target.wait_ready()
+        assert host.read(0, 1) == bytes(SECTOR)
+        assert host.write(0, b"n" * SECTOR).status == 0x40
+        assert host.read(0, 1) == b"n" * SECTOR
     assert target.stop() == 0
 
 

@@ -47,9 +47,14 @@ class FakePort:
         self.up = True
         self.gone = False
         self.closed = False
+        self.listens = False
         self._socket, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         self.other.setblocking(False)
+
+    def listen(self) -> None:
+        """See Port."""
+        self.listens = True
 
     def fileno(self) -> int:
         """See Port."""

@@ -47,6 +47,7 @@ class Endpoint:
         self._settled: asyncio.Future[None] | None = None
         self.receiving = True
         self._told: tuple[bytes, int, bool] | None = None
+        port.listen()
         self.refreshed()
 
     def refreshed(self) -> None:

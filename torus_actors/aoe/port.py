@@ -27,8 +27,11 @@ PIECES_MAX = 64
 
 _SIOCGIFFLAGS = 0x8913
 _SIOCGIFMTU = 0x8921
+_SIOCGIFINDEX = 0x8933
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
+_NO_FRAMES = 0
+"""A protocol number that has a packet socket receive nothing."""
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
 _IFF_RUNNING = 0x40
@@ -57,6 +60,13 @@ class Port(Protocol):
     mac: bytes
     mtu: int
     up: bool
+
+    def listen(self) -> None:
+        """Receive what comes from now on; before, nothing is kept.
+
+        What lay there from before would be old by the time it is done: somebody else may have done
+        it, and others have written since.
+        """
 
     def fileno(self) -> int:
         """For the event loop to watch."""
@@ -104,7 +114,7 @@ class PacketPort:
                 "frames of raw Ethernet need the capability CAP_NET_RAW: run this as root"
             ) from error
         try:
-            self._socket.bind((name, ETHERTYPE))
+            self._socket.bind((name, _NO_FRAMES))
             _, _, _, kind, mac = self._socket.getsockname()
             flags = self._flags()
             if kind not in (_ARPHRD_ETHER, _ARPHRD_LOOPBACK):
@@ -133,6 +143,11 @@ class PacketPort:
             if error.errno == errno.ENETDOWN:
                 raise Invalid(f"interface {name} is down: ip link set {name} up") from error
             raise NotExist(f"interface {name}: {error.strerror}") from error
+
+    def listen(self) -> None:
+        """See Port."""
+        with contextlib.suppress(OSError):  # gone meanwhile, as ``refresh`` will tell
+            self._socket.bind((self.name, ETHERTYPE))
 
     def fileno(self) -> int:
         """See Port."""
@@ -169,7 +184,13 @@ class PacketPort:
 
     def refresh(self) -> None:
         """See Port."""
-        if _index(self.name) != self._index:
+        try:
+            index = self._ask(_SIOCGIFINDEX)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                raise NotExist(f"there is no network interface {self.name}") from error
+            return
+        if index != self._index:
             raise NotExist(f"interface {self.name} was made anew")
         with contextlib.suppress(OSError):
             self.mtu = self._ask(_SIOCGIFMTU)

@@ -243,10 +243,6 @@ class Target:
         header, code = command.header, command.code
         if not self._may_use(header.source):
             return self._refuse(command, Error.RESERVED)
-        if code in READS or code in WRITES:
-            self.used = True
-            if len(self.initiators) < INITIATORS_MAX:
-                self.initiators[header.source] = None
         if self.failure:
             return self._registers(command, _FAULT, AtaError.ABRT)
         if code == AtaCode.IDENTIFY:
@@ -268,6 +264,10 @@ class Target:
         if len(self._pending) >= IN_FLIGHT_MAX:
             self.dropped += 1
             return None
+        if code in READS or code in WRITES:
+            self.used = True
+            if len(self.initiators) < INITIATORS_MAX:
+                self.initiators[header.source] = None
         request = self._request(command)
         self._pending[request.cookie] = _Pending(command, key)
         self._in_work.add(key)

@@ -50,7 +50,7 @@ OVER_POLL_S = 1.0
 @click.option(
     "--insecure",
     is_flag=True,
-    help="Serve whoever reaches an INTERFACE that is not loopback.",
+    help="Serve whoever reaches an INTERFACE, or a --listen, that is not loopback.",
 )
 @click.option("--with-parent", is_flag=True, hidden=True)
 @click.pass_obj
@@ -167,9 +167,11 @@ async def watch(server: ActorHandle, volume: str) -> None:
             status = await server.status.remote()
         except TorusError:
             continue  # it is being restarted
+        if status.get("failure") and status["used"]:
+            continue
         if status["gone"]:
             raise Failed(status["gone"])
-        if status.get("failure") and not status["used"]:
+        if status.get("failure"):
             raise _lost(volume, status["failure"])
 
 
