@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 60.0
 
+ATTACH_TIMEOUT_S = 60.0
+"""The kernel reads the beginning and the end of a device before it is attached."""
+
 GIVE_BACK_S = 600.0
 """A volume that is open only when its client has been told that it takes too long is given back;
 it is waited for so long. So is who takes a volume back."""
@@ -178,7 +181,11 @@ class NbdServer(LoopActor):
             connection = NbdConnection(self._state, opened=opened)
             await same_machine.hand_over(ours, lambda: connection)
             assert connection.lost is not None
-            return await kernel.attach(theirs, connection.lost, info, path)
+            try:
+                async with asyncio.timeout(ATTACH_TIMEOUT_S):
+                    return await kernel.attach(theirs, connection.lost, info, path)
+            except TimeoutError:
+                raise DeadlineExceeded(f"attaching {info.name} takes long") from None
         finally:
             theirs.close()  # the kernel has it, and sees the end when the other one is closed
 

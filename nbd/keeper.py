@@ -220,7 +220,12 @@ def main() -> None:
     # It ends when the server does, however that came about.
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
-    keeper = Keeper(lambda line: print(line, flush=True))
+
+    def say(line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # nobody is left who would hear it
+            print(line, flush=True)
+
+    keeper = Keeper(say)
     threading.Thread(
         target=keeper.keep,
         args=(socket.socket(fileno=descriptor), size, flags, device[0] if device else None),

@@ -31,8 +31,9 @@ USE_POLL_S = 1.0
 
 FENCED_POLL_S = 1.0
 
-ATTACH_TIMEOUT_S = 90.0
-"""To open a volume, and to have the kernel attach it."""
+ATTACH_TIMEOUT_S = 150.0
+"""To open a volume, and to have the kernel attach it: longer than the actor takes for both, or a
+device would come that nobody waits for."""
 
 PR_SET_IO_FLUSHER = 57
 """Of Linux 5.6 and later; see prctl(2)."""
