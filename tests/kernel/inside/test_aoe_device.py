@@ -8,9 +8,7 @@ import mmap
 import os
 import random
 import socket
-import subprocess
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -19,12 +17,10 @@ import pytest
 
 from tests.integration.cluster import Cluster
 from tests.kernel.inside.forked import ForkedProcess
+from tests.kernel.inside.system import MIB, SIZE, mounted, shell
 from torus_actors.aoe.protocol import ATA, ETHERTYPE, HEADER, WRITES
-from torus_actors.scenarios import processes
 from torus_actors.scenarios.processes import command, until
 
-MIB = 1 << 20
-SIZE = 32 * MIB
 SHELF = 7
 WAIT_LOCK_S = 60
 
@@ -35,39 +31,13 @@ CONTROL = Path("/dev/etherd")
 """Where the driver has its files."""
 
 
-def shell(*arguments: str) -> str:
-    """Run a system's tool."""
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, f"{arguments}: {done.stdout} {done.stderr}"
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def cable() -> None:
     """Two interfaces, one of which the driver uses; frames of 9000 bytes."""
     shell("ip", "link", "add", OURS, "type", "veth", "peer", "name", KERNELS)
     for end in (OURS, KERNELS):
         shell("ip", "link", "set", end, "mtu", "9000", "up")
     (CONTROL / "interfaces").write_text(KERNELS)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, cable: None) -> Iterator[Cluster]:
-    """Two nodes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "DEADLINE_S", 240.0)  # the processor here is emulated
-        patch.setattr(processes, "Process", ForkedProcess)
-        with Cluster(tmp_path_factory.mktemp("cluster")) as running:
-            running.start_nodes(2, replication=2)
-            yield running
-
-
-@pytest.fixture
-def volume(cluster: Cluster, request: pytest.FixtureRequest) -> str:
-    """A new volume."""
-    name = str(request.node.name).replace("_", "-")
-    cluster.ctl("volume", "create", name, str(SIZE))
-    return name
 
 
 class Target(ForkedProcess):
@@ -180,17 +150,6 @@ def read(path: str, count: int, offset: int = 0) -> bytes:
             return aligned[:]
     finally:
         os.close(file)
-
-
-@contextlib.contextmanager
-def mounted(disk: str, where: Path, *options: str) -> Iterator[Path]:
-    """Mount a disk for a while."""
-    where.mkdir(exist_ok=True)
-    shell("mount", *options, disk, str(where))
-    try:
-        yield where
-    finally:
-        shell("umount", str(where))
 
 
 def test_the_kernel_reads_what_it_wrote(cluster: Cluster, volume: str) -> None:

@@ -8,43 +8,20 @@ import itertools
 import mmap
 import os
 import random
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.cluster import Cluster
 from tests.kernel.inside.forked import Fork, ForkedProcess
+from tests.kernel.inside.system import MIB, SIZE, mounted, shell
 from torus_actors.nbd import keeper
 from torus_actors.nbd.genetlink import attribute
-from torus_actors.scenarios import processes
 from torus_actors.scenarios.processes import command, until
 
-MIB = 1 << 20
-SIZE = 64 * MIB
 LEASE_S = 6
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "DEADLINE_S", 240.0)  # the processor here is emulated
-        patch.setattr(processes, "Process", ForkedProcess)
-        with Cluster(tmp_path_factory.mktemp("cluster")) as running:
-            running.start_nodes(2, replication=2)
-            yield running
-
-
-@pytest.fixture
-def volume(cluster: Cluster, request: pytest.FixtureRequest) -> str:
-    """A new volume."""
-    name = str(request.node.name).replace("_", "-")
-    cluster.ctl("volume", "create", name, str(SIZE))
-    return name
 
 
 class Attached(ForkedProcess):
@@ -86,24 +63,6 @@ def refused(cluster: Cluster, volume: str, *options: str) -> str:
     assert process.wait() == 1
     assert process.output.count("\n") == 1
     return process.output
-
-
-def shell(*arguments: str) -> str:
-    """Run a system's tool."""
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, f"{arguments}: {done.stdout} {done.stderr}"
-    return done.stdout
-
-
-@contextlib.contextmanager
-def mounted(device: str, where: Path, *options: str) -> Iterator[Path]:
-    """Mount a device for a while."""
-    where.mkdir(exist_ok=True)
-    shell("mount", *options, device, str(where))
-    try:
-        yield where
-    finally:
-        shell("umount", str(where))
 
 
 def read(path: str, count: int, offset: int = 0) -> bytes:
