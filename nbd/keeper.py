@@ -80,7 +80,11 @@ class Netlink:
         self._family = genetlink.CONTROLLER
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_GENERIC)
         self._socket.settimeout(ANSWER_S_MAX)
-        found = self.ask(genetlink.GET_FAMILY, [attribute(genetlink.FAMILY_NAME, b"nbd\0")])
+        try:
+            found = self.ask(genetlink.GET_FAMILY, [attribute(genetlink.FAMILY_NAME, b"nbd\0")])
+        except OSError:
+            self._socket.close()
+            raise
         (self._family,) = U16.unpack(found[genetlink.FAMILY_ID])
 
     def close(self) -> None:

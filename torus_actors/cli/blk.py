@@ -11,8 +11,11 @@ import click
 
 from torus_actors.cli.blk_aoe import aoe
 from torus_actors.cli.blk_common import (
+    FENCED_POLL_S,
+    OPEN_TIMEOUT_S,
     ClientOptions,
     client_options,
+    insecure_option,
     once_unlocked,
     read_only_option,
     snapshot_option,
@@ -37,11 +40,6 @@ if TYPE_CHECKING:
 
     from torus_actors.node import Client
     from torus_actors.runtime import ActorHandle
-
-OPEN_TIMEOUT_S = 60.0
-
-FENCED_POLL_S = 1.0
-"""How often it is looked whether another client has taken the volume over."""
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -75,9 +73,7 @@ cli.add_command(aoe)
     "--default-export", metavar="VOLUME", help="With no VOLUME: what the unnamed export is."
 )
 @wait_lock_option
-@click.option(
-    "--insecure", is_flag=True, help="Allow addresses beyond loopback without protection."
-)
+@insecure_option
 @click.option("--with-parent", is_flag=True, hidden=True)
 @click.pass_obj
 def serve(

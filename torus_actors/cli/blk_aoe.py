@@ -9,6 +9,7 @@ import click
 
 from torus_actors.aoe.protocol import ANY_SHELF, ANY_SLOT
 from torus_actors.cli.blk_common import (
+    OPEN_TIMEOUT_S,
     ClientOptions,
     client_options,
     once_unlocked,
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from torus_actors.aoe.port import PacketPort
     from torus_actors.node import Client
     from torus_actors.runtime import ActorHandle
-
-OPEN_TIMEOUT_S = 60.0
 
 OVER_POLL_S = 1.0
 """How often it is looked whether the volume was taken over, or the interface is gone."""

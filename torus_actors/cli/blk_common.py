@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
+OPEN_TIMEOUT_S = 60.0
+
+FENCED_POLL_S = 1.0
+"""How often it is looked whether another client has taken the volume over."""
+
 LOCK_POLL_S = 0.25
 """How often a lock that is waited for is tried."""
 
@@ -146,6 +151,9 @@ def client_options(command: F) -> F:
 read_only_option = click.option("--read-only", is_flag=True, help="Take no lock and refuse writes.")
 snapshot_option = click.option(
     "--snapshot", metavar="NAME", help="Serve this snapshot of VOLUME, read-only."
+)
+insecure_option = click.option(
+    "--insecure", is_flag=True, help="Allow addresses beyond loopback without protection."
 )
 wait_lock_option = click.option(
     "--wait-lock",

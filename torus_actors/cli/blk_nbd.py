@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torus_actors.cli.blk_common import (
+    FENCED_POLL_S,
     ClientOptions,
     client_options,
+    insecure_option,
     once_unlocked,
     read_only_option,
     snapshot_option,
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 USE_POLL_S = 1.0
 """A device that was let go of, and lives for so long, is in use."""
 
-FENCED_POLL_S = 1.0
-
 ATTACH_TIMEOUT_S = 150.0
 """To open a volume, and to have the kernel attach it: longer than the actor takes for both, or a
 device would come that nobody waits for."""
@@ -46,9 +46,7 @@ PR_SET_IO_FLUSHER = 57
 @snapshot_option
 @client_options
 @wait_lock_option
-@click.option(
-    "--insecure", is_flag=True, help="Allow addresses beyond loopback without protection."
-)
+@insecure_option
 @click.option("--with-parent", is_flag=True, hidden=True)
 @click.pass_obj
 def nbd(
