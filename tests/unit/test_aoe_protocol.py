@@ -133,7 +133,10 @@ def test_what_lies_outside_is_not_found(bench: Bench) -> None:
             answer = bench.ask(frame(0, ata(code, lba, count, data), 1))
             assert (answer.error, answer.status, answer.ata_error) == (0, 0x41, 0x10)
     assert not bench.requests
+    # Who got nothing has nothing in memory that belongs here.
+    assert not bench.target.used and not bench.target.initiators
     assert bench.asked(frame(0, ata(READ_EXT, SECTORS - 1, 1), 1)).length == SECTOR
+    assert bench.target.used and bench.target.initiators
 
 
 def test_a_size_that_is_no_multiple_of_a_sector_is_rounded_down() -> None:
@@ -193,7 +196,7 @@ def test_once_the_volume_is_lost_every_ata_command_fails(bench: Bench) -> None:
     bench.target.failure = "taken over"
     for sent in (write(0, b"a", 1), frame(0, ata(READ_EXT), 2), frame(0, ata(IDENTIFY), 3)):
         assert bench.ask(sent).status == 0x61
-    assert not bench.requests
+    assert not bench.requests and not bench.target.used
     assert bench.ask(frame(1, config(0), 4)).error == 0
 
 

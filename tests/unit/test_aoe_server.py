@@ -287,6 +287,11 @@ async def test_a_volume_that_was_taken_over(used: bool, monkeypatch: pytest.Monk
                 answer = await bench.receive()
                 assert (answer.tag, answer.status) == (tag, 0x61)
             assert not watching.done() and not bench.volume.batches
+            # Not even without its interface: it may come back, and a successor would serve there.
+            bench.port.gone = True
+            await until(lambda: bench.system.cells[NAME].actor._gone)
+            await asyncio.sleep(0.05)
+            assert not watching.done()
             watching.cancel()
         else:
             with pytest.raises(Failed, match=r"x was taken over by another client \(epoch 2\)"):
