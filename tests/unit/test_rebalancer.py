@@ -46,7 +46,7 @@ def holders(cluster: Cluster, ref: BlockRef) -> set[str]:
     return {
         node.node_id
         for node in cluster.nodes.values()
-        if node.system is not None and ref in node.refs(kind)
+        if node.system is not None and node.stores[kind].has(ref)
     }
 
 
