@@ -22,7 +22,7 @@ from torus_actors.volume.snapshots import restore_snapshot, take_snapshot
 
 def pattern(seed: int, size: int = SIZE) -> bytes:
     """Content that no other seed has."""
-    return bytes((seed * 31 + n // 256) % 251 + 1 for n in range(0, size, 256) for _ in range(256))
+    return b"".join(bytes([(seed * 31 + n) % 251 + 1]) * 256 for n in range(size // 256))
 
 
 async def snapshot(cluster: Cluster, name: str, patience_s: float = 60.0) -> Snapshot | None:
