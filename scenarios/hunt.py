@@ -24,7 +24,7 @@ WAITING_MAX = 1
 def plan(mutant: Mutant, number: int) -> tuple[str, int]:
     """Scenario and seed of a mutant's run with that number, from 0: its scenarios in turns."""
     turn, at = divmod(number, len(mutant.hunted_in))
-    return mutant.hunted_in[at], turn + 1
+    return mutant.hunted_in[at], mutant.first_seed + turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from torus_actors.scenarios.mutation import Edit, Mutant
 
 
-def _mutant(name: str, breaks: str, *edits: Edit, hunted_in: tuple[str, ...]) -> Mutant:
-    return Mutant(name, breaks, edits, hunted_in)
+def _mutant(
+    name: str, breaks: str, *edits: Edit, hunted_in: tuple[str, ...], first_seed: int = 1
+) -> Mutant:
+    return Mutant(name, breaks, edits, hunted_in, first_seed)
 
 
 _STORE = (
@@ -31,6 +33,7 @@ _STORE = (
             "        self.sync_data()\n",
         ),
         hunted_in=("one_bad_node",),
+        first_seed=13,
     ),
     _mutant(
         "refused_put_acknowledged",
@@ -71,6 +74,7 @@ _STORE = (
             "peer not in confirmed",
         ),
         hunted_in=("node_crash", "many_crashes"),
+        first_seed=5,
     ),
 )
 
@@ -346,6 +350,7 @@ _JOURNAL = (
         "A flush of several records is acknowledged when the members have all of them",
         Edit("volume.journal:SessionJournal.append", "if not left and not", "if not"),
         hunted_in=("journal_replay",),
+        first_seed=10,
     ),
     _mutant(
         "foreseen_flush_does_not_wait",
@@ -356,6 +361,7 @@ _JOURNAL = (
             "self.appending = bool(self._under_way)",
         ),
         hunted_in=("foreseen_flush",),
+        first_seed=10,
     ),
     _mutant(
         "block_not_told",
@@ -386,6 +392,7 @@ _JOURNAL = (
             "changes.needs_commit = False",
         ),
         hunted_in=("flush_beside_commit",),
+        first_seed=26,
     ),
     _mutant(
         "cut_before_head",
@@ -407,6 +414,7 @@ _JOURNAL = (
             "self.log.seq",
         ),
         hunted_in=("journal_replay",),
+        first_seed=5,
     ),
     _mutant(
         "ensemble_not_recorded",
@@ -545,6 +553,7 @@ _SNAPSHOTS = (
         "A member leaves the ring only after it was gone for the whole time that is set",
         Edit("actors.evictor:Evictor._due", ">= self._remove_after_s", ">= 0"),
         hunted_in=("node_abandoned", "node_crash"),
+        first_seed=6,
     ),
 )
 
@@ -598,6 +607,7 @@ _READERS = (
             "pass",
         ),
         hunted_in=("readers",),
+        first_seed=4,
     ),
     _mutant(
         "reader_never_ends",
@@ -618,6 +628,7 @@ _READERS = (
             "if True:",
         ),
         hunted_in=("readers",),
+        first_seed=9,
     ),
     _mutant(
         "reader_without_the_journal",
@@ -653,6 +664,7 @@ _RESIZES = (
         "The block that is cut in the middle has zeros behind the cut when the volume grows",
         Edit("volume.file:File.truncate", "if size > before and tail:", "if False:"),
         hunted_in=("resizes",),
+        first_seed=4,
     ),
     _mutant(
         "cut_does_not_fence",
@@ -685,6 +697,7 @@ _RESIZES = (
             "    return revision",
         ),
         hunted_in=("resizes",),
+        first_seed=4,
     ),
     _mutant(
         "cut_by_the_record_alone",
@@ -707,6 +720,7 @@ _RESIZES = (
         "Who makes a volume smaller is told so only when the head is recorded",
         Edit("volume.resizing:shrink_volume", "if session.heads.resizing:", "if False:"),
         hunted_in=("resizes",),
+        first_seed=14,
     ),
 )
 
@@ -740,6 +754,7 @@ _CACHE = (
             "newer.merge_from(layer)\n        layer = newer",
         ),
         hunted_in=("disk_full",),
+        first_seed=11,
     ),
     _mutant(
         "failed_put_forgotten",
@@ -750,6 +765,7 @@ _CACHE = (
             "self.layers.drop(index, index + 1)",
         ),
         hunted_in=("many_crashes", "disk_full"),
+        first_seed=3,
     ),
     _mutant(
         "unsynced_forgotten",

@@ -46,12 +46,15 @@ class Mutant:
         breaks: which rule it breaks, in a line.
         edits: how.
         hunted_in: scenarios to look for it in, the likeliest first.
+        first_seed: where to begin. For a bug that is seldom met, a seed that met it once: it is
+            found sooner, and any other would do.
     """
 
     name: str
     breaks: str
     edits: tuple[Edit, ...]
     hunted_in: tuple[str, ...]
+    first_seed: int = 1
 
     @property
     def kept_in(self) -> str:

@@ -95,10 +95,10 @@ def test_a_node_killed_under_load_is_not_noticed(on_etcd: Cluster) -> None:
     Afterwards every block has two valid copies again, read and compared with their checksums.
     """
     client = on_etcd.serve("vol")
-    load = Fio(client.uri, *VERIFIED, seconds=10)
-    time.sleep(2)  # the load has to be under way
+    load = Fio(client.uri, *VERIFIED, seconds=7)
+    time.sleep(1)  # the load has to be under way
     on_etcd.nodes[1].kill()
-    time.sleep(3)  # and to go on without the node
+    time.sleep(2)  # and to go on without the node
     on_etcd.nodes[1].start()
     report = load.result()
     assert slowest_s(report) < SLOWEST_S

@@ -93,6 +93,17 @@ def test_a_mutant_is_everywhere_and_only_meanwhile() -> None:
     assert layers.size > 0
 
 
+def test_scenarios_take_turns_from_the_first_seed_on() -> None:
+    """Which run a number is."""
+    mutant = dataclasses.replace(HARMLESS, hunted_in=("calm", "bit_rot"), first_seed=7)
+    assert [plan(mutant, number) for number in range(4)] == [
+        ("calm", 7),
+        ("bit_rot", 7),
+        ("calm", 8),
+        ("bit_rot", 8),
+    ]
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_a_mutant_is_found(name: str) -> None:
     """The simulator finds it in a few runs; the same run without it passes."""
