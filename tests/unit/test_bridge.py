@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.runtime_harness import on_uvloop, until
+from tests.unit.runtime_harness import on_loop, on_uvloop, until
 from torus_actors.actors import bridge, links
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.metadata import ActorStore
@@ -706,30 +706,37 @@ async def test_who_says_little_at_a_time_is_shown_the_door_as_well(
 
 
 @on_uvloop
-async def test_strangers_that_crowd_the_door_are_turned_away(
+async def test_strangers_that_crowd_the_door_keep_nobody_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beyond a bound they are closed at once.
+    """Where a crowd stands in the door, as large as may be, one of it makes room for each newcomer.
 
-    Who is in stays in, and when they are gone the next one comes in.
+    There are never more of them than the bound, and who is in stays in.
     """
     monkeypatch.setattr(bridge, "STRANGERS_MAX", 5)
     async with pair() as (caller, server):
         await up(caller, server)
-        first = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(5)]
-        await until(lambda: len(server.bridge._strangers) == 5)
-        for _ in range(3):
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            await gone(reader)
-            writer.close()
-        assert len(server.bridge._strangers) == 5
+        # All of them before the server looks: some are given up before they have begun.
+        at_once = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(25)]
+        crowd = [await asyncio.open_connection(sock=sock) for sock in at_once]
+        leaving = [asyncio.create_task(gone(reader)) for reader, _ in crowd]
+        await until(lambda: sum(task.done() for task in leaving) == 20)
+        assert len(server.bridge._strangers) == 5 and len(server.bridge._in_links) == 6
+        for inside in range(2, 5):
+            crowd.append(await shaken(server))
+            assert len(server.bridge._in_links) - len(server.bridge._strangers) == inside
+        await until(lambda: sum(task.done() for task in leaving) >= 21)
         assert await caller.at(server).after.remote(0, 1) == 1
-        for _, writer in first:
+        for _, writer in crowd:
             writer.close()
-        await until(lambda: not server.bridge._strangers)
-        _, writer = await shaken(server)
-        assert not server.bridge._strangers and len(server.bridge._in_links) == 2
-        writer.close()
+        await until(lambda: len(server.bridge._in_links) == 1 and not server.bridge._strangers)
+        await asyncio.wait(leaving)
+
+
+# This loop accepts many before it tells any of them.
+test_strangers_that_crowd_the_door_on_asyncio = on_loop(
+    test_strangers_that_crowd_the_door_keep_nobody_out.__on_loop__  # type: ignore[attr-defined]
+)
 
 
 # -- bounds ----------------------------------------------------------------------------------------
