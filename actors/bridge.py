@@ -264,9 +264,10 @@ class Bridge(LoopActor):
     def shortcut_to(self, peer: _Peer) -> socket.socket | None:
         """A connection with a peer that is on this machine, if it is.
 
-        Every other attempt is by TCP: a name that somebody else has taken keeps nobody away.
+        After one that came to nothing there is none: a name that somebody else has taken keeps
+        nobody away.
         """
-        if not self._config.shortcut or peer.failures % 2:
+        if not self._config.shortcut or peer.misled:
             return None
         return same_machine.connect(peer.node)
 
@@ -294,6 +295,8 @@ class _Peer:
         self.link: OutLink | None = None
         self.up = False
         self.near = False
+        self.misled = False
+        """Whether the last attempt was without TCP, and failed."""
         self.failures = 0
         self.reason = ""
         self._waiting: list[OutCall] = []
@@ -402,6 +405,7 @@ class _Peer:
         if self.up and not self._closed:
             log.info("%s lost: %s", self._name(), error)
         self._connecting = False
+        self.misled = self.near and not self.up
         self.up = False
         self._lost(error)
         if self._closed or self.node.startswith("@"):
