@@ -55,6 +55,7 @@ class Echo(LoopActor):
         super().__init__()
         self.gate = asyncio.Event()
         self.waiting = 0
+        self.made = 0
 
     @expose(remote=True)
     async def after(self, pause_ms: int, value: int) -> int:
@@ -72,6 +73,7 @@ class Echo(LoopActor):
     @expose(remote=True, idempotent=True)
     def large(self, size: int) -> Reply:
         """Answer so many bytes."""
+        self.made += 1
         return Reply(size, (bytes(size),))
 
     @expose(remote=True)
@@ -773,9 +775,9 @@ async def test_answers_that_are_not_read_stop_the_reading(monkeypatch: pytest.Mo
         writer.transport.abort()
 
 
-def calls_of(method: str, count: int, size: int) -> bytes:
+def calls_of(method: str, count: int, size: int, timeout_ms: int = 60_000) -> bytes:
     """Calls that ask for so much, as they arrive: together, and themselves next to nothing."""
-    meta = encode_call("echo", method, [size], 60_000)
+    meta = encode_call("echo", method, [size], timeout_ms)
     frames = [encode(links.Kind.CALL, n, meta) for n in range(1, count + 1)]
     return b"".join(bytes(part) for frame in frames for part in frame)
 
@@ -806,6 +808,32 @@ async def test_answers_that_are_not_read_are_thrown_away_and_made_again() -> Non
             assert (await ref).result == size
         assert await caller.at(server).after.remote(0, 5) == 5
         assert link._calls == link._bytes == 0 and not link._paused
+
+
+@on_uvloop
+async def test_answers_that_nobody_waits_for_any_more_are_not_made_again() -> None:
+    """Nor are they in the way of what is asked next.
+
+    Regression: after a few seconds with more to read than a slow network carries, all that it
+    carried were answers to calls that had been given up, for ever.
+    """
+    async with pair() as (caller, server):
+        await up(caller, server)
+        out = caller.link_to(server)
+        out._timer.cancel()
+        out._transport.pause_reading()
+        count = 100
+        out._next_id = count + 1
+        out._transport.write(calls_of("large", count, 4 << 20, 500))
+        (link,) = server.bridge._in_links
+        await until(lambda: server.echo.made == count and not link._calls)
+        assert len(link._again) > count // 2
+        over = server.system.loop.time() + 0.5
+        await until(lambda: server.system.loop.time() > over)
+        out._transport.resume_reading()
+        assert await caller.at(server).after.remote(0, 5) == 5
+        assert server.echo.made == count
+        assert not link._again and link._calls == link._bytes == 0 and not link._paused
 
 
 @on_uvloop
