@@ -53,9 +53,10 @@ WAITING_CALLS_MAX = 512
 """Calls that may wait for a connection being made."""
 
 STRANGERS_MAX = 128
-"""Accepted connections that may be in their handshake; further ones are closed at once. An honest
-one is through in milliseconds, and who is turned away dials again; what strangers can make a node
-hold, a receive buffer and a hello each, stays below 32 MiB."""
+"""Accepted connections that may be in their handshake. For one more, one of them is
+closed, whichever: an honest one is through in milliseconds and is hardly ever hit,
+while one that says nothing holds its place only until others come. What strangers can make
+a node hold, a receive buffer and a hello each, stays below 32 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,9 @@ class Bridge(LoopActor):
 
     def _accept(self) -> asyncio.BaseProtocol:
         if len(self._strangers) >= STRANGERS_MAX:
-            return _ShutDoor()
+            # Not the newcomer: those inside may be there to keep it out.
+            unlucky = self.system.rng.choice(list(self._strangers))
+            unlucky.abort(PeerLost("more strangers came than there is room for"))
         link = InLink(
             self.system,
             "accept",
@@ -248,7 +251,7 @@ class Bridge(LoopActor):
         )
         self._in_links[link] = self._strangers[link] = None
         if len(self._strangers) == STRANGERS_MAX:
-            log.warning("%d strangers at the door: no more are let in for now", STRANGERS_MAX)
+            log.warning("%d strangers at the door: some are turned away", STRANGERS_MAX)
         return link
 
     def _in_ready(self, link: Link) -> None:
@@ -261,9 +264,10 @@ class Bridge(LoopActor):
     def shortcut_to(self, peer: _Peer) -> socket.socket | None:
         """A connection with a peer that is on this machine, if it is.
 
-        Every other attempt is by TCP: a name that somebody else has taken keeps nobody away.
+        After one that came to nothing there is none: a name that somebody else has taken keeps
+        nobody away.
         """
-        if not self._config.shortcut or peer.failures % 2:
+        if not self._config.shortcut or peer.misled:
             return None
         return same_machine.connect(peer.node)
 
@@ -281,14 +285,6 @@ class Bridge(LoopActor):
         )
 
 
-class _ShutDoor(asyncio.Protocol):
-    """A connection too many."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Close it."""
-        cast(asyncio.Transport, transport).abort()
-
-
 class _Peer:
     """One peer: its link, or the attempts to get one."""
 
@@ -299,6 +295,8 @@ class _Peer:
         self.link: OutLink | None = None
         self.up = False
         self.near = False
+        self.misled = False
+        """Whether the last attempt was without TCP, and failed."""
         self.failures = 0
         self.reason = ""
         self._waiting: list[OutCall] = []
@@ -407,6 +405,7 @@ class _Peer:
         if self.up and not self._closed:
             log.info("%s lost: %s", self._name(), error)
         self._connecting = False
+        self.misled = self.near and not self.up
         self.up = False
         self._lost(error)
         if self._closed or self.node.startswith("@"):

@@ -58,11 +58,12 @@ class Heartbeat(LoopActor):
         self._renewed_at = 0.0
         self._waiting: list[asyncio.Future[int]] = []
         self._left: list[Any] = []
-        """Sessions that could not be hung on the lease; a successor does not know of them."""
+        """Sessions that could not be hung on the lease, or let go of; an heirloom, as the lease."""
 
     async def setup(self) -> None:
         """Take over the predecessor's lease, if there is one, and keep it alive."""
         self._lease = self.system.heirlooms.get("lease", 0)
+        self._left = self.system.heirlooms.get("left_sessions", [])
         self.spawn(self._beat())
 
     async def _beat(self) -> None:
@@ -144,7 +145,7 @@ class Heartbeat(LoopActor):
             except TorusError as error:
                 log.warning("volume %s under a new lease: %s", session.name, error)
                 left.append(session)
-        self._left = left
+        self._left = self.system.heirlooms["left_sessions"] = left
 
     async def _gave_up(self, session: Any) -> bool:
         """Give up what a closed session has under the lease; whether it has nothing any more."""

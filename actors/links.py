@@ -156,6 +156,9 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the handshake."""
         self._transport = cast(asyncio.Transport, transport)
+        if self.lost:  # given up before it began
+            self._transport.abort()
+            return
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family == socket.AF_UNIX:
@@ -367,8 +370,9 @@ class InLink(Link):
         self._bytes = 0
         self._paused = False
         self._congested_at: float | None = None
-        self._again: deque[tuple[int, bytes | memoryview]] = deque()
-        """Calls to be done again: request id and metadata. Nothing is read while there are any."""
+        self._again: deque[tuple[int, bytes | memoryview, float]] = deque()
+        """Calls to be done again: request id, metadata, deadline. Nothing is read while there are
+        any."""
 
     def pause_writing(self) -> None:
         """The other side does not read its answers: take no more calls from it."""
@@ -379,12 +383,15 @@ class InLink(Link):
         """It does again."""
         self._congested_at = None
         self._serve_again(AGAIN_CALLS)
-        self._resume()
 
     def _serve_again(self, count: int) -> None:
         while count and self._again and self._congested_at is None and not self.lost:
-            self._serve(True, *self._again.popleft(), None)
-            count -= 1
+            request_id, meta, deadline = self._again.popleft()
+            # Else nobody waits any more, and the answer would only be in the way of others.
+            if self.loop.time() <= deadline:
+                self._serve(True, request_id, meta, None, deadline)
+                count -= 1
+        self._resume()
 
     def _pause(self) -> None:
         transport = self._transport
@@ -434,16 +441,23 @@ class InLink(Link):
             self._pause()
 
     def _serve(
-        self, answered: bool, request_id: int, meta: bytes | memoryview, payload: memoryview | None
+        self,
+        answered: bool,
+        request_id: int,
+        meta: bytes | memoryview,
+        payload: memoryview | None,
+        deadline: float | None = None,
     ) -> None:
         actor, method, args, timeout_ms = decode_call(meta)
+        if deadline is None:
+            deadline = self.loop.time() + timeout_ms / 1000
         reply: WireReply
         if not answered:
-            reply = CastReply(self, 0, None, len(meta) + len(payload or b""), 0)
+            reply = CastReply(self, 0, None, len(meta) + len(payload or b""), deadline)
         elif payload is None:
-            reply = WireReply(self, request_id, meta, len(meta), timeout_ms)
+            reply = WireReply(self, request_id, meta, len(meta), deadline)
         else:
-            reply = WireReply(self, request_id, None, len(meta) + len(payload), timeout_ms)
+            reply = WireReply(self, request_id, None, len(meta) + len(payload), deadline)
         try:
             cell = self.system.cells.get(actor)
             if cell is None or cell.ended:
@@ -492,7 +506,7 @@ class InLink(Link):
         size = sum(memoryview(part).nbytes for part in out)
         meta = reply.meta
         if size > SMALL_ANSWER_MAX and meta is not None and self._may_be_repeated(meta):
-            self._again.append((reply.request_id, meta))
+            self._again.append((reply.request_id, meta, reply.deadline))
             return False
         assert self._transport is not None
         held = self._transport.get_write_buffer_size()
@@ -519,10 +533,10 @@ class WireReply:
         request_id: of the call.
         meta: of the call, by which it can be done again; None if it had a payload.
         size: bytes of the call.
-        timeout_ms: time left to its deadline.
+        deadline: loop time after which nobody waits for it.
     """
 
-    __slots__ = ("_deadline", "_done", "_link", "meta", "request_id", "size")
+    __slots__ = ("_done", "_link", "deadline", "meta", "request_id", "size")
 
     def __init__(
         self,
@@ -530,19 +544,19 @@ class WireReply:
         request_id: int,
         meta: bytes | memoryview | None,
         size: int,
-        timeout_ms: int,
+        deadline: float,
     ) -> None:
         self._link = link
         self.request_id = request_id
         self.meta = meta
         self.size = size
         self._done = False
-        self._deadline = link.loop.time() + timeout_ms / 1000
+        self.deadline = deadline
         link.taken(size)
 
     def done(self) -> bool:
         """Whether nobody waits any more: answered, given up, or the connection is gone."""
-        if not self._done and (self._link.lost or self._link.loop.time() > self._deadline):
+        if not self._done and (self._link.lost or self._link.loop.time() > self.deadline):
             self._done = True
             self._link.answered(self, [])
         return self._done

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import Client, Cluster, virtual
+from tests.fakes import Client, Cluster, until, virtual
 from torus_actors.errors import Corruption, OutcomeUnknown, OutOfSpace, TorusError
 from torus_actors.volume.snapshots import take_snapshot
 
@@ -103,12 +103,16 @@ async def test_an_opening_whose_answer_is_lost_before_the_store_fills_up_keeps_n
         assert lock is None
 
 
+@pytest.mark.parametrize("dies", [False, True])
 @ERRORS
 @virtual
 async def test_a_lock_that_found_no_room_under_a_new_lease_is_made_as_soon_as_there_is_some(
-    error: TorusError, monkeypatch: pytest.MonkeyPatch
+    error: TorusError, dies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lease found room and the lock did not: else anybody could delete a volume in use."""
+    """The lease found room and the lock did not: else anybody could delete a volume in use.
+
+    The heartbeat may die meanwhile.
+    """
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await cluster.volume(SIZE)
         volume_id = device.client.session("v").volume_id
@@ -124,6 +128,9 @@ async def test_a_lock_that_found_no_room_under_a_new_lease_is_made_as_soon_as_th
 
         monkeypatch.setattr(heartbeat._meta, "renew_lock", full)
         await cluster.store.lease_revoke(await device.client.actor("heartbeat").lease.remote())
+        if dies:
+            await until(lambda: failures == 0 and heartbeat._lease)
+            device.client.kill("heartbeat")
         await asyncio.sleep(300.0)
         await device.write(0, b"still in use")
         await device.flush()

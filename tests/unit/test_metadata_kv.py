@@ -51,6 +51,7 @@ from torus_actors.metadata.kv import (
     Put,
     TxnResult,
 )
+from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.sqlite import Database, SqliteStore
 from torus_actors.model.rings import make_ring
 from torus_actors.node import (
@@ -312,6 +313,36 @@ def test_a_lease_that_is_not_renewed_ends_and_one_that_is_does_not(backend: Back
         ).succeeded
 
     run(backend, test)
+
+
+@pytest.mark.parametrize("stall_s", [1.0, 6.5, 60.0])
+def test_a_process_that_stood_still_ends_no_lease(stall_s: float) -> None:
+    """Nobody could renew meanwhile, however long it was; afterwards a lease ends when it should."""
+    ahead_s = 0.0
+
+    async def main() -> None:
+        nonlocal ahead_s
+        loop = asyncio.get_running_loop()
+        real = loop.time
+        loop.time = lambda: real() + ahead_s  # type: ignore[method-assign]
+        store = MemoryStore()
+        lease = await store.lease_grant(6)
+        await store.txn([], [Put("k", b"", lease)])
+        ahead_s += stall_s
+        await asyncio.sleep(0.01)  # the timers are first
+        assert await store.get("k") is not None
+        await store.lease_keepalive(lease)
+        for _ in range(59):
+            ahead_s += 0.1
+            await asyncio.sleep(0)
+        assert await store.get("k") is not None
+        for _ in range(3):
+            ahead_s += 0.1
+            await asyncio.sleep(0)
+        assert await store.get("k") is None
+        await store.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("ttl_s", [0, -1])

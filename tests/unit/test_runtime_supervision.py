@@ -572,6 +572,32 @@ async def test_a_setup_that_is_cancelled_does_not_deafen_the_supervisor() -> Non
         assert len(tries.lines) == 3
 
 
+@pytest.mark.parametrize("victim", ["x", "sibling"])
+@on_loop
+async def test_a_cleanup_that_is_cancelled_does_not_deafen_the_supervisor(victim: str) -> None:
+    """A CancelledError of what a cleanup waits for ends the cleanup, and no more.
+
+    Both after a crash and when the actor is restarted along with another.
+    """
+
+    class Waits(LoopActor):
+        async def cleanup(self) -> None:
+            other = asyncio.get_running_loop().create_future()
+            other.cancel()
+            await other
+
+        @expose()
+        def ping(self) -> str:
+            return "pong"
+
+    children = (ChildSpec("x", Waits), ChildSpec("sibling", lambda: Fragile([])))
+    async with system_of(*children, strategy=Strategy.ONE_FOR_ALL) as system:
+        for _ in range(2):
+            system.cells[victim].kill()
+            for name in ("x", "sibling"):
+                assert await system.actor(name).ping.remote(timeout_s=2.0) == "pong"
+
+
 @on_loop
 async def test_a_killed_supervisor_takes_its_children_along() -> None:
     """Its parent starts it again, and with it the children, each once."""

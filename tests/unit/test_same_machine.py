@@ -173,6 +173,7 @@ async def test_a_new_bridge_takes_the_name_again() -> None:
             server.system.cells["bridge"].kill()
             await until(lambda: is_near(caller) is None)
             await until(lambda: is_near(caller) is not None)
+            assert is_near(caller)
             assert await caller.at(server).after.remote(1, 7) == 7
         listening = {name for name in _abstract_names() if server.node in name}
         assert listening, "the successor does not listen"

@@ -19,6 +19,10 @@ HISTORY_BYTES_MAX = 16 << 20
 STALL_S = 1.0
 """A timer that is later than this means that the process did not run: paused, or overloaded."""
 
+LOOK_S = 0.5
+"""How often a look is taken at the clock, whatever the leases have left: so each stall is noticed
+that lasts for so much more than ``STALL_S``. A lease that is renewed in time has longer."""
+
 TIMER_S_MIN = 0.05
 """An injected clock may lag behind the loop's; do not spin until it has caught up."""
 
@@ -29,7 +33,7 @@ def loop_clock() -> float:
 
 
 class LeaseDeadlines:
-    """When each lease ends, with one loop timer for the earliest.
+    """When each lease ends, with one loop timer for the earliest, or for the next look.
 
     Nobody can renew while this process does not run, so then every lease starts anew, as it does
     when the process was restarted.
@@ -101,7 +105,7 @@ class LeaseDeadlines:
             self.stop()
             return
         loop = asyncio.get_running_loop()
-        delay = max(min(self._deadline.values()) - self._clock(), TIMER_S_MIN)
+        delay = min(max(min(self._deadline.values()) - self._clock(), TIMER_S_MIN), LOOK_S)
         if self._timer is not None:
             if self._timer.when() <= loop.time() + delay:
                 return

@@ -212,6 +212,13 @@ class LoopActor(_Exposing, pykka.Actor):
         except TimeoutError:
             # No bug: what it waits for (a last flush, say) may not be had.
             log.warning("%s: cleanup was not done within %g s", self.cell.name, timeout_s)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not this task was cancelled, but what the cleanup awaited. Further out it would look
+            # like an order to the supervisor, which would never start a child again.
+            log.error("%s: cleanup failed: %r", self.cell.name, error)
         except Exception:
             log.exception("%s: cleanup failed", self.cell.name)
 
