@@ -416,6 +416,24 @@ async def kept_head(
         end_reading_later(system, meta, volume_id, nonce, keeping)
 
 
+@contextlib.asynccontextmanager
+async def kept_newest(
+    system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
+) -> AsyncIterator[tuple[Head | None, Replay]]:
+    """The volume's head, and what its journal has beyond it; no block of both is collected.
+
+    Raises:
+        BlockUnavailable, Fenced: no member of the journal can be read, or it changes all the time.
+    """
+    _, reader, lease, head, replay = await _read_newest(system, meta, volume_id, holder)
+    keeping = _in_background(system, _keep_reading(system, meta, reader, lease))
+    try:
+        yield head, replay
+    finally:
+        keeping.cancel()
+        end_reading_later(system, meta, volume_id, reader.nonce, keeping)
+
+
 async def _keep_reading(
     system: ActorSystem, meta: MetadataService, reader: Reader, lease: int
 ) -> None:
