@@ -79,6 +79,8 @@ class Evictor(LoopActor):
         self._looked_at = 0.0
         self._version = 0
         self._missing: dict[str, float] = {}
+        self._kept = ""
+        """Why no member may leave now, however long it is gone; empty if one may."""
         self._evicted = 0
         self._hurry = asyncio.Event()
 
@@ -110,11 +112,15 @@ class Evictor(LoopActor):
 
     @expose(remote=True)
     def status(self) -> dict[str, Any]:
-        """Members that are gone, and for how many seconds already; what has been done."""
+        """Members that are gone, and for how many seconds already; what has been done.
+
+        ``kept`` is why none of them leaves the ring as things are; empty if they do.
+        """
         now = self.system.loop.time()
         return {
             "remove_after_s": self._remove_after_s,
             "missing_s": {peer: round(now - since, 1) for peer, since in self._missing.items()},
+            "kept": self._kept,
             "evicted": self._evicted,
         }
 
@@ -158,7 +164,8 @@ class Evictor(LoopActor):
         self._missing = {
             peer: self._missing.get(peer, now) for peer in ring.members if peer not in registered
         }
-        due = self._due(ring, registered, began)
+        self._kept = self._why_kept(ring, registered)
+        due = self._due(began)
         if due is None or await self._valid_lease() != lease:
             return
         following = await evict(self._meta, due, version)
@@ -173,14 +180,19 @@ class Evictor(LoopActor):
                 following.version,
             )
 
-    def _due(self, ring: rings.Ring, registered: set[str], now: float) -> str | None:
-        """The member that is to go now, if any may."""
-        if self._remove_after_s is None or not self._missing:
-            return None
+    def _why_kept(self, ring: rings.Ring, registered: set[str]) -> str:
         members = len(ring.members)
         here = sum(peer in registered for peer in ring.members)
         copies = max(ring.replication, self._view.inode_replication)
-        if 2 * here <= members or members - 1 < copies:
+        if 2 * here <= members:
+            return "half of the members or more are gone"
+        if members - 1 < copies:
+            return f"{copies} copies of each block need {copies} members"
+        return ""
+
+    def _due(self, now: float) -> str | None:
+        """The member that is to go now, if any may."""
+        if self._remove_after_s is None or not self._missing or self._kept:
             return None
         peer = min(self._missing, key=lambda each: (self._missing[each], each))
         return peer if now - self._missing[peer] >= self._remove_after_s else None

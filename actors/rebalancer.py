@@ -342,15 +342,17 @@ class Rebalancer(LoopActor):
                 continue
             if me not in owners:
                 foreign.append(ref)
+            waits = False
             for peer in owners:
                 if peer == me:
                     continue
                 if transport is None or not transport.is_up(peer):
-                    p.waiting += 1
+                    waits = True
                 elif self._is_left_alone(peer):
                     p.failed += 1
                 else:
                     wanted.setdefault(peer, []).append(ref)
+            p.waiting += waits
         found = await self._roots(me, refs)
         roots = {ref: root for ref, root in found.items() if root != DEAD}
         there = await self._ask_all(wanted)

@@ -223,7 +223,8 @@ def test_a_node_that_is_down_is_seen_and_its_copies_are_missed(tmp_path: Path) -
 
         gone = cluster.ctl_json("peer", "list")[0]["id"]
         cluster.ctl("ring", "set-replication", "2")
-        cluster.ctl("peer", "remove", gone[:8])
+        # Nobody has looked yet whether all copies are there.
+        assert "keep what was removed running" in cluster.ctl("peer", "remove", gone[:8])
         assert cluster.ctl_json("status")["ring_members"] == 2
         told = cluster.ctl("ring", "manual-change", "--peers", "", status=1)
         assert told.count("\n") == 1 and "without a node" in told

@@ -332,3 +332,25 @@ def test_a_lost_node_says_when_it_leaves_the_ring() -> None:
     never = {"remove_after_s": None, "missing_s": {IDS[2]: 90.0}}
     rows[:2] = [row(i, at, answer(IDS[i], evictor=never)) for i in range(2)]
     assert problems(at, rows)[0].endswith("its lease has ended")
+
+
+def test_a_lost_node_that_may_not_leave_is_not_said_to() -> None:
+    """It stayed for ever, and status said that it leaves in 0 s."""
+    at = ring(3, 3)
+    kept = {"remove_after_s": 600.0, "missing_s": {IDS[2]: 900.0}, "kept": "3 copies need 3"}
+    rows = [row(i, at, answer(IDS[i], evictor=kept)) for i in range(2)]
+    rows.append(row(2, at, PeerLost("gone"), registered=False))
+    assert "its lease has ended; it stays in the ring: 3 copies need 3" in "".join(
+        problems(at, rows)
+    )
+
+
+def test_lost_nodes_leave_the_ring_one_after_the_other() -> None:
+    """The second one's time begins when the first has left."""
+    at = ring(4, 1)
+    both = {"remove_after_s": 600.0, "missing_s": {IDS[2]: 90.0, IDS[3]: 30.0}, "kept": ""}
+    rows = [row(i, at, answer(IDS[i], evictor=both)) for i in range(2)]
+    rows += [row(i, at, PeerLost("gone"), registered=False) for i in (2, 3)]
+    first, second = (text for text in problems(at, rows) if "leaves" in text)
+    assert first.endswith("leaves the ring in 8m30s")
+    assert second.endswith("leaves the ring in 18m30s")

@@ -12,10 +12,16 @@ import pytest
 
 from tests.fakes import virtual
 from torus_actors.cli.common import Failed
-from torus_actors.cli.ctl_ring import _all_copies_on, _change
+from torus_actors.cli.ctl_ring import (
+    _all_copies_on,
+    _change,
+    _may_be_alone,
+    _still_needed,
+)
+from torus_actors.errors import PeerLost
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.memory import MemoryStore
-from torus_actors.metadata.records import GlobalMetadata
+from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
@@ -57,3 +63,32 @@ def test_who_removes_all_copies_of_a_block_is_told(
     for number in range(4):
         ring = ring.with_peer(Peer(str(uuid.UUID(int=number)), 1 << 30))
     assert bool(_all_copies_on(ring, ring.members[:leaving])) == told
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"settled": True, "waiting": 0}, False),
+        ({"settled": False, "waiting": 0}, True),  # one that left before hands over, or is gone
+        ({"settled": True, "waiting": 3}, True),  # a copy that is down
+        (PeerLost("gone"), True),
+    ],
+)
+@virtual
+async def test_who_removes_a_node_while_copies_are_lacking_is_told(said: Any, told: bool) -> None:
+    """Two nodes that leave one after the other may have all copies of a block, as if together."""
+    leaving, staying = (str(uuid.UUID(int=number)) for number in (1, 2))
+    infos = [PeerInfo(each, f"10.0.0.{n}:1") for n, each in enumerate((leaving, staying))]
+
+    async def peers() -> list[PeerInfo]:
+        return infos
+
+    async def ask_all(addresses: list[str], actor: str, method: str) -> list[Any]:
+        assert (addresses, actor, method) == (["10.0.0.0:1"], "rebalancer", "status")
+        return [said]
+
+    connection: Any = SimpleNamespace(meta=SimpleNamespace(peers=peers), ask_all=ask_all)
+    gone = str(uuid.UUID(int=3))
+    alone = await _may_be_alone(connection, [gone, leaving])
+    assert alone == ([leaving] if told else [])
+    assert bool(_still_needed(alone)) == told

@@ -392,6 +392,32 @@ async def test_what_an_open_session_has_not_committed_is_safe() -> None:
         assert await again.read(0, SIZE) == bytes([2]) * BLOCK * 4 + bytes([1]) * BLOCK * 4
 
 
+@pytest.mark.parametrize("has_head", [False, True])
+@virtual
+async def test_what_a_crashed_session_left_is_collected_though_nobody_writes_again(
+    has_head: bool,
+) -> None:
+    """It put blocks that no head and no record names: opening the volume makes them garbage."""
+    async with Cluster(nodes=1, replication=1, collect_s=1e6, journals=True) as cluster:
+        watched = Watched(cluster)
+        device = await cluster.volume(SIZE)
+        if has_head:
+            await device.write(0, bytes([1]) * SIZE)
+            await device.release()
+            device = await device.client.open("v")
+        await device.write(0, bytes([2]) * SIZE)
+        await asyncio.sleep(5)
+        await device.client.crash()
+        await asyncio.sleep(30)
+        assert watched.count == COUNT * (1 + has_head)
+        again = await (await cluster.client()).open("v")
+        assert await again.read(0, SIZE) == bytes([has_head]) * SIZE
+        await again.release()
+        await watched.start()
+        await asyncio.sleep(4 * GRACE_S)
+        assert watched.count == COUNT * has_head
+
+
 @virtual
 async def test_what_the_journal_names_is_safe_for_as_long_as_it_takes(
     monkeypatch: pytest.MonkeyPatch,

@@ -796,6 +796,29 @@ def test_a_clone_is_made_of_a_head_that_is_still_there(backend: Backend) -> None
     run(backend, test)
 
 
+@pytest.mark.parametrize("size", [GIB // 2, 2 * GIB])
+def test_a_clone_is_of_the_size_that_goes_with_its_head(backend: Backend, size: int) -> None:
+    """Resized, by a session or by record alone, after the size was read: the two do not match."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("demo", GIB)
+        epoch = await service.attach(volume.id, "vm1 pid 1", await service.grant_lease(60))
+        head = head_of(1, epoch)
+        if size > volume.size:
+            await service.resize_volume("demo", size)
+        resized = size if size < volume.size else None
+        revision = await service.commit_head(volume.id, epoch, 0, head, resized=resized)
+        await service.detach(volume.id, epoch)
+        made_of = Origin(volume.id, epoch, revision)
+        with pytest.raises(CompareFailed):
+            await service.create_volume("clone", volume.size, head=head, origin=made_of)
+        clone = await service.create_volume("clone", size, head=head, origin=made_of)
+        assert (await service.head(clone.id))[0] == head
+
+    run(backend, test)
+
+
 def test_the_journal_record_is_kept_like_a_head(backend: Backend) -> None:
     """The ensemble changes by compare-and-set under the epoch, and outlives the session."""
 

@@ -253,6 +253,27 @@ async def test_nothing_is_dropped_while_an_owner_is_down() -> None:
 
 
 @virtual
+async def test_a_block_waits_once_though_two_of_its_owners_are_down() -> None:
+    """What status calls blocks that wait for a node are blocks, and not the copies they lack."""
+    async with Cluster(nodes=4, replication=3) as cluster:
+        client = await started(cluster)
+        blocks = [Block(n) for n in range(20)]
+        for block in blocks:
+            await block.put(client)
+        away = {node.node_id for node in (cluster.node(0), cluster.node(1))}
+        for node_id in away:
+            await cluster.nodes[node_id].crash()
+        left = cluster.node(2)
+        passes = (await status(left))["passes"]
+        await left.actor("rebalancer").start_pass.remote()
+        await asyncio.sleep(5.0)
+        told = await status(left)
+        there = [block for block in blocks if block.ref in left.refs()]
+        waiting = [each for each in there if away.intersection(cluster.ring.owners(each.ref))]
+        assert told["passes"] > passes and told["waiting"] == len(waiting) > 0
+
+
+@virtual
 async def test_a_damaged_copy_at_an_owner_is_repaired_before_the_last_good_one_goes() -> None:
     """Regression, found by reading: rebalance deletes after a presence-only check.
 

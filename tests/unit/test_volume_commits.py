@@ -350,8 +350,8 @@ async def test_records_are_not_cut_before_any_head_covers_them() -> None:
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await cluster.volume(SIZE)
         await device.write(95 * BLOCK, b"a" * BLOCK)
-        await device.client.actor("volume:v").commit.remote()
-        device = await reopened(device)
+        await device.release()  # in order: after a crash there is a head at once
+        device = await device.client.open("v")
         assert await snapshot(cluster, "s") is not None
         session = device.client.session("v")
         assert session.journal.active and not session.heads.recorded

@@ -159,12 +159,42 @@ def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
                     after = after.without_peer(each)
                 return None if after is present else _one_step(present, after)
 
+            alone = await _may_be_alone(connection, ids)
             _told(await _change(connection, remove))
-            note = _all_copies_on(before, ids)
+            note = _all_copies_on(before, ids) or _still_needed(alone)
             if note:
                 click.echo(note)
 
     run(settings, work())
+
+
+async def _may_be_alone(connection: Connection, leaving: Collection[str]) -> list[str]:
+    """Of nodes that leave the ring, those that may have blocks of which others lack copies.
+
+    Another node may have left a moment before, or be down; one that is not registered is no help.
+    """
+    from torus_actors.errors import TorusError
+
+    registered = {info.peer_id: info.address for info in await connection.meta.peers()}
+    asked = [each for each in sorted(leaving) if each in registered]
+    addresses = [registered[each] for each in asked]
+    answers = await connection.ask_all(addresses, "rebalancer", "status")
+    return [
+        each
+        for each, said in zip(asked, answers, strict=True)
+        if isinstance(said, TorusError) or said.get("waiting") or not said.get("settled", True)
+    ]
+
+
+def _still_needed(alone: Collection[str]) -> str:
+    """What is to be known when what leaves the ring may have what no other node has."""
+    if not alone:
+        return ""
+    names = ", ".join(short(each) for each in alone)
+    return (
+        f"note: not all blocks of {names} had all their copies before: keep what was removed "
+        "running until torusctl debug rebalance is done"
+    )
 
 
 def _all_copies_on(before: Ring, leaving: Collection[str]) -> str:
@@ -285,9 +315,10 @@ def ring_manual_change(
                 params = present.params() if alike or cls is type(present) else {}
                 return cls.build(present.version + 1, copies, members, params)
 
-            _told(await _change(connection, change))
             leaving = set() if chosen is None else set(now.members) - chosen
-            note = _all_copies_on(now, leaving)
+            alone = await _may_be_alone(connection, leaving)
+            _told(await _change(connection, change))
+            note = _all_copies_on(now, leaving) or _still_needed(alone)
             if note:
                 click.echo(note)
 

@@ -209,13 +209,25 @@ def _unsettled(row: Row) -> str:
 
 
 def _leaves_in(peer_id: str, rows: Sequence[Row]) -> str:
-    """When the others will take a silent node out of the ring, as far as they say."""
-    left = [
-        each["remove_after_s"] - each["missing_s"][peer_id]
-        for each in (row.get("evictor", {}) for row in rows)
-        if peer_id in each.get("missing_s", {}) and each["remove_after_s"] is not None
+    """When the others will take a silent node out of the ring, or why not, as far as they say."""
+    evictors = [row["evictor"] for row in rows if "evictor" in row]
+    told = [
+        each
+        for each in evictors
+        if peer_id in each["missing_s"] and each["remove_after_s"] is not None
     ]
-    return f"; it leaves the ring in {format_seconds(max(min(left), 0))}" if left else ""
+    left = [_left_s(peer_id, each) for each in told if not each.get("kept")]
+    if left:
+        return f"; it leaves the ring in {format_seconds(max(min(left), 0))}"
+    return f"; it stays in the ring: {told[0]['kept']}" if told else ""
+
+
+def _left_s(peer_id: str, evictor: Row) -> float:
+    """One leaves after the other, the longest gone first: each change begins the count anew."""
+    missing = evictor["missing_s"]
+    order = sorted(missing, key=lambda each: (-missing[each], each))
+    turns = order.index(peer_id) + 1
+    return float(turns * evictor["remove_after_s"] - missing[order[0]])
 
 
 def _copies(count: int) -> str:

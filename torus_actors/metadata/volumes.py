@@ -67,7 +67,8 @@ class VolumeOperations(MetadataBase):
             size: bytes.
             kind: a registered volume kind.
             head: the first version, for a clone; without it the volume is all zeros.
-            origin: whose head it is: it must still be, or its blocks may be gone.
+            origin: whose head it is: it must still be, or its blocks may be gone. It must have that
+                size, too, or the head may be of a larger or smaller volume.
 
         Raises:
             Exists: the name is taken.
@@ -109,7 +110,7 @@ class VolumeOperations(MetadataBase):
                 Compare(self.keys.name(name), mod_revision=0),
             ]
             if origin is not None:
-                compare += await self._is_still(origin)
+                compare += await self._is_still(origin, size)
             if await self._settle(compare, then, mine) is not None:
                 return volume
 
@@ -124,14 +125,21 @@ class VolumeOperations(MetadataBase):
                 f"it has at most {NBLOCKS_MAX * gmd.block_size}"
             )
 
-    async def _is_still(self, origin: Origin) -> list[Compare]:
+    async def _is_still(self, origin: Origin, size: int) -> list[Compare]:
         """What must hold for a clone; raises CompareFailed if it does not now."""
-        head, epoch = (self.keys.of(each, origin.volume_id) for each in (table.HEAD, table.EPOCH))
+        rows = table.HEAD, table.EPOCH, table.VOLUME
+        head, epoch, record = (self.keys.of(each, origin.volume_id) for each in rows)
         newest, _ = await self._read(epoch, Epoch)
         _, revision = await self._read(head, Head)
-        if newest != Epoch(origin.epoch) or revision != origin.head_revision:
+        volume, at = await self._read(record, VolumeRecord)
+        same = newest == Epoch(origin.epoch) and revision == origin.head_revision
+        if newest is None or not same or volume is None or volume.size != size:
             raise CompareFailed("the volume was opened or changed while it was cloned: try again")
-        return [Compare(epoch, value=newest.encode()), Compare(head, mod_revision=revision)]
+        return [
+            Compare(epoch, value=newest.encode()),
+            Compare(head, mod_revision=revision),
+            Compare(record, mod_revision=at),
+        ]
 
     async def volumes(self) -> list[VolumeRecord]:
         """All volumes, by id."""

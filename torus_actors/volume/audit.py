@@ -4,8 +4,8 @@ Walks the INode trees of the volume's head and of its snapshots, and asks every 
 which blocks it has, and under which checksum; a block that several of them share is counted once.
 It reads only; what it finds wrong, rebalancer and scrubber put right. What a client flushed since
 the last commit is in the volume's journal: of that it asks each member whether it has all of it,
-and has it read where copies are read too. A lost member is put right by the session that uses the
-volume, or by the next one.
+and has it read where copies are read too; the blocks that the records name are checked like others.
+A lost member is put right by the session that uses the volume, or by the next one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.journal import is_unreplayed, lost_members, unreadable_members
-from torus_actors.volume.opening import kept_head
+from torus_actors.volume.opening import kept_head, kept_newest
 from torus_actors.volume.snapshots import split_name
 
 BATCH = 1024
@@ -129,8 +129,8 @@ async def audit_volume(
     Raises:
         NotExist: there is no such volume or snapshot.
         NoPeer: the ring is empty.
-        BlockUnavailable, Corruption: a page of the INode cannot be had, so what lies under it is
-            not known; nothing could be said of the volume.
+        BlockUnavailable, Corruption: a page of the INode cannot be had, or the journal not read, so
+            what they lead to is not known; nothing could be said of the volume.
     """
     volume, only = split_name(name)
     record = await meta.volume(volume)
@@ -143,6 +143,7 @@ async def audit_volume(
             return await kept.enter_async_context(holding)
 
         heads: list[Head | None] = []
+        named: list[tuple[BlockRef | None, int]] = []
         if only is not None:
             heads.append(await keep(await meta.snapshot(record.id, only)))
             audit.snapshots = 1
@@ -153,11 +154,17 @@ async def audit_volume(
             heads.append(await keep())
             if journal is not None and is_unreplayed(journal, heads[0]):
                 await _audit_journal(audit, system, meta, record.id, journal, heads[0])
+                if not audit.is_journal_lost:
+                    newest = kept_newest(system, meta, record.id, "volume check")
+                    head, replay = await kept.enter_async_context(newest)
+                    heads += [head, replay.head]
+                    named = [block[:2] for block in replay.blocks.values()]
             for snapshot in await meta.snapshots(record.id):
                 with contextlib.suppress(NotExist):  # it was deleted just now
                     heads.append(await keep(snapshot))
                     audit.snapshots += 1
-        await _audit(auditor, [head for head in heads if head is not None], progress)
+        found = [head for head in heads if head is not None]
+        await _audit(auditor, found, named, progress)
     return audit
 
 
@@ -189,8 +196,13 @@ async def _audit_journal(
         journal = newest
 
 
-async def _audit(auditor: Auditor, heads: list[Head], progress: Progress | None) -> None:
-    """Check all blocks that these lead to."""
+async def _audit(
+    auditor: Auditor,
+    heads: list[Head],
+    named: list[tuple[BlockRef | None, int]],
+    progress: Progress | None,
+) -> None:
+    """Check all blocks that these lead to, and those that the journal names beside them."""
     audit = auditor.audit
     members = auditor.view.ring.members
     if not members:
@@ -204,7 +216,7 @@ async def _audit(auditor: Auditor, heads: list[Head], progress: Progress | None)
     await auditor.find_unsafe()
     batch: list[Entry] = []
     size = BATCH_DEEP if audit.deep else BATCH
-    async for ref, root in _entries(auditor.system, heads):
+    async for ref, root in _entries(auditor.system, heads, named):
         keeps = blockset.keeps_sums or ref.block_type == BlockType.INODE
         batch.append((ref, root if keeps else None))
         if len(batch) >= size:
@@ -218,10 +230,19 @@ async def _audit(auditor: Auditor, heads: list[Head], progress: Progress | None)
         progress(audit.blocks)
 
 
-async def _entries(system: ActorSystem, heads: list[Head]) -> AsyncIterator[tuple[BlockRef, int]]:
-    """Every block that these heads refer to, once, with its checksum root: pages before content."""
+async def _entries(
+    system: ActorSystem, heads: list[Head], named: list[tuple[BlockRef | None, int]]
+) -> AsyncIterator[tuple[BlockRef, int]]:
+    """Every block that is named or that these heads refer to, once, with its checksum root.
+
+    Pages come before what they lead to.
+    """
     store = system.actor("inode_store")
     seen = RefSet()
+    for block, root_crc in named:
+        if block is not None:
+            seen.add_all([block])
+            yield block, root_crc
     todo: list[tuple[int, int, BlockRef, int]] = []
     for head in heads:
         root = unmarshal_blockset(head.extra).block_map.root

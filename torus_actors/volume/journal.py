@@ -450,6 +450,11 @@ def is_unreplayed(journal: Journal | None, head: Head | None) -> bool:
     return journal is not None and journal.epoch >= head_epoch and bool(journal.ensemble)
 
 
+def is_closed(journal: Journal | None, epoch: int) -> bool:
+    """Whether the session before this one was closed in order, or there was none."""
+    return epoch <= 1 or journal == Journal(epoch=epoch - 1, ensemble=())
+
+
 class _Home(NamedTuple):
     """A member: its journal actor, and which journal that was when the records began."""
 

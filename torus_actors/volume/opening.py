@@ -34,7 +34,12 @@ from torus_actors.model import blocksets
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.change_log import Replay
-from torus_actors.volume.journal import RECOVER_PATIENCE_S, SessionJournal, recover
+from torus_actors.volume.journal import (
+    RECOVER_PATIENCE_S,
+    SessionJournal,
+    is_closed,
+    recover,
+)
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import MINTED, Session
 
@@ -93,6 +98,7 @@ async def open_session(
     inodes: list[int] = []
     reader: Reader | None = None
     replay = Replay()
+    follows_crash = False
     if snapshot is not None and not read_only:
         raise Invalid(f"snapshot {snapshot} of volume {name} can only be read")
     if not read_only:
@@ -109,6 +115,8 @@ async def open_session(
             first = await meta.mint_inode(record.id, MINTED)
             inodes = list(range(first, first + MINTED))
             head, revision = await meta.head(record.id)
+            journal, _ = await meta.journal(record.id)
+            follows_crash = not is_closed(journal, epoch)
             replay, journal_revision = await recover(system, meta, record.id, epoch, head)
         elif snapshot is None:
             newest = await _read_newest(system, meta, record.id, holder)
@@ -160,6 +168,7 @@ async def open_session(
         end = session.covered_size if head is not None and head.replays else record.size
         await _apply(session, replay, end)
         session.replaying = replay if replay.records or not replay.certain else None
+        session.follows_crash = follows_crash
         if replay.head is not None:
             session.heads.owed = replay.head  # until this session's first one takes its place
         if epoch:
@@ -405,6 +414,24 @@ async def kept_head(
         if keeping is not None:
             keeping.cancel()
         end_reading_later(system, meta, volume_id, nonce, keeping)
+
+
+@contextlib.asynccontextmanager
+async def kept_newest(
+    system: ActorSystem, meta: MetadataService, volume_id: int, holder: str
+) -> AsyncIterator[tuple[Head | None, Replay]]:
+    """The volume's head, and what its journal has beyond it; no block of both is collected.
+
+    Raises:
+        BlockUnavailable, Fenced: no member of the journal can be read, or it changes all the time.
+    """
+    _, reader, lease, head, replay = await _read_newest(system, meta, volume_id, holder)
+    keeping = _in_background(system, _keep_reading(system, meta, reader, lease))
+    try:
+        yield head, replay
+    finally:
+        keeping.cancel()
+        end_reading_later(system, meta, volume_id, reader.nonce, keeping)
 
 
 async def _keep_reading(

@@ -180,6 +180,9 @@ class Session:
         so, or the last session's journal would count as replayed. One that is not certain is to be
         committed before the first read, also if it has no record: another one might end with fewer
         of those that nobody acknowledged, or with more."""
+        self.follows_crash = False
+        """Whether the session before may have put blocks that no head names. They are garbage from
+        this session's first head on, and until then no collector may take them for that."""
         self._handlers: dict[int, Callable[[int, Request, list[Reply]], None]] = {
             Op.READ: self._on_read,
             Op.WRITE: self._on_write,
@@ -337,7 +340,7 @@ class Session:
     @property
     def all_covered(self) -> bool:
         """Whether the head in the metadata has all that the journal has, or the last one had."""
-        if self.replaying is not None or self.heads.owed is not None:
+        if self.replaying is not None or self.heads.owed is not None or self.follows_crash:
             return False
         return self.log.seq == self.covered_seq
 
@@ -387,14 +390,14 @@ class Session:
         covering_bytes = journal.size
         # A head may be wanted though nothing in the file has changed: for records that none covers;
         # because the metadata does not have the last one yet, and a new ensemble would hide it; so
-        # that the last session's journal is not replayed once more; because the volume is to be
-        # smaller, is larger than the last one says, or has none, without which there is no journal;
-        # or because a journal with other members takes the place of this one, which needs the
-        # metadata too, and is left if they are away.
+        # that the last session's journal is not replayed once more; so that what a crashed one put
+        # is collected; because the volume is to be smaller, is larger than the last one says, or
+        # has none, without which there is no journal; or because a journal with other members takes
+        # the place of this one, which needs the metadata too, and is left if they are away.
         heads = self.heads
         force = (
             self._covering_seq != self.covered_seq
-            or bool(heads.owed or self.replaying or heads.resizing)
+            or bool(heads.owed or self.replaying or self.follows_crash or heads.resizing)
             or self.covered_size != self.size
             or not heads.revision
             or journal.is_outdated
@@ -410,6 +413,7 @@ class Session:
         self.covered_size = self.size
         changes.in_head(self.covered_seq, self.committer.map_seq)
         self.replaying = None
+        self.follows_crash = False
         if journal.active and (not journal.is_outdated or heads.owed is not None):
             journal.cut(self.covered_seq, covering_bytes)
             return
