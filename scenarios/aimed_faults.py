@@ -55,6 +55,28 @@ async def tear_node(field: Field) -> None:
     field.whole(host)
 
 
+async def hang_syncs(field: Field) -> None:
+    """One node's disk takes writes and gives what is read, and no sync ends; power may go then."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster, rng = field.cluster, field.rng_of("hang_syncs")
+    hang_s = rng.choice((3.0, 12.0, 60.0)) * (0.5 + rng.random())
+    host.syncs_hang_until = cluster.loop.time() + hang_s
+    host.writes_hang = rng.random() < 0.5
+    field.say(f"syncs of {host.name} hang for {hang_s:.1f} s")
+    await asyncio.sleep(hang_s * rng.choice((0.7, 1.0)))
+    if rng.random() < 0.5:
+        field.say(f"{host.name} loses power")
+        cluster.power_off(host)
+        await asyncio.sleep(rng.uniform(0.1, 2.0))
+        host.syncs_hang_until = 0.0
+        cluster.power_on(host)
+        await cluster.start_node(host)
+    await asyncio.sleep(max(host.syncs_hang_until - cluster.loop.time(), 0.0) + 2.0)
+    field.whole(host)
+
+
 async def rot_index(field: Field) -> None:
     """A byte of an index rots, of the node whose copies do; the node is started again."""
     host, rng = field.rotten, field.rng_of("rot_index")
