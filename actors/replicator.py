@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from torus_actors.actors.block_messages import RANGE, RANGE_STATUS, Status, split_answer, whole
+from torus_actors.actors.peer_syncs import PeerSyncs
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import (
     TRANSIENT,
@@ -23,6 +24,7 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Corruption,
+    DeadlineExceeded,
     NoPeer,
     OutOfSpace,
     PeerLost,
@@ -46,9 +48,6 @@ READ_PATIENCE_S = 20.0
 
 RETRY_PAUSE_S = 0.02
 """Pause before all replicas are asked again; doubles up to half a second."""
-
-FLUSH_TIMEOUT_S = 60.0
-"""A disk may have a lot to write."""
 
 HEDGE_TICK_S = 0.01
 HEDGE_MIN_S = 0.04
@@ -172,6 +171,7 @@ class Replicator(LoopActor):
         self._read_level = read_level
         self._write_level = write_level
         self._stores: dict[str, Any] = {}
+        self._syncs: PeerSyncs
         self._orders: dict[tuple[Any, int, int], list[str]] = {}
         self._orders_of: tuple[Any, ...] = ()
         self._queue: list[_Read] = []
@@ -185,6 +185,23 @@ class Replicator(LoopActor):
         self._following = 0
         self._counts = {"degraded_puts": 0, "hedged": 0, "repaired": 0, "corrupt": 0, "missing": 0}
 
+    async def setup(self) -> None:
+        """Begin to watch who syncs."""
+
+        def flush(peer: str, timeout_s: float) -> ObjectRef[Any]:
+            ref: ObjectRef[Any] = self._store(peer).flush.remote(timeout_s=timeout_s, resend=True)
+            return ref
+
+        def ring() -> tuple[Sequence[str], int]:
+            ring = self._view.ring
+            return ring.members, max(ring.replication, self._view.inode_replication)
+
+        self._syncs = PeerSyncs(self._loop, flush, self._down, ring)
+
+    async def cleanup(self) -> None:
+        """The successor begins anew."""
+        self._syncs.closed = True
+
     # -- where blocks live -----------------------------------------------------------------------
 
     def _store(self, peer: str) -> Any:
@@ -196,6 +213,11 @@ class Replicator(LoopActor):
     def _down(self, peer: str) -> bool:
         transport: Any = self.system.transport
         return transport is None or transport.is_down(peer)
+
+    def _well(self) -> int:
+        """How many members of the ring take blocks, as far as is known."""
+        members = self._view.ring.members
+        return sum(not self._down(peer) and not self._syncs.hangs(peer) for peer in members)
 
     def _copies(self, ref: BlockRef) -> int:
         if ref.block_type == BlockType.INODE:
@@ -229,6 +251,7 @@ class Replicator(LoopActor):
         if not order:
             raise NoPeer("no peer is in the ring: add one with 'torusctl peer add'")
         copies = min(copies or self._copies(ref), len(order))
+        order = [peer for peer in order if not self._syncs.hangs(peer)]
         if self._write_level is WriteLevel.LOCAL and self._has_store:
             order.sort(key=lambda peer: peer != self.system.node_id)
             return await self._put_copies(ref, root, sums, payload, order, 1)
@@ -294,6 +317,8 @@ class Replicator(LoopActor):
                     placed.append([peer, future.result()])
                 elif isinstance(error, TorusError):
                     failures.append(error)
+                    if isinstance(error, DeadlineExceeded):
+                        self._syncs.suspect(peer, PUT_TIMEOUT_S)
                 else:
                     raise error
         if not placed:
@@ -317,21 +342,13 @@ class Replicator(LoopActor):
     async def flush(self, peers: list[str]) -> dict[str, int]:
         """Make every block put so far durable on these peers.
 
+        Those whose disks hang are left out after some seconds, as dead ones are.
+
         Returns:
             The incarnation id of each store that confirmed. A store that has another one than when
             it took a block may have lost it, or is not the store which took it.
         """
-        refs = {
-            peer: self._store(peer).flush.remote(timeout_s=FLUSH_TIMEOUT_S, resend=True)
-            for peer in peers
-        }
-        confirmed: dict[str, int] = {}
-        for peer, ref in refs.items():
-            try:
-                confirmed[peer] = await ref
-            except TorusError as error:
-                log.warning("flush of peer %s failed: %s", peer[:8], error)
-        return confirmed
+        return await self._syncs.sync(peers)
 
     @expose(idempotent=True)
     def copies(self, wanted: int) -> list[int]:
@@ -341,11 +358,11 @@ class Replicator(LoopActor):
             wanted: of a block of data; 0 for as many as the ring says.
 
         Returns:
-            Of a block of data, and of a page: no more than there are peers that are not down.
+            Of a block of data, and of a page: no more than there are peers that are well.
         """
         if self._write_level is not WriteLevel.ALL:
             return [1, 1]
-        up = sum(not self._down(peer) for peer in self._view.ring.members)
+        up = self._well()
         wanted = wanted or self._view.ring.replication
         return [min(wanted, up), min(self._view.inode_replication, up)]
 
@@ -663,9 +680,8 @@ class Replicator(LoopActor):
 
     @expose()
     def status(self) -> dict[str, Any]:
-        """Counters since the start, and whether fewer peers are up than copies are wanted."""
-        members = self._view.ring.members
-        up = sum(not self._down(p) for p in members)
+        """Counters since the start, and whether fewer peers are well than copies are wanted."""
+        members, up = self._view.ring.members, self._well()
         return {
             **self._counts,
             "peers": len(members),

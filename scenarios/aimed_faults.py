@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import random
 
+from torus_actors.model.checksums import PAGE_SIZE
 from torus_actors.scenarios.cluster import Host
 from torus_actors.scenarios.field import Field
 from torus_actors.storage.index import ENTRIES_OFFSET, ENTRY_SIZE, HEADER_COPIES
+from torus_actors.storage.journal_format import HEADER_SIZE, segment_name
 from torus_actors.storage.mfile_open import INDEX_PATH
 
 AIMS = (
@@ -55,20 +57,62 @@ async def tear_node(field: Field) -> None:
     field.whole(host)
 
 
+async def hang_syncs(field: Field) -> None:
+    """One node's disk takes writes and gives what is read, and no sync ends; power may go then."""
+    host = field.victim()
+    if host is None:
+        return
+    cluster, rng = field.cluster, field.rng_of("hang_syncs")
+    hang_s = rng.choice((3.0, 12.0, 60.0)) * (0.5 + rng.random())
+    host.syncs_hang_until = cluster.loop.time() + hang_s
+    host.writes_hang = rng.random() < 0.5
+    field.say(f"syncs of {host.name} hang for {hang_s:.1f} s")
+    await asyncio.sleep(hang_s * rng.choice((0.7, 1.0)))
+    if rng.random() < 0.5:
+        field.say(f"{host.name} loses power")
+        cluster.power_off(host)
+        await asyncio.sleep(rng.uniform(0.1, 2.0))
+        host.syncs_hang_until = 0.0
+        cluster.power_on(host)
+        await cluster.start_node(host)
+    await asyncio.sleep(max(host.syncs_hang_until - cluster.loop.time(), 0.0) + 2.0)
+    field.whole(host)
+
+
 async def rot_index(field: Field) -> None:
-    """A byte of an index rots, of the node whose copies do; the node is started again."""
+    """A byte of an index rots, or a page of the journal cannot be read any more.
+
+    Of the node whose copies rot; it is started again.
+    """
     host, rng = field.rotten, field.rng_of("rot_index")
     if host is None or not host.up or field.copies_missing or field.take([host]) is None:
         return
-    area = rng.choice(("blocks", "inodes"))
-    at = _in_index(host, area, rng)
-    field.say(f"byte {at} of the index of {area} rots on {host.name}, which is killed")
-    host.disks[f"/{host.name}/{area}"].rot(INDEX_PATH, at)
+    area = rng.choice(("blocks", "inodes", "journal"))
+    if area == "journal":
+        _lose_page(field, host, rng)
+    else:
+        at = _in_index(host, area, rng)
+        field.say(f"byte {at} of the index of {area} rots on {host.name}, which is killed")
+        host.disks[f"/{host.name}/{area}"].rot(INDEX_PATH, at)
     field.cluster.kill(host)
     await asyncio.sleep(rng.uniform(0.05, 1.0))
     await field.cluster.start_node(host)
     await asyncio.sleep(rng.uniform(0.5, 3.0))
     field.whole(host)
+
+
+def _lose_page(field: Field, host: Host, rng: random.Random) -> None:
+    """Have a page of a segment fail that a group is in, or would be in next; no header."""
+    segments = host.tree.journal.store._segments
+    if not segments:
+        return
+    segment = rng.choice(segments)
+    first, last = HEADER_SIZE // PAGE_SIZE, min(segment.end, segment.size - 1) // PAGE_SIZE
+    page = rng.choice((rng.randint(first, last), max(first, last - 1), last))
+    field.records_rotted = True
+    name = segment_name(segment.index)
+    field.say(f"page {page} of {name} is unreadable on {host.name}, which is killed")
+    host.disks[f"/{host.name}/journal"].make_unreadable(name, page * PAGE_SIZE)
 
 
 def _in_index(host: Host, area: str, rng: random.Random) -> int:

@@ -105,6 +105,9 @@ class Host:
         disks: by directory.
         process: the latest process; it may be dead.
         disk_factor: how much slower than usual its disk is.
+        syncs_hang_until: loop time before which no sync that begins now ends.
+        writes_hang: whether blocks wait behind such syncs as well, as on a real node: one writes at
+            a time.
         boots: processes started so far.
         read_only: a client there only reads.
         wanted: whether the program shall run; a program that is wanted and not there is restarted.
@@ -120,6 +123,8 @@ class Host:
     process: SimProcess | None = None
     tree: Any = None
     disk_factor: float = 1.0
+    syncs_hang_until: float = 0.0
+    writes_hang: bool = False
     boots: int = 0
     read_only: bool = False
     wanted: bool = False
@@ -132,6 +137,12 @@ class Host:
     def up(self) -> bool:
         """Whether its program is running and has started."""
         return self.tree is not None and self.process is not None and self.process.alive
+
+    def hang_s(self, now: float, method: str) -> float:
+        """How long a disk worker's call hangs that begins now."""
+        # The journal's worker reads and writes by turns.
+        hangs = method in ("sync", "run") or (method == "write" and self.writes_hang)
+        return max(self.syncs_hang_until - now, 0.0) if hangs else 0.0
 
     @property
     def is_starting(self) -> bool:
@@ -255,14 +266,18 @@ class Cluster:
                 if self.shape.direct_writes:
                     disk.direct = DirectPauses(
                         random.Random(f"{self.seed}/{host.name}{path}/direct"),
-                        lambda: DISK_S["sync"] * host.disk_factor,
+                        lambda: max(
+                            DISK_S["sync"] * host.disk_factor,
+                            host.hang_s(self.loop.time(), "sync"),
+                        ),
                     )
                 self._watch_disk(host, str(path), disk)
             return disk
 
         def delay_s(actor: str, method: str) -> float:
             mean = DISK_S.get(method, DISK_OTHER_S) * host.disk_factor
-            return mean * (0.2 + 1.6 * host.rng.random() * host.rng.random() * 2)
+            usual = mean * (0.2 + 1.6 * host.rng.random() * host.rng.random() * 2)
+            return max(usual, host.hang_s(self.loop.time(), method))
 
         return Machine(
             open_disk=open_disk,

@@ -538,6 +538,7 @@ NOT_REAL = {
     "power_cut": "what was not synced survives a kill, and no power is switched off here",
     "disk_errors": "a real disk does not fail on demand",
     "slow_disk": "a real disk is not slow on demand",
+    "hang_syncs": "nor does it hang",
     "hand_over_slowly": "a real disk is not slow on demand",
     "disk_full": "a node takes its room when it is made, so that no write finds none",
     "reset_connections": "nothing here breaks single connections",

@@ -46,7 +46,7 @@ SMALL_JOURNALS: dict[str, Any] = {
 """Journals whose segments are full after some flushes: they are reused, and what is still needed in
 them is moved."""
 
-DRAWN_APART = {"tear_node", "rot_index", "metadata_unsure", "break_after_reading"}
+DRAWN_APART = {"tear_node", "rot_index", "metadata_unsure", "break_after_reading", "hang_syncs"}
 """Faults that were added to scenarios later: how often they strike is drawn by generators of their
 own."""
 
@@ -363,9 +363,10 @@ _LIST = (
     ),
     Scenario(
         "slow_disk",
-        "One slow disk does not make the cluster slow for long, and breaks nothing",
-        {"slow_disk": (2, 5)},
-        op_s_max=30.0,
+        "A disk that is slow or hangs does not make the cluster slow for long, and breaks nothing",
+        {"slow_disk": (2, 5), "hang_syncs": (4, 15)},
+        direct_writes=0.5,
+        op_s_max=20.0,
         full_copies=True,
     ),
     Scenario(

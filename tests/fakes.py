@@ -440,13 +440,15 @@ class Member:
         self.node_id = node_id
         self.view = ClusterView(cluster.gmd, cluster.ring)
         self.system: ActorSystem | None = None
+        self.blocking_s: dict[str, float] = {}
+        """How long calls of blocking actors take, by method, where it is not a moment."""
 
     def _new_system(self) -> ActorSystem:
         system = ActorSystem(
             asyncio.get_running_loop(),
             node_id=self.node_id,
             rng=random.Random(self.cluster.rng.getrandbits(32)),
-            blocking_delay_s=lambda *_: 0.0001,
+            blocking_delay_s=lambda _, method: self.blocking_s.get(method, 0.0001),
         )
         self.system = system
         return system

@@ -166,7 +166,7 @@ class JournalStore(JournalSpace):
         """The newest durable records of a volume."""
         log = self._logs.get(volume)
         if log is None:
-            return Fence(0, 0, 0, False)
+            return Fence(0, 0, 0, self._incomplete)
         if not log.runs:
             return Fence(0, 0, 0, log.damaged())
         epoch = max(log.runs)
@@ -242,6 +242,8 @@ class JournalStore(JournalSpace):
         log = self._logs.get(volume)
         step = ReadRecords(threading.Lock(), [])
         if log is None:
+            if self._incomplete:
+                raise Corruption(f"volume {volume}: all records may be lost")
             return from_seq, step
         run = log.runs.get(epoch)
         if Position(epoch, from_seq) <= log.cut or (run is not None and from_seq < run.first):

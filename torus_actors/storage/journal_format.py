@@ -37,6 +37,9 @@ ENTRY_SIZE = 64
 GROUP_ENTRIES_MAX = 500
 """Entries in one group: with two buffers each they still go out in one vectored write."""
 
+DIRECTORY_BYTES_MAX = GROUP_SIZE + (GROUP_ENTRIES_MAX + 1) * ENTRY_SIZE
+"""Header and entries of the largest group: a table comes beside the others."""
+
 SEGMENT_MAGIC = b"torusJS1"
 GROUP_MAGIC = b"torusJG1"
 
@@ -275,6 +278,14 @@ def parse_group(data: Buffer, offset: int, seed: int, generation: int) -> Group 
         ) in _ENTRY.iter_unpack(view[start:end])
     ]
     return Group(offset, length, first, entries)
+
+
+def begins_group(data: Buffer, offset: int, generation: int) -> bool:
+    """Whether there is the header of a group of this generation, be the group whole or not."""
+    if len(data) - offset < GROUP_SIZE:
+        return False
+    magic, written, *_ = _GROUP.unpack_from(data, offset)
+    return magic == GROUP_MAGIC and same_generation(written, generation)
 
 
 def same_generation(written: int, present: int) -> bool:

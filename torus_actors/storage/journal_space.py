@@ -149,6 +149,8 @@ class JournalSpace:
         self._active = opened.active
         self._logs = opened.logs
         self._following = opened.following
+        self._incomplete = opened.incomplete
+        """Whether damage may have taken all that was here of a volume."""
         self._free: deque[Segment] = deque()
         self._queue: deque[Ticket] = deque()
         """Records and fences, in order of arrival."""

@@ -90,6 +90,8 @@ class _Inode:
         self.dirty: set[int] = set()
         self.pending: list[_Write | int] = []
         """Writes and size changes since the last sync, in order."""
+        self.unreadable: set[int] = set()
+        """Pages that the medium does not give; they can be written, and are well then."""
 
     def page(self, number: int) -> bytes:
         page = self.cache.get(number)
@@ -135,6 +137,7 @@ class _Inode:
         cache = self.cache
         pages = range(offset // PAGE, -(-end // PAGE))
         self.dirty.update(pages)
+        self.unreadable.difference_update(pages)
         for number in pages:
             low = number * PAGE - offset
             if low >= 0 and low + PAGE <= len(data):
@@ -325,6 +328,9 @@ class SimFile(File):
 
     def _read(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
         done = 0
+        end = offset + sum(map(len, buffers))
+        if any(offset < (n + 1) * PAGE and n * PAGE < end for n in self._inode.unreadable):
+            raise OSError(errno.EIO, f"cannot read: {os.strerror(errno.EIO)}", self._path)
         for buffer in buffers:
             count = self._inode.read_into(memoryview(buffer), offset + done)
             done += count
@@ -518,6 +524,14 @@ class SimDisk(Disk):
         """Flip the bits of ``count`` bytes at ``offset``, on the disk and in the cache."""
         for at in range(offset, offset + count):
             self._lookup(path, "rot").flip(at)
+
+    def make_unreadable(self, path: str, offset: int) -> None:
+        """Have reads of the page that this byte is in fail until it is written again."""
+        self._lookup(path, "damage").unreadable.add(offset // PAGE)
+
+    def make_readable(self, path: str) -> None:
+        """Have all of a file be readable again."""
+        self._lookup(path, "mend").unreadable.clear()
 
     def crash(self) -> SimDisk:
         """Lose the power: the disk as the next boot finds it. This one is dead afterwards."""

@@ -26,6 +26,7 @@ from torus_actors.errors import (
     Again,
     BlockUnavailable,
     CompareFailed,
+    DeadlineExceeded,
     Fenced,
     NotExist,
     OutcomeUnknown,
@@ -59,6 +60,10 @@ RECORD_OVERHEAD_BYTES = 128
 
 GROW_PAUSE_S = 30.0
 """How long a journal that should have other members, and could not, is left as it is."""
+
+HUNG_PAUSE_S = 10.0
+"""How long a peer that did not answer in time is no member. It may well promise to take records: a
+promise that is on its disk already needs no sync. Then every flush would wait for it anew."""
 
 COMMIT_BYTES = 256 << 20
 """A journal of this size is due to be folded into blocks, if its members have room for as much.
@@ -126,6 +131,8 @@ class SessionJournal:
         self.broken = ""
         self._failed_at: dict[str, float] = {}
         """When a peer has last not stored a record, by the loop's clock."""
+        self._hung_at: dict[str, float] = {}
+        """When it has last not answered at all."""
         self._grow_at = 0.0
         """From when on other members are looked for."""
         self._looking = False
@@ -196,6 +203,8 @@ class SessionJournal:
         """Find peers that take records; also the bytes that each has room for."""
         order, up = self._candidates()
         wanted = min(self._view.replication, len(order))
+        now = self._system.loop.time()
+        up = [peer for peer in up if now - self._hung_at.get(peer, -HUNG_PAUSE_S) >= HUNG_PAUSE_S]
         # Who has just failed may do so again, though it is up and gives its promise.
         up.sort(key=lambda peer: self._failed_at.get(peer, 0.0))
         if not wanted or len(up) < wanted:
@@ -220,7 +229,7 @@ class SessionJournal:
             except Fenced:
                 raise
             except TorusError as error:
-                self.member_failed(member)
+                self.member_failed(member, error)
                 failure = f"; peer {member[:8]}: {error}"
                 continue
             homes[member] = _Home(home, fenced[4])
@@ -406,9 +415,11 @@ class SessionJournal:
         for later in unsent:
             later.done(self._lost())
 
-    def member_failed(self, member: str) -> None:
+    def member_failed(self, member: str, error: TorusError) -> None:
         """A member has not stored a record: others are asked before it from now on."""
-        self._failed_at[member] = self._system.loop.time()
+        self._failed_at[member] = now = self._system.loop.time()
+        if isinstance(error, DeadlineExceeded):
+            self._hung_at[member] = now
 
     async def retire(self) -> None:
         """A head covers everything, and the session ends: the next one need ask no member.
@@ -507,7 +518,7 @@ class _Append:
             # That the session is over says more than anything else.
             if not isinstance(self._failure, Fenced):
                 self._failure = error
-            self._journal.member_failed(member)
+            self._journal.member_failed(member, error)
         self._left -= 1
         if not self._left:
             self._record = []
