@@ -83,6 +83,47 @@ def debug_kill(settings: Settings, node: str, actor: str) -> None:
     click.echo(f"killed {actor} of node {short(name)}")
 
 
+@debug.command("give-up-journal")
+@click.argument("name")
+@click.option("--yes-i-am-sure", is_flag=True, help="Without it nothing is given up.")
+@click.pass_obj
+def debug_give_up_journal(settings: Settings, name: str, yes_i_am_sure: bool) -> None:
+    """Open a volume again whose journal was lost, with all nodes that had it.
+
+    What was flushed after its last commit is lost then; what was written shortly before it may be
+    there in part, as after a power cut without any flush. Only for nodes that will not come back: a
+    client that still reaches one of them could have flushes acknowledged that are lost. A journal
+    that can be read is not given up.
+    """
+    if not yes_i_am_sure:
+        raise Failed(
+            f"what was flushed to volume {name} after its last commit would be lost, unless a node "
+            "with its journal comes back: nothing was done; give --yes-i-am-sure"
+        )
+
+    async def work() -> str:
+        from torus_actors.cli.full import full_client
+        from torus_actors.volume.giving_up import give_up_journal
+
+        async with full_client(settings) as client:
+            assert client.view is not None
+            return await give_up_journal(
+                client.system,
+                client.meta,
+                client.view,
+                name,
+                holder=client.machine.process_name(),
+                block_size=client.view.block_size,
+                block_spec=client.view.gmd.block_spec,
+            )
+
+    why = run(settings, work())
+    if why:
+        click.echo(f"volume {name} is as its last commit left it; its journal was given up")
+    else:
+        click.echo(f"volume {name}: its journal could be read, and nothing was lost")
+
+
 @debug.command("rebalance")
 @click.option(
     "--timeout", type=Seconds(min=0.1), default=600.0, show_default=True, metavar="SECONDS"

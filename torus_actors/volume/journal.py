@@ -593,7 +593,8 @@ async def recover(
         if not await backoff.wait(end):
             names = ", ".join(member[:8] for member in journal.ensemble)
             raise BlockUnavailable(
-                f"no member of the volume's journal ({names}) can be read: {failure}"
+                f"no member of the volume's journal ({names}) can be read: {failure}; if all of "
+                "them are lost for good: torusctl debug give-up-journal"
             )
 
 

@@ -77,12 +77,14 @@ async def open_session(
     read_only: bool = False,
     snapshot: str | None = None,
     shrink_to: int | None = None,
+    may_lose_journal: bool = False,
     answers_to: str = "nbd_server",
 ) -> Session:
     """Attach a volume: fence the session before, and take over what its journal holds.
 
     With a ``snapshot``, read-only, what is kept under that name is opened instead. With
-    ``shrink_to`` bytes, to write, the session cuts off what lies behind: its first head does.
+    ``shrink_to`` bytes, to write, the session cuts off what lies behind: its first head does. With
+    ``may_lose_journal`` a journal that cannot be read counts as empty from its first head on.
     Requests are answered to the actor ``answers_to``.
 
     Raises:
@@ -99,6 +101,7 @@ async def open_session(
     reader: Reader | None = None
     replay = Replay()
     follows_crash = False
+    lost_journal = ""
     if snapshot is not None and not read_only:
         raise Invalid(f"snapshot {snapshot} of volume {name} can only be read")
     if not read_only:
@@ -117,7 +120,14 @@ async def open_session(
             head, revision = await meta.head(record.id)
             journal, _ = await meta.journal(record.id)
             follows_crash = not is_closed(journal, epoch)
-            replay, journal_revision = await recover(system, meta, record.id, epoch, head)
+            try:
+                replay, journal_revision = await recover(system, meta, record.id, epoch, head)
+            except BlockUnavailable as error:
+                if not may_lose_journal:
+                    raise
+                lost_journal = str(error)
+                _, journal_revision = await meta.journal(record.id)
+                replay.certain = False  # so that a head is recorded before anything is read
         elif snapshot is None:
             newest = await _read_newest(system, meta, record.id, holder)
             record, reader, lease, head, replay = newest
@@ -169,6 +179,7 @@ async def open_session(
         await _apply(session, replay, end)
         session.replaying = replay if replay.records or not replay.certain else None
         session.follows_crash = follows_crash
+        session.lost_journal = lost_journal
         if replay.head is not None:
             session.heads.owed = replay.head  # until this session's first one takes its place
         if epoch:
@@ -513,6 +524,37 @@ async def close_session(session: Session, meta: MetadataService) -> None:
         await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
     if error is not None:
         raise error
+
+
+async def commit_and_close(session: Session, meta: MetadataService) -> None:
+    """What a tool opened a session for, which serves nobody: its first head.
+
+    Where this is cut off nothing is committed any more, and the lock is given up.
+
+    Raises:
+        TorusError: it could not be committed, or nobody knows.
+    """
+    tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(work: Coroutine[Any, Any, Any]) -> None:
+        task = session.system.loop.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    try:
+        session.resume(spawn)
+        try:
+            await close_session(session, meta)  # this commits, unless the session has been fenced
+        except TorusError:
+            raise
+        except BaseException:
+            # Cut off: nobody is left who would close it, and this process's lease keeps the lock.
+            session.close()
+            detach_later(session.system, meta, session.volume_id, session.epoch)
+            raise
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _last_commit(session: Session) -> TorusError | None:

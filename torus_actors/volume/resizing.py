@@ -8,15 +8,11 @@ the volume after a crash finds it whole, or cut.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
-from typing import Any
-
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import OutcomeUnknown, TorusError
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.opening import close_session, detach_later, open_session
+from torus_actors.volume.opening import commit_and_close, open_session
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import CacheSizes
 
@@ -62,31 +58,13 @@ async def shrink_volume(
         view=view,
         shrink_to=size,
     )
-    tasks: set[asyncio.Task[Any]] = set()
-
-    def spawn(work: Coroutine[Any, Any, Any]) -> None:
-        task = system.loop.create_task(work)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
+    failure: TorusError | None = None
     try:
-        session.resume(spawn)
-        # A session commits when it is closed; if it has been fenced, it is closed without a word.
-        failure: TorusError | None = None
-        try:
-            await close_session(session, meta)
-        except TorusError as error:
-            failure = error
-        except BaseException:
-            # Cut off: nobody is left who would close it, and this process's lease keeps the lock.
-            session.close()
-            detach_later(system, meta, session.volume_id, session.epoch)
-            raise
-        if session.heads.resizing:
-            raise OutcomeUnknown(
-                f"volume {name} may or may not be smaller now: "
-                f"{failure or session.file.failure}; look with torusctl volume list"
-            ) from failure
-    finally:
-        for task in tasks:
-            task.cancel()
+        await commit_and_close(session, meta)
+    except TorusError as error:
+        failure = error
+    if session.heads.resizing:
+        raise OutcomeUnknown(
+            f"volume {name} may or may not be smaller now: "
+            f"{failure or session.file.failure}; look with torusctl volume list"
+        ) from failure

@@ -183,6 +183,8 @@ class Session:
         self.follows_crash = False
         """Whether the session before may have put blocks that no head names. They are garbage from
         this session's first head on, and until then no collector may take them for that."""
+        self.lost_journal = ""
+        """Why the journal of the session before could not be read, if this one gives it up."""
         self._handlers: dict[int, Callable[[int, Request, list[Reply]], None]] = {
             Op.READ: self._on_read,
             Op.WRITE: self._on_write,
