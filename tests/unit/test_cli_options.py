@@ -81,7 +81,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "G", "-1", "0", "0GiB", "1.0001", "1XB", "1 2", "0x10", "9" * 5000]
+    "text", ["", "G", "-1", "0", "0GiB", "1.0001", "1XB", "1 2", "0x10", "1\u212a", "9" * 5000]
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     """The error names what was typed."""
@@ -305,6 +305,9 @@ def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> Non
         (ctl, ["block", "load", "x", "-", "--create"]),
         (node, ["start", "--size", "0%"]),
         (node, ["start", "--listen", "nowhere"]),
+        (node, ["start", "--zone", "\udcff"]),
+        (node, ["start", "--zone", "a\nb"]),
+        (node, ["start", "--zone", "z" * 256]),
         (node, ["start", "--config", "/nonexistent"]),
         (node, ["dev", "--volume", "demo"]),
         (node, ["dev", "--nodes", "0"]),
@@ -508,7 +511,7 @@ def test_times_are_read_as_people_write_them(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "0m", "-5s", "5 weeks", "ten", "1h30m"])
+@pytest.mark.parametrize("text", ["", "0", "0m", "-5s", "5 weeks", "ten", "1h30m", "20\u017f"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     """With a text that says how to write one."""
     with pytest.raises(ValueError, match="10m"):

@@ -26,6 +26,7 @@ from torus_actors.cli.common import (
 from torus_actors.cli.profile import data_home, expanded
 from torus_actors.cli.units import Address, format_address, format_size, parse_seconds, parse_size
 from torus_actors.errors import Invalid, TorusError
+from torus_actors.model.peers import NAME_LENGTH_MAX
 
 DEFAULT_LISTEN: Address = ("127.0.0.1", 40000)
 
@@ -82,6 +83,23 @@ class RemoveAfter(ParamType):
         if seconds < REMOVE_AFTER_S_MIN:
             self.fail(f"{value} is too short: at least {REMOVE_AFTER_S_MIN} s", param, ctx)
         return seconds
+
+
+class Zone(ParamType):
+    """A name that metadata and nodes can carry."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The same text."""
+        if len(value) > NAME_LENGTH_MAX or not value.isprintable():
+            self.fail(
+                f"{value[:NAME_LENGTH_MAX]!r} is no zone: use up to {NAME_LENGTH_MAX} letters, "
+                "digits and the like",
+                param,
+                ctx,
+            )
+        return value
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -145,7 +163,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 )
 @click.option("--advertise", type=ADDRESS, help="Address that others are told, if not --listen.")
 @click.option("--auto-join", is_flag=True, help="Enter the ring without being asked.")
-@click.option("--zone", default="", metavar="NAME", help="Failure domain: a rack, a site.")
+@click.option("--zone", type=Zone(), default="", metavar="NAME", help="Failure domain: a rack, a site.")
 @click.option(
     "--remove-after",
     type=RemoveAfter(),
