@@ -566,3 +566,20 @@ def test_a_home_directory_that_nobody_knows_is_told_in_one_line() -> None:
         )
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done
         assert "no such home directory" in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--advertise", "0.0.0.0:40000"]])
+def test_no_node_tells_others_an_address_that_is_none(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    tmp_path: Path,
+) -> None:
+    """Each of them would find itself there."""
+    monkeypatch.setattr("torus_actors.cli.daemon.run_daemon", lambda settings, work: work.close())
+    command = ["start", "--data-dir", str(tmp_path / "node"), "--insecure", "--listen"]
+    with pytest.raises(SystemExit) as ended:
+        run_main(node, "torus-node", [*command, "0.0.0.0:40000", *options])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "give --advertise HOST:PORT" in told and told.count("\n") == 1

@@ -163,7 +163,9 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 )
 @click.option("--advertise", type=ADDRESS, help="Address that others are told, if not --listen.")
 @click.option("--auto-join", is_flag=True, help="Enter the ring without being asked.")
-@click.option("--zone", type=Zone(), default="", metavar="NAME", help="Failure domain: a rack, a site.")
+@click.option(
+    "--zone", type=Zone(), default="", metavar="NAME", help="Failure domain: a rack, a site."
+)
 @click.option(
     "--remove-after",
     type=RemoveAfter(),
@@ -223,10 +225,11 @@ def start(
         check_exposure(
             nbd, False, insecure, "encryption: serve NBD with torusblk serve --tls-required"
         )
-    if listen[0] in WILDCARDS and advertise is None:
+    if (advertise or listen)[0] in WILDCARDS:
         raise Invalid(
             f"listening on {format_address(listen)}, others must be told an address of this "
             "machine: give --advertise HOST:PORT"
+            + (f", not {format_address(advertise)}" if advertise is not None else "")
         )
     own_url = f"torus://{format_address(advertise or listen)}"
     directory = expanded(data_dir or data_home() / "node")
