@@ -777,6 +777,11 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it there."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def check_exposure(
     listen: Addr,
     secured: bool,
@@ -795,8 +800,7 @@ def check_exposure(
         Invalid: the address is not a loopback one, and nothing protects it.
     """
     host = listen[0]
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    if not loopback and not secured and not insecure:
+    if not is_loopback(host) and not secured and not insecure:
         raise Invalid(
             f"refusing to listen on {host} without {lacking}, "
             "or --insecure if the network is trusted"

@@ -451,6 +451,13 @@ def test_a_dev_cluster_is_not_started_with_fewer_nodes_than_it_has(tmp_path: Pat
         DevCluster(dev_config(tmp_path), Settings()).check()
 
 
+def test_a_dev_cluster_serves_no_strangers(tmp_path: Path) -> None:
+    """Told before anything is made, with something that can be done."""
+    config = dev_config(tmp_path / "new", nbd=("0.0.0.0", 10809))
+    with pytest.raises(Invalid, match=r"give --nbd 127\.0\.0\.1:PORT"):
+        DevCluster(config, Settings()).check()
+
+
 def test_a_dev_cluster_does_not_stand_in_its_own_way(tmp_path: Path) -> None:
     """The address for NBD may be none of those of its nodes."""
     config = dev_config(tmp_path / "new", nodes=3, nbd=("127.0.0.1", 40003))
@@ -498,6 +505,9 @@ def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:
     assert "nbd://127.0.0.1:10809/demo" in banner
     assert f"nbd+unix:///demo?socket={str(unix).replace(' ', '%20')}" in banner
     assert "torusctl -C torus://127.0.0.1:41000 status" in banner
+    no_text = DevCluster(dev_config(tmp_path, unix_path=Path("/\udcff")), Settings())
+    no_text.replication = 2
+    assert "nbd+unix:///demo?socket=/%FF\n" in no_text.banner()
     cluster = DevCluster(dev_config(tmp_path), Settings())
     cluster.replication = 2
     assert "torusctl status" in cluster.banner()
