@@ -186,8 +186,9 @@ def test_the_profile_is_changed_by_command() -> None:
     assert f'"secret_file": "{Path.cwd() / "here"}"' in config("--json")
     config("unset", "metadata")
     assert "from default" in config()
-    wrong = runner.invoke(ctl, ["config", "set", "metadata", "x"], obj=Settings())
-    assert wrong.exit_code == 2
+    for key, value in (("metadata", "x"), ("secret-file", "")):
+        wrong = runner.invoke(ctl, ["config", "set", key, value], obj=Settings())
+        assert wrong.exit_code == 2
 
 
 def test_secrets_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +201,9 @@ def test_secrets_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Settings().secret() == b"0123456789abcdef"
     path.write_text("short\n")
     with pytest.raises(Invalid, match="openssl"):
+        Settings().secret()
+    os.truncate(path, 1 << 42)  # would find no room in memory
+    with pytest.raises(Invalid, match="holds more than"):
         Settings().secret()
 
 

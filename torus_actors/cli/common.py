@@ -38,6 +38,9 @@ METADATA_ENV = "TORUS_METADATA"
 SECRET_ENV = "TORUS_SECRET_FILE"
 SECRET_BYTES_MIN = 16
 SECRET_BYTES_MAX = 4096
+SECRET_FILE_BYTES_MAX = 2 * SECRET_BYTES_MAX
+"""With white space; of a disk that is named by mistake no more is read."""
+
 SCHEMES = ("torus", "etcd", "memory")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -88,11 +91,13 @@ class Settings:
         path = self.secret_file or os.environ.get(SECRET_ENV) or profile_value("secret-file")
         if not path:
             return None
-        secret = expanded(path).read_bytes().strip()
-        if not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
+        with expanded(path).open("rb") as file:
+            secret = file.read(SECRET_FILE_BYTES_MAX).strip()
+            more = "more than " if file.read(1) else ""
+        if more or not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
             raise Invalid(
-                f"secret file {path} holds {len(secret)} bytes: a secret has {SECRET_BYTES_MIN} "
-                f"to {SECRET_BYTES_MAX}; make one with: openssl rand -hex 32"
+                f"secret file {path} holds {more}{len(secret)} bytes: a secret has "
+                f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}; make one with: openssl rand -hex 32"
             )
         return secret
 

@@ -100,6 +100,8 @@ def config_set(key: str, value: str) -> None:
             value = parse_metadata_url(value)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
+    elif not value:
+        raise click.UsageError("no file has an empty name: to use none, unset secret-file")
     else:
         value = str(expanded(value))  # the same file, wherever a command is run
     profiles = load_profiles(config_path())
