@@ -551,6 +551,7 @@ def test_remove_after_is_checked(given: str, told: str) -> None:
         ("auto-join = 3", "'3' is not a valid boolean"),
         ('auto-join = "perhaps"', "'perhaps' is not a valid boolean"),
         ("lease = true", "'True' is not a valid integer"),
+        ('data-dir = ""\nlisten = "nowhere"', "name a directory"),
         ("zone = 1.5", "must be text, a whole number"),
         ('zone = "a\\u0000b"', "NUL in zone"),
         ("colour = 1", "there is no option colour"),

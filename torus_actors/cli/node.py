@@ -16,6 +16,7 @@ from torus_actors.cli.common import (
     LIFECYCLE,
     NAMED_SIZE,
     SIZE,
+    DirectoryName,
     Group,
     ParamType,
     Settings,
@@ -145,7 +146,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 )
 @click.option(
     "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=DirectoryName(),
     help="Where to store everything. Default: ~/.local/share/torus-actors/node",
 )
 @click.option(
@@ -304,7 +305,7 @@ def store_size(directory: Path, size: int | float | None) -> int | None:
 @click.option(
     "--dir",
     "directory",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=DirectoryName(),
     help="Where to keep everything. Default: ~/.local/share/torus-actors/dev",
 )
 @click.option("--size", type=SIZE, default="2GiB", show_default=True, help="Disk for each node.")
