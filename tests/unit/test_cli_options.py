@@ -257,6 +257,10 @@ def test_a_closed_standard_output_is_a_failure_of_what_only_prints(
     assert ending(capsys, lambda: print_table(("A",), [("b",)])) == closed
     assert ending(capsys, lambda: print_json([])) == closed
     assert ending(capsys, lambda: click.echo("done")) == (0, "")
+    for command in ("version", "completion fish", "config"):
+        with pytest.raises(SystemExit) as ended:
+            run_main(ctl, "prog", command.split())
+        assert (ended.value.code, capsys.readouterr().err) == closed
 
 
 def test_what_standard_output_fails_with_is_told_as_its_error() -> None:
