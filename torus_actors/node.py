@@ -471,12 +471,17 @@ class StorageNode(Process):
             self.system.rng,
         )
         self.stores = stores
-        journal = OpenJournal.open(
-            self.system,
-            config.machine.open_disk(config.data_dir / "journal"),
-            self.system.rng,
-            JournalLimits.of_node(config.size_bytes or stores.size_bytes),
-        )
+        where = config.data_dir / "journal"
+        try:
+            journal = OpenJournal.open(
+                self.system,
+                config.machine.open_disk(where),
+                self.system.rng,
+                JournalLimits.of_node(config.size_bytes or stores.size_bytes),
+            )
+        except (Corruption, Invalid) as error:
+            # Each node of a machine has files of these names.
+            raise type(error)(f"in {where}: {error}") from error
         self.journal = journal
         if config.auto_join or (self.embedded and not view.ring.members):
             await self._join()
