@@ -323,6 +323,9 @@ def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> Non
         (blk, ["serve", "demo", "--unix", "/x", "--tls-required"]),
         (blk, ["serve", "demo", "--unix", "/x", "--wait-lock", "nan"]),
         (scenarios, ["explore", "--seeds", "0"]),
+        (scenarios, ["run", "calm", "--seconds", "nan"]),
+        (scenarios, ["run", "calm", "--seconds", "-1"]),
+        (scenarios, ["real", "calm", "--seconds", "nan"]),
         (blk, ["serve", "demo", "--unix", "/x", "--default-export", "y"]),
     ],
 )
