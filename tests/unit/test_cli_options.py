@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import errno
 import os
 import random
@@ -33,7 +34,12 @@ from torus_actors.cli.node import SIZE_DEFAULT, store_size
 from torus_actors.cli.node import cli as node
 from torus_actors.cli.nodes import pick, short
 from torus_actors.cli.output import print_json, print_table
-from torus_actors.cli.profile import config_path, load_profiles, save_profiles
+from torus_actors.cli.profile import (
+    changed_profiles,
+    config_path,
+    load_profiles,
+    save_profiles,
+)
 from torus_actors.cli.units import (
     format_address,
     format_seconds,
@@ -168,6 +174,23 @@ def test_profiles_survive_a_round_trip_and_damage_is_told() -> None:
         config_path().write_bytes(damage)
         with pytest.raises(Invalid, match=r"config\.toml"):
             load_profiles(config_path())
+
+
+def test_changes_of_the_profile_wait_for_each_other() -> None:
+    """None is lost, and none finds its file taken away."""
+
+    def set_secret() -> None:
+        arguments = ["config", "set", "secret-file", "/x"]
+        assert CliRunner().invoke(ctl, arguments, obj=Settings()).exit_code == 0
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with changed_profiles(config_path()) as profiles:
+            other = pool.submit(set_secret)
+            assert concurrent.futures.wait([other], timeout=0.3).not_done
+            profiles["default"] = {"metadata": "torus://a:1"}
+        other.result()
+    both = {"metadata": "torus://a:1", "secret-file": "/x"}
+    assert load_profiles(config_path()) == {"default": both}
 
 
 def test_the_profile_is_changed_by_command() -> None:

@@ -19,11 +19,11 @@ from torus_actors.cli.common import (
 from torus_actors.cli.output import open_stdout, print_json
 from torus_actors.cli.profile import (
     KEYS,
+    changed_profiles,
     config_path,
     expanded,
     load_profiles,
     profile_name,
-    save_profiles,
 )
 
 PROGRAMS = {
@@ -105,15 +105,13 @@ def config_set(key: str, value: str) -> None:
         raise click.UsageError("no file has an empty name: to use none, unset secret-file")
     else:
         value = str(expanded(value))  # the same file, wherever a command is run
-    profiles = load_profiles(config_path())
-    profiles.setdefault(profile_name(), {})[key] = value
-    save_profiles(config_path(), profiles)
+    with changed_profiles(config_path()) as profiles:
+        profiles.setdefault(profile_name(), {})[key] = value
 
 
 @config.command("unset")
 @click.argument("key", type=click.Choice(KEYS))
 def config_unset(key: str) -> None:
     """Remove KEY from the profile."""
-    profiles = load_profiles(config_path())
-    profiles.get(profile_name(), {}).pop(key, None)
-    save_profiles(config_path(), profiles)
+    with changed_profiles(config_path()) as profiles:
+        profiles.get(profile_name(), {}).pop(key, None)
