@@ -58,7 +58,9 @@ def list_() -> None:
 @click.option("--trace", "trace_path", type=click.Path(), help="Write every event to this file.")
 @click.option("--quiet", is_flag=True, help="Print the events only of a run that fails.")
 @click.option("--real", is_flag=True, help="On real processes, in real time.")
-@click.option("--seconds", type=float, help="Faults strike no longer than this.")
+@click.option(
+    "--seconds", type=Seconds(min=0, min_open=True), help="Faults strike no longer than this."
+)
 @click.option(
     "--mutant",
     "mutant_name",

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from torus_actors.cli.common import Seconds
 from torus_actors.scenarios import netns
 from torus_actors.scenarios.endure import endure
 from torus_actors.scenarios.real_faults import NOT_REAL
@@ -83,7 +84,13 @@ def endure_(rounds: int, everything_rounds: int, seed: int) -> None:
 @click.command("real")
 @click.argument("names", nargs=-1, type=click.Choice(sorted(SCENARIOS)))
 @click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--seconds", type=float, default=10.0, show_default=True, help="See run.")
+@click.option(
+    "--seconds",
+    type=Seconds(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="See run.",
+)
 def real_(names: tuple[str, ...], seed: int, seconds: float) -> None:
     """Run scenarios on real processes, one after the other; without NAMES all that can be run."""
     failed = []

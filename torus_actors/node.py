@@ -471,12 +471,17 @@ class StorageNode(Process):
             self.system.rng,
         )
         self.stores = stores
-        journal = OpenJournal.open(
-            self.system,
-            config.machine.open_disk(config.data_dir / "journal"),
-            self.system.rng,
-            JournalLimits.of_node(config.size_bytes or stores.size_bytes),
-        )
+        where = config.data_dir / "journal"
+        try:
+            journal = OpenJournal.open(
+                self.system,
+                config.machine.open_disk(where),
+                self.system.rng,
+                JournalLimits.of_node(config.size_bytes or stores.size_bytes),
+            )
+        except (Corruption, Invalid) as error:
+            # Each node of a machine has files of these names.
+            raise type(error)(f"in {where}: {error}") from error
         self.journal = journal
         if config.auto_join or (self.embedded and not view.ring.members):
             await self._join()
@@ -777,6 +782,11 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it there."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def check_exposure(
     listen: Addr,
     secured: bool,
@@ -795,8 +805,7 @@ def check_exposure(
         Invalid: the address is not a loopback one, and nothing protects it.
     """
     host = listen[0]
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    if not loopback and not secured and not insecure:
+    if not is_loopback(host) and not secured and not insecure:
         raise Invalid(
             f"refusing to listen on {host} without {lacking}, "
             "or --insecure if the network is trusted"

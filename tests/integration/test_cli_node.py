@@ -219,9 +219,13 @@ def test_a_node_can_serve_volumes_itself(cluster: Cluster) -> None:
 
 
 def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
-    """A port or a directory in use, a directory that cannot be, a missing secret."""
+    """A port or a directory in use, a directory that cannot be, a missing secret, damage."""
     own = ["--data-dir", str(tmp_path / "d"), "--size", "64MiB"]
     port = free_ports(1)
+    journal = tmp_path / "damaged" / "journal"
+    journal.mkdir(parents=True)
+    (journal / "segment-000000").touch()
+    damaged = ["--data-dir", str(journal.parent), "--size", "64MiB"]
     for options, word in (
         ([*own, "--listen", cluster.address(0)], "in use"),
         (["--data-dir", str(cluster.data_dir(0)), "--listen", f"127.0.0.1:{port}"], "in use"),
@@ -230,6 +234,7 @@ def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_pat
         ([*own, "--listen", f"127.0.0.1:{port}", "--nbd", f"0.0.0.0:{port + 1}"], "--insecure"),
         ([*own, "--size", "1MiB", "--listen", f"127.0.0.1:{port}"], "at least"),
         ([*own, "--listen", f"127.0.0.1:{port}", "--http", cluster.address(0)], "in use"),
+        ([*damaged, "--listen", f"127.0.0.1:{port}"], f"in {journal}: segment-000000: the header"),
     ):
         began = time.monotonic()
         done = subprocess.run(

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from tests.fakes import virtual
 from torus_actors.cli import common, connect
 from torus_actors.cli.common import Failed, Settings
+from torus_actors.cli.ctl import cli
 from torus_actors.cli.ctl_debug import (
     SILENT_S_MAX,
     _journals_of_leavers,
@@ -66,7 +67,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Node]:
 
     class Connection:
         async def cluster(self) -> tuple[None, Any]:
-            return None, SimpleNamespace(members=tuple(made))
+            return None, SimpleNamespace(members=tuple(made), peers=())
 
         async def ask_all(self, addresses: list[str], actor: str, method: str) -> list[Any]:
             return [made[address].ask(method) for address in addresses]
@@ -94,6 +95,16 @@ async def _scrubs() -> None:
 @virtual
 async def _rebalances() -> None:
     await _rebalance(Settings(), 60.0)
+
+
+@pytest.mark.parametrize("command", ["tree", "debug scrub", "debug rebalance"])
+def test_a_cluster_without_nodes_has_none_that_could_answer(
+    nodes: dict[str, Node], command: str
+) -> None:
+    """And what to do about it is told."""
+    nodes.clear()
+    done = CliRunner().invoke(cli, command.split(), obj=Settings())
+    assert isinstance(done.exception, Failed) and "no node is up: start" in str(done.exception)
 
 
 def test_a_node_that_is_busy_is_asked_again(nodes: dict[str, Node]) -> None:

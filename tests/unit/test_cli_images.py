@@ -142,6 +142,8 @@ def test_what_fails_beside_the_loop_fails_here(
         await load(tmp_path / "some")
         with pytest.raises(OSError, match="No space"):
             await dump(Path("/dev/full"))
+        with pytest.raises(OSError, match="Invalid argument: '/proc/self/mem'"):
+            await load(Path("/proc/self/mem"))  # looks like a file, and has no end
 
     run(monkeypatch, test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import errno
 import os
 import random
@@ -33,7 +34,12 @@ from torus_actors.cli.node import SIZE_DEFAULT, store_size
 from torus_actors.cli.node import cli as node
 from torus_actors.cli.nodes import pick, short
 from torus_actors.cli.output import print_json, print_table
-from torus_actors.cli.profile import config_path, load_profiles, save_profiles
+from torus_actors.cli.profile import (
+    changed_profiles,
+    config_path,
+    load_profiles,
+    save_profiles,
+)
 from torus_actors.cli.units import (
     format_address,
     format_seconds,
@@ -81,7 +87,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "G", "-1", "0", "0GiB", "1.0001", "1XB", "1 2", "0x10", "9" * 5000]
+    "text", ["", "G", "-1", "0", "0GiB", "1.0001", "1XB", "1 2", "0x10", "1\u212a", "9" * 5000]
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     """The error names what was typed."""
@@ -170,6 +176,23 @@ def test_profiles_survive_a_round_trip_and_damage_is_told() -> None:
             load_profiles(config_path())
 
 
+def test_changes_of_the_profile_wait_for_each_other() -> None:
+    """None is lost, and none finds its file taken away."""
+
+    def set_secret() -> None:
+        arguments = ["config", "set", "secret-file", "/x"]
+        assert CliRunner().invoke(ctl, arguments, obj=Settings()).exit_code == 0
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with changed_profiles(config_path()) as profiles:
+            other = pool.submit(set_secret)
+            assert concurrent.futures.wait([other], timeout=0.3).not_done
+            profiles["default"] = {"metadata": "torus://a:1"}
+        other.result()
+    both = {"metadata": "torus://a:1", "secret-file": "/x"}
+    assert load_profiles(config_path()) == {"default": both}
+
+
 def test_the_profile_is_changed_by_command() -> None:
     """Set, show, unset; another profile by environment."""
     runner = CliRunner()
@@ -186,8 +209,9 @@ def test_the_profile_is_changed_by_command() -> None:
     assert f'"secret_file": "{Path.cwd() / "here"}"' in config("--json")
     config("unset", "metadata")
     assert "from default" in config()
-    wrong = runner.invoke(ctl, ["config", "set", "metadata", "x"], obj=Settings())
-    assert wrong.exit_code == 2
+    for key, value in (("metadata", "x"), ("secret-file", "")):
+        wrong = runner.invoke(ctl, ["config", "set", key, value], obj=Settings())
+        assert wrong.exit_code == 2
 
 
 def test_secrets_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +224,9 @@ def test_secrets_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Settings().secret() == b"0123456789abcdef"
     path.write_text("short\n")
     with pytest.raises(Invalid, match="openssl"):
+        Settings().secret()
+    os.truncate(path, 1 << 42)  # would find no room in memory
+    with pytest.raises(Invalid, match="holds more than"):
         Settings().secret()
 
 
@@ -253,6 +280,10 @@ def test_a_closed_standard_output_is_a_failure_of_what_only_prints(
     assert ending(capsys, lambda: print_table(("A",), [("b",)])) == closed
     assert ending(capsys, lambda: print_json([])) == closed
     assert ending(capsys, lambda: click.echo("done")) == (0, "")
+    for command in ("version", "completion fish", "config"):
+        with pytest.raises(SystemExit) as ended:
+            run_main(ctl, "prog", command.split())
+        assert (ended.value.code, capsys.readouterr().err) == closed
 
 
 def test_what_standard_output_fails_with_is_told_as_its_error() -> None:
@@ -305,6 +336,9 @@ def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> Non
         (ctl, ["block", "load", "x", "-", "--create"]),
         (node, ["start", "--size", "0%"]),
         (node, ["start", "--listen", "nowhere"]),
+        (node, ["start", "--zone", "\udcff"]),
+        (node, ["start", "--zone", "a\nb"]),
+        (node, ["start", "--zone", "z" * 256]),
         (node, ["start", "--config", "/nonexistent"]),
         (node, ["dev", "--volume", "demo"]),
         (node, ["dev", "--nodes", "0"]),
@@ -312,6 +346,9 @@ def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> Non
         (blk, ["serve", "demo", "--unix", "/x", "--tls-required"]),
         (blk, ["serve", "demo", "--unix", "/x", "--wait-lock", "nan"]),
         (scenarios, ["explore", "--seeds", "0"]),
+        (scenarios, ["run", "calm", "--seconds", "nan"]),
+        (scenarios, ["run", "calm", "--seconds", "-1"]),
+        (scenarios, ["real", "calm", "--seconds", "nan"]),
         (blk, ["serve", "demo", "--unix", "/x", "--default-export", "y"]),
     ],
 )
@@ -448,6 +485,13 @@ def test_a_dev_cluster_is_not_started_with_fewer_nodes_than_it_has(tmp_path: Pat
         DevCluster(dev_config(tmp_path), Settings()).check()
 
 
+def test_a_dev_cluster_serves_no_strangers(tmp_path: Path) -> None:
+    """Told before anything is made, with something that can be done."""
+    config = dev_config(tmp_path / "new", nbd=("0.0.0.0", 10809))
+    with pytest.raises(Invalid, match=r"give --nbd 127\.0\.0\.1:PORT"):
+        DevCluster(config, Settings()).check()
+
+
 def test_a_dev_cluster_does_not_stand_in_its_own_way(tmp_path: Path) -> None:
     """The address for NBD may be none of those of its nodes."""
     config = dev_config(tmp_path / "new", nodes=3, nbd=("127.0.0.1", 40003))
@@ -495,6 +539,9 @@ def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:
     assert "nbd://127.0.0.1:10809/demo" in banner
     assert f"nbd+unix:///demo?socket={str(unix).replace(' ', '%20')}" in banner
     assert "torusctl -C torus://127.0.0.1:41000 status" in banner
+    no_text = DevCluster(dev_config(tmp_path, unix_path=Path("/\udcff")), Settings())
+    no_text.replication = 2
+    assert "nbd+unix:///demo?socket=/%FF\n" in no_text.banner()
     cluster = DevCluster(dev_config(tmp_path), Settings())
     cluster.replication = 2
     assert "torusctl status" in cluster.banner()
@@ -508,7 +555,7 @@ def test_times_are_read_as_people_write_them(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "0m", "-5s", "5 weeks", "ten", "1h30m"])
+@pytest.mark.parametrize("text", ["", "0", "0m", "-5s", "5 weeks", "ten", "1h30m", "20\u017f"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     """With a text that says how to write one."""
     with pytest.raises(ValueError, match="10m"):
@@ -534,6 +581,7 @@ def test_remove_after_is_checked(given: str, told: str) -> None:
         ("auto-join = 3", "'3' is not a valid boolean"),
         ('auto-join = "perhaps"', "'perhaps' is not a valid boolean"),
         ("lease = true", "'True' is not a valid integer"),
+        ('data-dir = ""\nlisten = "nowhere"', "name a directory"),
         ("zone = 1.5", "must be text, a whole number"),
         ('zone = "a\\u0000b"', "NUL in zone"),
         ("colour = 1", "there is no option colour"),
@@ -563,3 +611,20 @@ def test_a_home_directory_that_nobody_knows_is_told_in_one_line() -> None:
         )
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done
         assert "no such home directory" in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--advertise", "0.0.0.0:40000"]])
+def test_no_node_tells_others_an_address_that_is_none(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    tmp_path: Path,
+) -> None:
+    """Each of them would find itself there."""
+    monkeypatch.setattr("torus_actors.cli.daemon.run_daemon", lambda settings, work: work.close())
+    command = ["start", "--data-dir", str(tmp_path / "node"), "--insecure", "--listen"]
+    with pytest.raises(SystemExit) as ended:
+        run_main(node, "torus-node", [*command, "0.0.0.0:40000", *options])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "give --advertise HOST:PORT" in told and told.count("\n") == 1

@@ -226,6 +226,11 @@ def test_unreachable_metadata_is_told_with_the_innermost_reason() -> None:
         "start one with: torus-node start"
     )
     assert "is etcd running?" in str(unreachable("etcd://h:1", error))
+    no_name = Again(
+        "etcd at h:1: errors resolving h:1: [field:hostname lookup error:address lookup failed for "
+        "h:1: Domain name not found]; nothing was changed"
+    )
+    assert "etcd://h:1: domain name not found; is etcd" in str(unreachable("etcd://h:1", no_name))
     # A node runs there, which has others keep the metadata.
     error.__cause__ = ActorNotFound("no actor metadata on this node")
     told = str(unreachable("torus://h:1", error))

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -38,6 +39,9 @@ METADATA_ENV = "TORUS_METADATA"
 SECRET_ENV = "TORUS_SECRET_FILE"
 SECRET_BYTES_MIN = 16
 SECRET_BYTES_MAX = 4096
+SECRET_FILE_BYTES_MAX = 2 * SECRET_BYTES_MAX
+"""With white space; of a disk that is named by mistake no more is read."""
+
 SCHEMES = ("torus", "etcd", "memory")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -88,11 +92,13 @@ class Settings:
         path = self.secret_file or os.environ.get(SECRET_ENV) or profile_value("secret-file")
         if not path:
             return None
-        secret = expanded(path).read_bytes().strip()
-        if not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
+        with expanded(path).open("rb") as file:
+            secret = file.read(SECRET_FILE_BYTES_MAX).strip()
+            more = "more than " if file.read(1) else ""
+        if more or not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
             raise Invalid(
-                f"secret file {path} holds {len(secret)} bytes: a secret has {SECRET_BYTES_MIN} "
-                f"to {SECRET_BYTES_MAX}; make one with: openssl rand -hex 32"
+                f"secret file {path} holds {more}{len(secret)} bytes: a secret has "
+                f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}; make one with: openssl rand -hex 32"
             )
         return secret
 
@@ -135,6 +141,19 @@ class _Parsed(ParamType):
             return self._parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class DirectoryName(click.Path):
+    """A directory to store in. An empty name is none: it would be that of wherever this started."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check it, or say what is wrong."""
+        if not os.fspath(value):
+            self.fail("it is empty: name a directory, or leave the option out", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Seconds(click.FloatRange):

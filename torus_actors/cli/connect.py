@@ -174,6 +174,7 @@ def unreachable(url: str, error: TorusError) -> Again:
     if url.startswith("etcd:"):
         # "etcd at ...: failed to connect to ...; last error: ...: Connection refused; nothing ..."
         reason = reason.removesuffix("; nothing was changed").rpartition(": ")[2].lower()
+        reason = reason.removesuffix("]")  # of a name that is not found; gRPC puts that in brackets
     if isinstance(cause, DeadlineExceeded):
         reason = "no answer"
     hint = "is a node running? start one with: torus-node start"

@@ -205,6 +205,8 @@ def tree(settings: Settings, node: str | None, watch: bool, as_json: bool) -> No
         else:
             for each in trees:
                 _print_tree(each)
+        if not trees:
+            raise Failed("no node is up: start one with torus-node start")
         if all("error" in each for each in trees):
             raise Failed("no node answered" if len(trees) != 1 else trees[0]["error"])
 

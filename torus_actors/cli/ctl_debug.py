@@ -11,7 +11,7 @@ import click
 
 from torus_actors.cli.common import Failed, Group, Seconds, Settings, json_option, run
 from torus_actors.cli.nodes import short
-from torus_actors.cli.output import print_json
+from torus_actors.cli.output import open_stdout, print_json
 from torus_actors.cli.progress import Advance, progress_bar, shows_bars
 from torus_actors.errors import TRANSIENT
 
@@ -61,7 +61,7 @@ def debug_dump(settings: Settings, as_json: bool) -> None:
     for key, record in items.items():
         if isinstance(record, dict):
             record = " ".join(f"{name}={value}" for name, value in record.items())
-        click.echo(f"{key} {record}")
+        click.echo(f"{key} {record}", open_stdout())
 
 
 @debug.command("kill")

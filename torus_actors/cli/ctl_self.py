@@ -16,14 +16,14 @@ from torus_actors.cli.common import (
     json_option,
     parse_metadata_url,
 )
-from torus_actors.cli.output import print_json
+from torus_actors.cli.output import open_stdout, print_json
 from torus_actors.cli.profile import (
     KEYS,
+    changed_profiles,
     config_path,
     expanded,
     load_profiles,
     profile_name,
-    save_profiles,
 )
 
 PROGRAMS = {
@@ -40,7 +40,7 @@ def version(as_json: bool) -> None:
     if as_json:
         print_json({"version": __version__})
     else:
-        click.echo(f"torus-actors {__version__}")
+        click.echo(f"torus-actors {__version__}", open_stdout())
 
 
 @click.command(cls=Command)
@@ -55,7 +55,7 @@ def completion(shell: str) -> None:
     assert kind is not None
     for program, module in PROGRAMS.items():
         variable = f"_{program.replace('-', '_').upper()}_COMPLETE"
-        click.echo(kind(import_module(module).cli, {}, program, variable).source())
+        click.echo(kind(import_module(module).cli, {}, program, variable).source(), open_stdout())
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -84,10 +84,11 @@ def config(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json(shown)
         return
-    click.echo(f"file         {shown['file']}")
-    click.echo(f"profile      {shown['profile']}")
-    click.echo(f"metadata     {shown['metadata']} (from {source})")
-    click.echo(f"secret file  {secret or 'none'}")
+    out = open_stdout()
+    click.echo(f"file         {shown['file']}", out)
+    click.echo(f"profile      {shown['profile']}", out)
+    click.echo(f"metadata     {shown['metadata']} (from {source})", out)
+    click.echo(f"secret file  {secret or 'none'}", out)
 
 
 @config.command("set")
@@ -100,17 +101,17 @@ def config_set(key: str, value: str) -> None:
             value = parse_metadata_url(value)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
+    elif not value:
+        raise click.UsageError("no file has an empty name: to use none, unset secret-file")
     else:
         value = str(expanded(value))  # the same file, wherever a command is run
-    profiles = load_profiles(config_path())
-    profiles.setdefault(profile_name(), {})[key] = value
-    save_profiles(config_path(), profiles)
+    with changed_profiles(config_path()) as profiles:
+        profiles.setdefault(profile_name(), {})[key] = value
 
 
 @config.command("unset")
 @click.argument("key", type=click.Choice(KEYS))
 def config_unset(key: str) -> None:
     """Remove KEY from the profile."""
-    profiles = load_profiles(config_path())
-    profiles.get(profile_name(), {}).pop(key, None)
-    save_profiles(config_path(), profiles)
+    with changed_profiles(config_path()) as profiles:
+        profiles.get(profile_name(), {}).pop(key, None)

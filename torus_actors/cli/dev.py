@@ -9,6 +9,8 @@ closed, if it was killed.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import signal
 import socket
 import sys
@@ -216,9 +218,16 @@ class DevCluster:
 
         Raises:
             Exists: a port is taken.
-            Invalid: the directory holds a larger cluster.
+            Invalid: the directory holds a larger cluster, or strangers could use the volume.
         """
+        from torus_actors.node import is_loopback
+
         config = self.config
+        if not is_loopback(config.nbd[0]):
+            raise Invalid(
+                f"refusing to listen on {config.nbd[0]}: a dev cluster knows no TLS; give --nbd "
+                "127.0.0.1:PORT, and serve others with torusblk serve --tls-required"
+            )
         if config.directory.is_dir():
             found = sum(path.name.startswith("node-") for path in config.directory.iterdir())
             if found > config.nodes:
@@ -239,9 +248,11 @@ class DevCluster:
                 try:
                     probe.bind((host, port))
                 except OSError as error:
+                    taken = error.errno == errno.EADDRINUSE
+                    hint = "stop what listens there, or " if taken else ""
                     raise Exists(
-                        f"cannot listen on {host}:{port}: {error.strerror}; stop what listens "
-                        f"there, or choose another with {option}"
+                        f"cannot listen on {host}:{port}: {error.strerror}; {hint}choose another "
+                        f"with {option}"
                     ) from error
 
     async def start(self) -> None:
@@ -324,7 +335,9 @@ class DevCluster:
             f"volume    {uri}",
         ]
         if config.unix_path is not None:
-            lines.append(f"          nbd+unix:///{name}?socket={quote(str(config.unix_path))}")
+            lines.append(
+                f"          nbd+unix:///{name}?socket={quote(os.fsencode(config.unix_path))}"
+            )
         lines += [
             "try",
             f"  torusctl{at} status",

@@ -115,7 +115,8 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
     """
     # Not closed before the process ends: a thread that is left behind may read from it.
     fd = await _beside(_open_input, file)
-    length = _length_of(fd)
+    with _named(_shown(file)):
+        length = _length_of(fd)
     chunks = _chunks(fd, length)
     empty = length == 0
     if length is None:

@@ -16,6 +16,7 @@ from torus_actors.cli.common import (
     LIFECYCLE,
     NAMED_SIZE,
     SIZE,
+    DirectoryName,
     Group,
     ParamType,
     Settings,
@@ -26,6 +27,7 @@ from torus_actors.cli.common import (
 from torus_actors.cli.profile import data_home, expanded
 from torus_actors.cli.units import Address, format_address, format_size, parse_seconds, parse_size
 from torus_actors.errors import Invalid, TorusError
+from torus_actors.model.peers import NAME_LENGTH_MAX
 
 DEFAULT_LISTEN: Address = ("127.0.0.1", 40000)
 
@@ -84,6 +86,23 @@ class RemoveAfter(ParamType):
         return seconds
 
 
+class Zone(ParamType):
+    """A name that metadata and nodes can carry."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The same text."""
+        if len(value) > NAME_LENGTH_MAX or not value.isprintable():
+            self.fail(
+                f"{value[:NAME_LENGTH_MAX]!r} is no zone: use up to {NAME_LENGTH_MAX} letters, "
+                "digits and the like",
+                param,
+                ctx,
+            )
+        return value
+
+
 @click.group(cls=Group, context_settings=CONTEXT)
 @version_option()
 def cli() -> None:
@@ -127,7 +146,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 )
 @click.option(
     "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=DirectoryName(),
     help="Where to store everything. Default: ~/.local/share/torus-actors/node",
 )
 @click.option(
@@ -145,7 +164,9 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 )
 @click.option("--advertise", type=ADDRESS, help="Address that others are told, if not --listen.")
 @click.option("--auto-join", is_flag=True, help="Enter the ring without being asked.")
-@click.option("--zone", default="", metavar="NAME", help="Failure domain: a rack, a site.")
+@click.option(
+    "--zone", type=Zone(), default="", metavar="NAME", help="Failure domain: a rack, a site."
+)
 @click.option(
     "--remove-after",
     type=RemoveAfter(),
@@ -205,10 +226,11 @@ def start(
         check_exposure(
             nbd, False, insecure, "encryption: serve NBD with torusblk serve --tls-required"
         )
-    if listen[0] in WILDCARDS and advertise is None:
+    if (advertise or listen)[0] in WILDCARDS:
         raise Invalid(
             f"listening on {format_address(listen)}, others must be told an address of this "
             "machine: give --advertise HOST:PORT"
+            + (f", not {format_address(advertise)}" if advertise is not None else "")
         )
     own_url = f"torus://{format_address(advertise or listen)}"
     directory = expanded(data_dir or data_home() / "node")
@@ -283,7 +305,7 @@ def store_size(directory: Path, size: int | float | None) -> int | None:
 @click.option(
     "--dir",
     "directory",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=DirectoryName(),
     help="Where to keep everything. Default: ~/.local/share/torus-actors/dev",
 )
 @click.option("--size", type=SIZE, default="2GiB", show_default=True, help="Disk for each node.")

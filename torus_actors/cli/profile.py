@@ -11,9 +11,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from torus_actors.errors import Invalid
@@ -103,6 +106,25 @@ def save_profiles(path: Path, profiles: Profiles) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text("\n".join(lines), "utf-8")
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def changed_profiles(path: Path) -> Iterator[Profiles]:
+    """All profiles, to be changed; written at the end. One command at a time: none undoes another.
+
+    Raises:
+        Invalid: the file cannot be understood, or what it is to hold cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        profiles = load_profiles(path)
+        yield profiles
+        save_profiles(path, profiles)
+    finally:
+        os.close(directory)
 
 
 def _quoted(text: str) -> str:
