@@ -32,7 +32,7 @@ from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
 from torus_actors.model.ref_set import RefSet, compact
 from torus_actors.model.refs import ZERO_BLOCK, BlockRef
 from torus_actors.runtime import LoopActor, expose
-from torus_actors.volume.journal import is_unreplayed
+from torus_actors.volume.recovery import is_unreplayed
 
 log = logging.getLogger(__name__)
 

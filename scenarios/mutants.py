@@ -249,7 +249,7 @@ _SESSIONS = (
         "no_fence_on_open",
         "Opening a volume fences the journal of the session before",
         Edit(
-            "volume.journal:recover",
+            "volume.recovery:recover",
             "fence_epoch = epoch or journal.epoch",
             "fence_epoch = journal.epoch",
         ),
@@ -435,7 +435,7 @@ _JOURNAL = (
         "lost_journal_is_empty",
         "A member that has lost its journal is not one that has no records",
         Edit(
-            "volume.journal:_fence",
+            "volume.recovery:_fence",
             "if lost or identities.get(member) != identity:",
             "if lost:",
         ),
@@ -450,7 +450,7 @@ _JOURNAL = (
         "last_record_not_replayed",
         "Opening a volume replays its journal to the last record",
         Edit(
-            "volume.journal:_read_tail",
+            "volume.recovery:_read_tail",
             "replay.add(seq, payload[at : at + length])",
             "if seq < last:\n                replay.add(seq, payload[at : at + length])",
         ),
@@ -469,7 +469,7 @@ _JOURNAL = (
     _mutant(
         "old_journal_replayed",
         "A journal of a session that a newer one's head covers is not replayed",
-        Edit("volume.journal:is_unreplayed", " and journal.epoch >= head_epoch", ""),
+        Edit("volume.recovery:is_unreplayed", " and journal.epoch >= head_epoch", ""),
         hunted_in=("crashes_everywhere", "journal_replay"),
     ),
     _mutant(

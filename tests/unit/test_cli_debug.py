@@ -228,3 +228,11 @@ def test_a_node_that_leaves_has_looked_into_its_journal_since(
 async def test_a_node_of_the_version_before_may_leave_without_a_look() -> None:
     """It does not say which of its passes have read the journal: nobody waits for it."""
     assert await kept({"passes": 5, "failed_passes": 0, "unreplayed": 0}) == []
+
+
+def test_no_journal_is_given_up_by_mistake() -> None:
+    """Without the option that says so nothing is even looked at, and the line says what is lost."""
+    done = CliRunner().invoke(cli, ["debug", "give-up-journal", "v"], obj=Settings())
+    assert done.exit_code == 1
+    said = str(done.exception) if isinstance(done.exception, Failed) else done.output
+    assert "after its last commit" in said and "--yes-i-am-sure" in said

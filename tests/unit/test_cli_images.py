@@ -19,7 +19,7 @@ from torus_actors.cli import full, images
 from torus_actors.cli.common import Settings
 from torus_actors.errors import BlockUnavailable, Invalid
 from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, SupervisorSpec, expose
-from torus_actors.volume.journal import RECOVER_PATIENCE_S
+from torus_actors.volume.recovery import RECOVER_PATIENCE_S
 
 SIZE = 1 << 20
 

@@ -11,7 +11,7 @@ import pytest
 from tests.fakes import Cluster, Device, until, virtual
 from tests.unit.test_volume_flush import reopened
 from torus_actors.errors import BlockUnavailable, OutcomeUnknown, OutOfSpace
-from torus_actors.volume import change_log, commit, flushing, journal
+from torus_actors.volume import change_log, commit, flushing, journal, recovery
 from torus_actors.volume.audit import Audit, audit_volume, explain
 from torus_actors.volume.file import PUTS_BESIDE_FLUSHES, PUTS_MAX
 from torus_actors.volume.flushing import FORESEE_AFTER, FORESEE_BYTES_MAX
@@ -662,7 +662,7 @@ async def test_an_audit_does_not_mind_a_commit_beside_it(monkeypatch: pytest.Mon
     """What was asked of a member may be cut by then: it looks again."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device, audit = await flushed_late(cluster, b"late and flushed")
-        ask = journal._fence
+        ask = recovery._fence
         commits = []
 
         async def fence_then_commit(*of: Any) -> Any:
@@ -678,7 +678,7 @@ async def test_an_audit_does_not_mind_a_commit_beside_it(monkeypatch: pytest.Mon
                 await device.flush()
             return tail
 
-        monkeypatch.setattr(journal, "_fence", fence_then_commit)
+        monkeypatch.setattr(recovery, "_fence", fence_then_commit)
         found = await audit(deep=True)
         assert len(commits) == 2 and found.good and found.journal
 

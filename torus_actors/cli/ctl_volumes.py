@@ -180,7 +180,7 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
     async def work() -> int:
         from torus_actors.cli.connect import connect
         from torus_actors.metadata.volumes import Origin
-        from torus_actors.volume.journal import is_unreplayed
+        from torus_actors.volume.recovery import is_unreplayed
 
         async with connect(settings) as connection:
             meta = connection.meta

@@ -26,8 +26,8 @@ from torus_actors.model.inode_tree_pages import FANOUT_BITS, decode_page
 from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.journal import is_unreplayed, lost_members, unreadable_members
 from torus_actors.volume.opening import kept_head, kept_newest
+from torus_actors.volume.recovery import is_unreplayed, lost_members, unreadable_members
 from torus_actors.volume.snapshots import split_name
 
 BATCH = 1024

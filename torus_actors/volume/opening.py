@@ -34,13 +34,14 @@ from torus_actors.model import blocksets
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.change_log import Replay
-from torus_actors.volume.journal import (
+from torus_actors.volume.journal import SessionJournal
+from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.recovery import (
     RECOVER_PATIENCE_S,
-    SessionJournal,
     is_closed,
     recover,
+    unheard_members,
 )
-from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import MINTED, Session
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ async def open_session(
                 if not may_lose_journal:
                     raise
                 lost_journal = str(error)
-                _, journal_revision = await meta.journal(record.id)
+                journal_revision = await _without_journal(system, meta, view, record)
                 replay.certain = False  # so that a head is recorded before anything is read
         elif snapshot is None:
             newest = await _read_newest(system, meta, record.id, holder)
@@ -524,6 +525,28 @@ async def close_session(session: Session, meta: MetadataService) -> None:
         await asyncio.wait([detaching], timeout=DETACH_PATIENCE_S)
     if error is not None:
         raise error
+
+
+async def _without_journal(
+    system: ActorSystem, meta: MetadataService, view: ClusterView, record: VolumeRecord
+) -> int:
+    """See to it that a journal that cannot be read is lost, and not only away.
+
+    Returns:
+        The revision of its record.
+
+    Raises:
+        BlockUnavailable: a member is in the ring and does not answer.
+    """
+    journal, revision = await meta.journal(record.id)
+    if journal is not None:
+        for member in await unheard_members(system, record.id, journal):
+            if member in view.ring.members:
+                raise BlockUnavailable(
+                    f"peer {member[:8]} may have the journal of volume {record.name}: start it, or "
+                    f"if it is lost for good: torusctl peer remove {member[:8]}"
+                )
+    return revision
 
 
 async def commit_and_close(session: Session, meta: MetadataService) -> None:

@@ -21,8 +21,8 @@ from torus_actors.metadata.service import MetadataService
 from torus_actors.model import blocksets
 from torus_actors.model.refs import ZERO_BLOCK
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.journal import is_unreplayed, recover
 from torus_actors.volume.opening import DETACH_PATIENCE_S, attach, detach_later
+from torus_actors.volume.recovery import is_unreplayed, recover
 
 REQUEST_TTL_S = 10
 """A request outlives a command that was killed by so much at most."""
