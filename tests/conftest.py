@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Generator
 
 import pytest
@@ -10,13 +11,18 @@ import pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Garbage is looked for only in what the test itself made.
+    """A test hears of its own garbage only, and leaves the log as it was.
 
     Many tests end with a collection, to hear of exceptions that nobody retrieved. All modules, and
     all tests that were collected, would be looked through each time: a quarter of the whole run.
+    Commands that run in the test's process set up the log, for which other tests wait then in vain.
     """
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
     gc.freeze()
     try:
         return (yield)
     finally:
         gc.unfreeze()
+        root.setLevel(level)
+        root.handlers[:] = handlers
