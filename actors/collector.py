@@ -157,7 +157,6 @@ class Collector(LoopActor):
             left = self._suspected_at + self._grace_s - loop.time()
             if len(self._suspects) and left > 0:
                 await asyncio.sleep(left)
-            started = loop.time()
             try:
                 await self._pass()
                 self._last_error = ""
@@ -168,7 +167,6 @@ class Collector(LoopActor):
                 self._counts["garbage"] = self._counts["garbage_bytes"] = 0
                 self._last_error = str(error)
                 log.warning("collecting ended without deleting anything: %s", error)
-            self._pass_s = loop.time() - started
 
     async def _pass(self) -> None:
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
@@ -214,6 +212,9 @@ class Collector(LoopActor):
                 suspects.add_all(new)
                 suspect_bytes += len(new) * sizes[kind]
                 await asyncio.sleep(0)
+        # What follows waits for disks and takes no core: one that hung for a minute must not keep
+        # garbage for many more.
+        self._pass_s = self.system.loop.time() - began
         for refs, size in zip(dead_twice, sizes, strict=True):
             for at in range(0, len(refs), BATCH):
                 deleted = await store.delete_blocks.remote(b"".join(refs[at : at + BATCH]))

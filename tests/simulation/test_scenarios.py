@@ -101,6 +101,7 @@ def test_seeds_of_everything(group: int) -> None:
         ("journal_replay", 77),
         ("disk_errors", 1750),
         ("bad_network", 1868),
+        ("slow_disk", 1033),
     ],
 )
 def test_a_seed_that_once_failed(name: str, seed: int) -> None:
@@ -112,7 +113,7 @@ def test_a_seed_that_once_failed(name: str, seed: int) -> None:
     client had read what it found. Both members of a journal lost it, one after the other, before a
     client had come that could choose others. Two records had a part of a sector each. A node one of
     whose stores had failed took blocks for the other. All connections broke when a commit put its
-    pages.
+    pages. A disk hung while its node collected, which then paused as after a pass of much work.
     """
     result = run(SCENARIOS[name], seed)
     assert not result.failures, failures(result)
