@@ -671,8 +671,8 @@ _RESIZES = (
         "Making a volume smaller fences the session before",
         Edit(
             "volume.opening:open_session",
-            "recover(system, meta, record.id, epoch, head)",
-            "recover(system, meta, record.id, 0 if shrink_to else epoch, head)",
+            "recover(system, record.id, journal, epoch, head)",
+            "recover(system, record.id, journal, 0 if shrink_to else epoch, head)",
         ),
         hunted_in=("resizes",),
     ),

@@ -109,8 +109,6 @@ class Resizes:
                 name,
                 size,
                 holder="tool",
-                block_size=self.cluster.shape.block_size,
-                block_spec="crc,base",
             )
         except TorusError as error:
             return error

@@ -59,16 +59,7 @@ async def restore(client: Client, name: str, volume: str = "v") -> None:
 async def shrink(client: Client, size: int, volume: str = "v") -> None:
     """Cut the end off, as a tool does."""
     assert client.system is not None
-    await shrink_volume(
-        client.system,
-        client.meta,
-        client.view,
-        volume,
-        size,
-        holder="tool",
-        block_size=BLOCK,
-        block_spec="crc,base",
-    )
+    await shrink_volume(client.system, client.meta, client.view, volume, size, holder="tool")
 
 
 @virtual

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from tests.fakes import Client, Cluster, StorageNode, virtual
 from tests.unit.test_snapshots import content, pattern
-from tests.unit.test_volume_flush import BLOCK, SIZE
-from torus_actors.errors import BlockUnavailable, Locked, NotExist
+from tests.unit.test_volume_flush import SIZE
+from torus_actors.errors import BlockUnavailable, DeadlineExceeded, Locked, NotExist
 from torus_actors.model.peers import Peer
 from torus_actors.model.rings import make_ring
+from torus_actors.volume import recovery
 from torus_actors.volume.giving_up import give_up_journal
 
 LATE = b"flushed after the last commit"
@@ -21,15 +23,7 @@ AT = 5000
 async def give_up(client: Client, volume: str = "v") -> str:
     """Give it up, as a tool does."""
     assert client.system is not None
-    return await give_up_journal(
-        client.system,
-        client.meta,
-        client.view,
-        volume,
-        holder="tool",
-        block_size=BLOCK,
-        block_spec="crc,base",
-    )
+    return await give_up_journal(client.system, client.meta, client.view, volume, holder="tool")
 
 
 async def crashed(cluster: Cluster) -> list[StorageNode]:
@@ -134,6 +128,29 @@ async def test_a_journal_that_may_come_back_is_not_given_up(silent: int) -> None
             await give_up(await cluster.client())
         for node in members[:silent]:
             await node.start()
+        assert await is_late(cluster)
+
+
+@pytest.mark.parametrize("step", ["_fence", "_read_tail"])
+@virtual
+async def test_a_journal_that_is_slow_to_be_read_is_not_given_up(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its members are there and have it: whether they answer in time says nothing of that."""
+    async with Cluster(nodes=5, replication=2, journals=True) as cluster:
+        await crashed(cluster)
+        real = getattr(recovery, step)
+        began = asyncio.get_running_loop().time()
+
+        async def slow(*of: Any) -> Any:
+            if asyncio.get_running_loop().time() < began + recovery.RECOVER_PATIENCE_S:
+                raise DeadlineExceeded("no answer before the deadline")
+            return await real(*of)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recovery, step, slow)
+            with pytest.raises(BlockUnavailable, match="torusctl peer remove"):
+                await give_up(await cluster.client())
         assert await is_late(cluster)
 
 

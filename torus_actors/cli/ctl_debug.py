@@ -113,8 +113,6 @@ def debug_give_up_journal(settings: Settings, name: str, yes_i_am_sure: bool) ->
                 client.view,
                 name,
                 holder=client.machine.process_name(),
-                block_size=client.view.block_size,
-                block_spec=client.view.gmd.block_spec,
             )
 
     why = run(settings, work())

@@ -162,8 +162,6 @@ def volume_resize(settings: Settings, name: str, size: int, shrink: bool) -> Non
                 name,
                 size,
                 holder=client.machine.process_name(),
-                block_size=client.view.block_size,
-                block_spec=client.view.gmd.block_spec,
             )
 
     note = run(settings, work())

@@ -12,9 +12,7 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import OutcomeUnknown
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.opening import commit_and_close, open_session
-from torus_actors.volume.read_cache import ReadCache
-from torus_actors.volume.session import CacheSizes
+from torus_actors.volume.opening import commit_and_close, open_for_tool
 
 
 async def give_up_journal(
@@ -24,8 +22,6 @@ async def give_up_journal(
     name: str,
     *,
     holder: str,
-    block_size: int,
-    block_spec: str,
 ) -> str:
     """Go back to a volume's last head, if nobody can read its journal.
 
@@ -38,29 +34,17 @@ async def give_up_journal(
         view: the cluster as last seen.
         name: of the volume.
         holder: who does it, for people.
-        block_size: of the cluster.
-        block_spec: of a volume that was never written to.
 
     Returns:
         Why the journal could not be read; empty if it could, or if there was none.
 
     Raises:
         NotExist, Locked, Again, Fenced: it cannot be opened; nothing was done.
+        BlockUnavailable: a member may be back: it is in the ring, and has not said that it has lost
+            the journal; nothing was done.
         OutcomeUnknown: it could not be committed, or nobody knows.
     """
-    sizes = CacheSizes()
-    session = await open_session(
-        system,
-        meta,
-        name,
-        holder=holder,
-        block_size=block_size,
-        block_spec=block_spec,
-        read_cache=ReadCache(sizes.read_bytes),
-        write_cache_bytes=sizes.write_bytes,
-        view=view,
-        may_lose_journal=True,
-    )
+    session = await open_for_tool(system, meta, view, name, holder=holder, may_lose_journal=True)
     await commit_and_close(session, meta)
     if not session.all_covered:
         raise OutcomeUnknown(

@@ -38,11 +38,11 @@ from torus_actors.volume.journal import SessionJournal
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.recovery import (
     RECOVER_PATIENCE_S,
+    Unreadable,
     is_closed,
     recover,
-    unheard_members,
 )
-from torus_actors.volume.session import MINTED, Session
+from torus_actors.volume.session import MINTED, CacheSizes, Session
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ async def open_session(
 
     With a ``snapshot``, read-only, what is kept under that name is opened instead. With
     ``shrink_to`` bytes, to write, the session cuts off what lies behind: its first head does. With
-    ``may_lose_journal`` a journal that cannot be read counts as empty from its first head on.
+    ``may_lose_journal`` a journal that all members have lost, or left the ring with, counts as
+    empty from its first head on.
     Requests are answered to the actor ``answers_to``.
 
     Raises:
@@ -119,15 +120,20 @@ async def open_session(
             first = await meta.mint_inode(record.id, MINTED)
             inodes = list(range(first, first + MINTED))
             head, revision = await meta.head(record.id)
-            journal, _ = await meta.journal(record.id)
+            journal, journal_revision = await meta.journal(record.id)
             follows_crash = not is_closed(journal, epoch)
             try:
-                replay, journal_revision = await recover(system, meta, record.id, epoch, head)
-            except BlockUnavailable as error:
+                replay = await recover(system, record.id, journal, epoch, head)
+            except Unreadable as error:
                 if not may_lose_journal:
                     raise
+                for member in error.silent:
+                    if member in view.ring.members:
+                        raise BlockUnavailable(
+                            f"peer {member[:8]} may have the journal of volume {name} yet: start "
+                            f"it, or if it is lost for good: torusctl peer remove {member[:8]}"
+                        ) from error
                 lost_journal = str(error)
-                journal_revision = await _without_journal(system, meta, view, record)
                 replay.certain = False  # so that a head is recorded before anything is read
         elif snapshot is None:
             newest = await _read_newest(system, meta, record.id, holder)
@@ -257,9 +263,8 @@ async def _read_newest(
                 reader, revision = begun
                 record = await meta.volume_by_id(volume_id)
                 head = Head.decode(reader.head) if reader.head else None
-                replay, journal_revision = await recover(
-                    system, meta, volume_id, 0, head, patience_s=0.0
-                )
+                journal, journal_revision = await meta.journal(volume_id)
+                replay = await recover(system, volume_id, journal, 0, head, patience_s=0.0)
                 _, head_now = await meta.head(volume_id)
                 _, journal_now = await meta.journal(volume_id)
                 if (head_now, journal_now) == (revision, journal_revision):
@@ -527,26 +532,31 @@ async def close_session(session: Session, meta: MetadataService) -> None:
         raise error
 
 
-async def _without_journal(
-    system: ActorSystem, meta: MetadataService, view: ClusterView, record: VolumeRecord
-) -> int:
-    """See to it that a journal that cannot be read is lost, and not only away.
-
-    Returns:
-        The revision of its record.
-
-    Raises:
-        BlockUnavailable: a member is in the ring and does not answer.
-    """
-    journal, revision = await meta.journal(record.id)
-    if journal is not None:
-        for member in await unheard_members(system, record.id, journal):
-            if member in view.ring.members:
-                raise BlockUnavailable(
-                    f"peer {member[:8]} may have the journal of volume {record.name}: start it, or "
-                    f"if it is lost for good: torusctl peer remove {member[:8]}"
-                )
-    return revision
+async def open_for_tool(
+    system: ActorSystem,
+    meta: MetadataService,
+    view: ClusterView,
+    name: str,
+    *,
+    holder: str,
+    shrink_to: int | None = None,
+    may_lose_journal: bool = False,
+) -> Session:
+    """A session that serves nobody, for `commit_and_close`; see `open_session`."""
+    sizes = CacheSizes()
+    return await open_session(
+        system,
+        meta,
+        name,
+        holder=holder,
+        block_size=view.block_size,
+        block_spec=view.gmd.block_spec,
+        read_cache=ReadCache(sizes.read_bytes),
+        write_cache_bytes=sizes.write_bytes,
+        view=view,
+        shrink_to=shrink_to,
+        may_lose_journal=may_lose_journal,
+    )
 
 
 async def commit_and_close(session: Session, meta: MetadataService) -> None:

@@ -23,7 +23,6 @@ from torus_actors.errors import (
 )
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import Head, Journal
-from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.change_log import Replay
 from torus_actors.volume.journal import APPEND_TIMEOUT_S
@@ -34,6 +33,9 @@ RECOVER_PATIENCE_S = 15.0
 """How long opening a volume waits for one member of the last session's journal."""
 
 READ_BYTES = 4 << 20
+
+LOST = (BlockUnavailable, Corruption)
+"""By these a member says itself that it has not got all records."""
 
 
 def is_unreplayed(journal: Journal | None, head: Head | None) -> bool:
@@ -47,44 +49,51 @@ def is_closed(journal: Journal | None, epoch: int) -> bool:
     return epoch <= 1 or journal == Journal(epoch=epoch - 1, ensemble=())
 
 
+class Unreadable(BlockUnavailable):
+    """No member of a journal can be read.
+
+    Attributes:
+        silent: members that did not say themselves that they have lost it: they may be back.
+    """
+
+    def __init__(self, text: str, silent: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.silent = list(silent)
+
+
 async def recover(
     system: ActorSystem,
-    meta: MetadataService,
     volume_id: int,
+    journal: Journal | None,
     epoch: int,
     head: Head | None,
     patience_s: float = RECOVER_PATIENCE_S,
-) -> tuple[Replay, int]:
+) -> Replay:
     """Fence the last session's journal, and read what its head does not cover.
 
     Args:
         system: whose bridge reaches the members.
-        meta: the metadata service.
         volume_id: the volume.
+        journal: its record, read after the head.
         epoch: of the new session, already recorded: the older one can form no new ensemble. 0 for
             a reader, which fences nobody.
-        head: the volume's, read after that.
+        head: the volume's, read after the epoch was recorded.
         patience_s: how long to ask again while no member can be read.
 
-    Returns:
-        The replay, and the revision of the journal record.
-
     Raises:
-        BlockUnavailable: no member can be reached, or none has its records whole.
+        Unreadable: no member can be reached, or none has its records whole.
         Fenced: a still newer session has begun.
     """
-    replay = Replay()
-    journal, revision = await meta.journal(volume_id)
     if journal is None or not is_unreplayed(journal, head):
-        return replay, revision
+        return Replay()
     identities = _identities(journal)
     end = system.loop.time() + patience_s
     backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
     # A reader, of epoch 0, asks by the epoch that the members have promised already.
     fence_epoch = epoch or journal.epoch
-    failure: TorusError | None = None
     while True:
         tails: dict[str, _Tail] = {}
+        failures: dict[str, TorusError] = {}
         fences = [
             _fence(system, volume_id, each, fence_epoch, identities) for each in journal.ensemble
         ]
@@ -93,7 +102,7 @@ async def recover(
             if isinstance(answer, _Tail):
                 tails[member] = answer if answer.epoch == journal.epoch else NO_TAIL
             elif isinstance(answer, TorusError) and not isinstance(answer, Fenced):
-                failure = answer
+                failures[member] = answer
                 log.warning("journal on peer %s: %s", member[:8], answer)
             else:
                 raise answer
@@ -104,58 +113,42 @@ async def recover(
                 replay = await _replay(
                     system, volume_id, member, journal.epoch, tails[member], head
                 )
-                ends = {tail.last for tail in tails.values()}
-                replay.certain = len(tails) == len(journal.ensemble) and len(ends) == 1
-                return replay, revision
             except Fenced:
                 raise
             except TorusError as error:
-                failure = error
+                failures[member] = error
                 log.warning("journal on peer %s: %s", member[:8], error)
+                continue
+            ends = {tail.last for tail in tails.values()}
+            replay.certain = len(tails) == len(journal.ensemble) and len(ends) == 1
+            return replay
         if not await backoff.wait(end):
             names = ", ".join(member[:8] for member in journal.ensemble)
-            raise BlockUnavailable(
-                f"no member of the volume's journal ({names}) can be read: {failure}; if all of "
-                "them are lost for good: torusctl debug give-up-journal"
+            raise Unreadable(
+                f"no member of the volume's journal ({names}) can be read: "
+                f"{list(failures.values())[-1]}; if all of them are lost for good: torusctl debug "
+                "give-up-journal",
+                [each for each in failures if not isinstance(failures[each], LOST)],
             )
 
 
 async def lost_members(system: ActorSystem, volume_id: int, journal: Journal) -> list[str]:
     """Members of a journal that do not answer, or have lost records; fences nobody."""
-    # By Fenced a member says that it is there; a newer session reads from it just now.
-    return [
-        member
-        for member, error in (await _ask_members(system, volume_id, journal)).items()
-        if error is not None and not isinstance(error, Fenced)
-    ]
-
-
-async def unheard_members(system: ActorSystem, volume_id: int, journal: Journal) -> list[str]:
-    """Members of a journal that do not say themselves whether they have it; fences nobody."""
-    said = (BlockUnavailable, Corruption, Fenced)
-    return [
-        member
-        for member, error in (await _ask_members(system, volume_id, journal)).items()
-        if error is not None and not isinstance(error, said)
-    ]
-
-
-async def _ask_members(
-    system: ActorSystem, volume_id: int, journal: Journal
-) -> dict[str, TorusError | None]:
-    """What each member says who is asked for its records; None if it has them."""
     identities = _identities(journal)
     # By the epoch that they have promised already, as a reader does.
     asked = [
         _fence(system, volume_id, member, journal.epoch, identities) for member in journal.ensemble
     ]
-    errors: dict[str, TorusError | None] = {}
     answers = await asyncio.gather(*asked, return_exceptions=True)
+    lost = []
     for member, answer in zip(journal.ensemble, answers, strict=True):
-        if isinstance(answer, BaseException) and not isinstance(answer, TorusError):
+        if isinstance(answer, TorusError):
+            # By Fenced a member says that it is there; a newer session reads from it just now.
+            if not isinstance(answer, Fenced):
+                lost.append(member)
+        elif isinstance(answer, BaseException):
             raise answer
-        errors[member] = answer if isinstance(answer, TorusError) else None
-    return errors
+    return lost
 
 
 async def unreadable_members(

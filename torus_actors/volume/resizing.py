@@ -12,9 +12,7 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import OutcomeUnknown, TorusError
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import ActorSystem
-from torus_actors.volume.opening import commit_and_close, open_session
-from torus_actors.volume.read_cache import ReadCache
-from torus_actors.volume.session import CacheSizes
+from torus_actors.volume.opening import commit_and_close, open_for_tool
 
 
 async def shrink_volume(
@@ -25,8 +23,6 @@ async def shrink_volume(
     size: int,
     *,
     holder: str,
-    block_size: int,
-    block_spec: str,
 ) -> None:
     """Cut the end of a volume off.
 
@@ -37,27 +33,13 @@ async def shrink_volume(
         name: of the volume.
         size: bytes; not more than it has.
         holder: who does it, for people.
-        block_size: of the cluster.
-        block_spec: of a volume that was never written to.
 
     Raises:
         NotExist, Locked, Again, BlockUnavailable, Fenced: it cannot be opened; nothing was done.
         Invalid: it is smaller already; nothing was done.
         OutcomeUnknown: it could not be committed, or nobody knows.
     """
-    sizes = CacheSizes()
-    session = await open_session(
-        system,
-        meta,
-        name,
-        holder=holder,
-        block_size=block_size,
-        block_spec=block_spec,
-        read_cache=ReadCache(sizes.read_bytes),
-        write_cache_bytes=sizes.write_bytes,
-        view=view,
-        shrink_to=size,
-    )
+    session = await open_for_tool(system, meta, view, name, holder=holder, shrink_to=size)
     failure: TorusError | None = None
     try:
         await commit_and_close(session, meta)

@@ -174,7 +174,8 @@ async def restore_snapshot(
         inode = await meta.mint_inode(record.id, 1)
         present, revision = await meta.head(record.id)
         # The last session gets nothing acknowledged any more; what it had is not wanted.
-        await recover(system, meta, record.id, epoch, present)
+        journal, _ = await meta.journal(record.id)
+        await recover(system, record.id, journal, epoch, present)
         record = await meta.volume_by_id(record.id)
         snapshot = await meta.snapshot(record.id, name)
         kept = Head.decode(snapshot.head) if snapshot.head else None
