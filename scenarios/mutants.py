@@ -709,9 +709,9 @@ _RESIZES = (
         ),
         Edit(
             "volume.resizing:shrink_volume",
-            "    session = await open_session(",
+            "    session = await open_for_tool(",
             "    await meta.resize_volume(name, size)\n    return\n"
-            "    session = await open_session(",
+            "    session = await open_for_tool(",
         ),
         hunted_in=("resizes",),
     ),
