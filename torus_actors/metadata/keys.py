@@ -137,6 +137,8 @@ class Keys:
         self.global_ = prefix + GLOBAL.pattern
         self.ring = prefix + RING.pattern
         self.volume_counter = prefix + VOLUME_COUNTER.pattern
+        self.behind_deleted = self.under(DELETED)[:-1] + chr(ord("/") + 1)
+        """No marker of a deleted volume comes after it, and no other family's key before."""
 
     def under(self, key: Key) -> str:
         """The prefix of a family of keys."""

@@ -197,8 +197,16 @@ class KeyValueStore(ABC):
         """The present value of a key, or None."""
 
     @abstractmethod
-    async def range(self, prefix: str) -> tuple[list[KeyValue], int]:
-        """Every key that starts with ``prefix``, by key, and the store's revision just then."""
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[KeyValue], int]:
+        """Keys that start with ``prefix``, by key, and the store's revision just then.
+
+        Args:
+            prefix: of the keys.
+            after: one of those keys; only what comes after it is wanted.
+            limit: no more than so many; 0 for all.
+        """
 
     @abstractmethod
     async def txn(self, compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:

@@ -128,11 +128,13 @@ class SqliteStore(kv.KeyValueStore):
         found: kv.KeyValue | None = await self._run(self._database.get, key)
         return None if found is not None and found.lease in ended else found
 
-    async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[kv.KeyValue], int]:
         """See `kv.KeyValueStore.range`."""
         ended = await self._enter_to_read()
         found: list[kv.KeyValue]
-        found, revision = await self._run(self._database.range, prefix)
+        found, revision = await self._run(self._database.range, prefix, after, limit)
         return [item for item in found if item.lease not in ended] if ended else found, revision
 
     async def txn(
@@ -298,12 +300,14 @@ class Database:
             ).fetchone()
         return None if row is None else kv.KeyValue(key, *row)
 
-    def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
-        """Read the keys under a prefix, and the revision."""
+    def range(self, prefix: str, after: str, limit: int) -> tuple[list[kv.KeyValue], int]:
+        """Read keys under a prefix, and the revision."""
         where, bounds = _under(prefix)
         with self._errors("read"):
             rows = self._db.execute(
-                f"SELECT key, value, mod_revision, lease FROM kv WHERE {where} ORDER BY key", bounds
+                "SELECT key, value, mod_revision, lease FROM kv"
+                f" WHERE {where} AND key > ? ORDER BY key LIMIT ?",
+                (*bounds, after.encode(), limit or -1),
             ).fetchall()
             return [kv.KeyValue(row[0].decode(), *row[1:]) for row in rows], self._counter(
                 "revision"

@@ -234,7 +234,8 @@ class VolumeOperations(MetadataBase):
 
     async def deleted_volumes(self) -> list[VolumeRecord]:
         """All volumes that were deleted, by id: nodes may still have blocks of them."""
-        return await self._list(self.keys.under(table.DELETED), VolumeRecord)
+        found = await self._in_pages(self.keys.under(table.DELETED))
+        return [VolumeRecord.decode(item.value) for item in found]
 
     async def _volume(self, name: str) -> tuple[VolumeRecord, int]:
         check_name(name)
