@@ -897,15 +897,15 @@ def test_the_state_for_the_collector_is_complete_or_an_error(backend: Backend) -
 
         rows = {service.keys.row_of(key) for key, _ in await service.dump()}
         assert rows == set(keys.TABLE)
-        for broken in ("heads/0000000001", "unheard-of/7"):
+        for broken in ("heads/0000000001", "unheard-of/7", "epochs/of-demo"):
             key = service.keys.prefix + broken
+            value = b'{"epoch":1}'
             kept = await f.store.get(key)
-            await f.store.txn([], [Put(key, b"{}")])
+            await f.store.txn([], [Put(key, value)])
             with pytest.raises(Corruption):
                 await service.state()
-            assert (key, b"{}") in await service.dump()
-            if kept is not None:
-                await f.store.txn([], [Put(key, kept.value)])
+            assert (key, value) in await service.dump()
+            await f.store.txn([], [Put(key, kept.value) if kept is not None else Delete(key)])
 
     run(backend, test)
 

@@ -180,7 +180,9 @@ class Keys:
         return next((row for row, pattern in _PATTERNS if pattern.fullmatch(rest)), None)
 
 
+_PARTS = {"ID": "[0-9a-f]{10}", "PEER": "[^/]+", "NAME": "[^/]+", "NONCE": "[^/]+"}
+
 _PATTERNS = [
-    (row, re.compile(re.sub("[A-Z]+", "[^/]+", re.escape(row.pattern).replace(r"\-", "-"))))
+    (row, re.compile(re.sub("[A-Z]+", lambda part: _PARTS[part[0]], re.escape(row.pattern))))
     for row in TABLE
 ]
