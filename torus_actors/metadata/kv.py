@@ -320,13 +320,13 @@ def check_key(key: str) -> None:
 
 
 def check_int64(number: int) -> None:
-    """Refuse what etcd and SQLite cannot hold as a revision or a lease.
+    """Refuse what etcd and SQLite cannot hold as a revision, a lease or a count.
 
     Raises:
         Invalid: below 0, or above 63 bits.
     """
     if not 0 <= number <= INT64_MAX:
-        raise Invalid(f"{number} is no revision and no lease")
+        raise Invalid(f"{number} is no revision, lease or count")
 
 
 def leases_of(then: Sequence[Operation]) -> set[int]:
