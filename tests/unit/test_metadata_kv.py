@@ -144,6 +144,8 @@ def test_a_long_range_is_read_in_pages(backend: Backend) -> None:
         behind, revision = await store.range("p/", after="p/1")
         assert [item.key for item in behind] == keys[2:]
         assert revision == (await store.range(""))[1]
+        with pytest.raises(Invalid):
+            await store.range("p/", limit=1 << 63)
 
     run(backend, test)
 

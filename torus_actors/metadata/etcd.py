@@ -115,6 +115,7 @@ class EtcdStore(kv.KeyValueStore):
         self, prefix: str, *, after: str = "", limit: int = 0
     ) -> tuple[list[kv.KeyValue], int]:
         """See `kv.KeyValueStore.range`."""
+        kv.check_int64(limit)
         bounds = _under(prefix)
         if after:
             bounds["key"] = after.encode() + b"\0"

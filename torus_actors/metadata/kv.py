@@ -205,7 +205,7 @@ class KeyValueStore(ABC):
         Args:
             prefix: of the keys.
             after: one of those keys; only what comes after it is wanted.
-            limit: no more than so many; 0 for all.
+            limit: no more than so many, and fewer only if there are no more; 0 for all.
         """
 
     @abstractmethod

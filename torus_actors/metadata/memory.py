@@ -53,6 +53,7 @@ class MemoryStore(kv.KeyValueStore):
         self, prefix: str, *, after: str = "", limit: int = 0
     ) -> tuple[list[kv.KeyValue], int]:
         """See `kv.KeyValueStore.range`."""
+        kv.check_int64(limit)
         self._enter()
         found = [item for key, item in self._keys.items() if key.startswith(prefix) and key > after]
         # Code points sort as their UTF-8 bytes do, which is the order of the other backends.
