@@ -379,6 +379,23 @@ def test_a_watch_waits_out_an_outage(backend: Backend) -> None:
     run(backend, test)
 
 
+def test_a_key_beside_the_ring_is_not_taken_for_it(backend: Backend) -> None:
+    """Somebody's copy of it, or anything else whose name only begins like that.
+
+    Found by review: with such a key no process saw the ring change any more.
+    """
+
+    async def test(f: Fixture) -> None:
+        await f.store.txn([], [Put(f.service.keys.ring + "-old", b"a note")])
+        rings = f.service.ring_watch()
+        assert await anext(rings) == (b"ring 1", 1)
+        await f.store.txn([], [Put(f.service.keys.ring + "-older", b"another")])
+        await f.service.set_ring(b"ring 2", 2)
+        assert await anext(rings) == (b"ring 2", 2)
+
+    run(backend, test)
+
+
 @pytest.mark.parametrize(
     "failure",
     [

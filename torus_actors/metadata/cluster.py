@@ -161,7 +161,8 @@ class ClusterOperations(MetadataBase):
         def view(found: list[RingRecord]) -> tuple[bytes, int] | None:
             return (found[0].data, found[0].version) if found else None
 
-        return Follow(self.watch(self.keys.ring), RingRecord, view)
+        key = self.keys.ring
+        return Follow(self.watch(key), RingRecord, view, key=key)
 
     async def register_peer(self, info: PeerInfo, lease: int) -> None:
         """Say that a storage node is up, for as long as the lease lives.
