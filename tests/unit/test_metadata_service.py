@@ -54,6 +54,7 @@ from torus_actors.metadata.records import (
     PeerInfo,
     Reader,
     Snapshot,
+    VolumeName,
     VolumeRecord,
 )
 from torus_actors.metadata.service import MetadataService
@@ -375,6 +376,62 @@ def test_a_watch_waits_out_an_outage(backend: Backend) -> None:
         assert not coming.done()
         f.store.down = False
         assert await coming == (b"ring 2", 2)
+
+    run(backend, test)
+
+
+def test_no_volume_is_made_or_taken_for_another_by_a_record_that_is_wrong(
+    backend: Backend,
+) -> None:
+    """A counter that was put back, a name that leads elsewhere: an error, and nothing changes.
+
+    Found by review: a new volume took the place of the one that had its id, which was lost, and to
+    delete a volume deleted the one to which its name led.
+    """
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        for name in ("a", "b", "gone"):
+            await service.create_volume(name, GIB)
+        await service.delete_volume("gone")
+        counter = service.keys.volume_counter
+        for last in (0, 2):  # the next is one that is there, one of which there is a marker
+            await f.store.txn([], [Put(counter, Counter(last).encode())])
+            before = (await f.store.range(""))[0]
+            with pytest.raises(Corruption, match="volume-counter"):
+                await service.create_volume("c", GIB)
+            assert (await f.store.range(""))[0] == before
+        await f.store.txn([], [Put(service.keys.name("a"), VolumeName(2).encode())])
+        before = (await f.store.range(""))[0]
+        for call in (
+            service.volume("a"),
+            service.delete_volume("a"),
+            service.resize_volume("a", 2 * GIB),
+        ):
+            with pytest.raises(Corruption, match="names/a"):
+                await call
+        assert (await f.store.range(""))[0] == before
+
+    run(backend, test)
+
+
+def test_a_record_that_cannot_be_read_is_told_with_its_key(backend: Backend) -> None:
+    """Whoever has to mend it must know where it is."""
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        volume = await service.create_volume("a", GIB)
+        for row, call in (
+            (keys.LOCK, lambda: service.lock_status(volume.id)),
+            (keys.VOLUME, service.volumes),
+            (keys.HEAD, service.state),
+        ):
+            key = service.keys.of(row, volume.id)
+            kept = await f.store.get(key)
+            await f.store.txn([], [Put(key, b"7")])
+            with pytest.raises(Corruption, match=f"^{key}: stored {row.record.__name__} cannot be"):
+                await call()
+            await f.store.txn([], [Delete(key) if kept is None else Put(key, kept.value)])
 
     run(backend, test)
 

@@ -81,7 +81,7 @@ class MetadataBase:
         found = await self.store.get(self.keys.global_)
         if found is None:
             raise NoGlobalMetadata("the cluster is not initialised: run torusctl init")
-        metadata = GlobalMetadata.decode(found.value)
+        metadata = GlobalMetadata.decode(found.value, found.key)
         self._cluster_id, self._global = metadata.cluster_id, found.value
         return metadata
 
@@ -100,7 +100,9 @@ class MetadataBase:
 
     async def _read(self, key: str, record: type[R]) -> tuple[R | None, int]:
         found = await self.store.get(key)
-        return (None, 0) if found is None else (record.decode(found.value), found.mod_revision)
+        if found is None:
+            return None, 0
+        return record.decode(found.value, key), found.mod_revision
 
     async def _revision_of(self, key: str, record: Record) -> int | None:
         """The revision of a record that was read before; None if it is another by now.
@@ -113,7 +115,7 @@ class MetadataBase:
 
     async def _list(self, prefix: str, record: type[R]) -> list[R]:
         found, _ = await self.store.range(prefix)
-        return [record.decode(item.value) for item in found]
+        return [record.decode(item.value, item.key) for item in found]
 
     async def _in_pages(self, prefix: str) -> list[KeyValue]:
         """Every key that starts with ``prefix``, but not all as they were in one moment."""

@@ -225,7 +225,7 @@ class ClusterOperations(MetadataBase):
             row = self.keys.row_of(item.key)
             if row is None:
                 raise Corruption(f"unknown metadata key {item.key}")
-            record = row.record.decode(item.value)
+            record = row.record.decode(item.value, item.key)
             volume_id = item.key.removeprefix(self.keys.under(row)).partition("/")[0]
             match record:
                 case Head():

@@ -48,8 +48,12 @@ class Record:
         return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
-    def decode(cls: type[R], data: bytes) -> R:
+    def decode(cls: type[R], data: bytes, key: str = "") -> R:
         """Read a record.
+
+        Args:
+            data: what is stored.
+            key: where, for the error.
 
         Raises:
             Corruption: it is none of this kind.
@@ -62,7 +66,8 @@ class Record:
             known = {name: decoders[name](item) for name, item in plain.items() if name in decoders}
             return cls(**known)
         except (ValueError, TypeError, RecursionError, Invalid) as error:
-            raise Corruption(f"stored {cls.__name__} cannot be read: {error}") from error
+            where = f"{key}: " if key else ""
+            raise Corruption(f"{where}stored {cls.__name__} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

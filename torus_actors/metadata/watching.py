@@ -130,7 +130,7 @@ class Follow(AsyncIterator[T], Generic[R, T]):
             counted = {self._key} & self._values.keys() if self._key else self._values.keys()
             try:
                 seen = self._view(
-                    [self._record.decode(self._values[key]) for key in sorted(counted)]
+                    [self._record.decode(self._values[key], key) for key in sorted(counted)]
                 )
             except Corruption as error:
                 log.error("keeping what was known before: %s", error)
