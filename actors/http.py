@@ -7,6 +7,7 @@ anew.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ ASK_TIMEOUT_S = 5.0
 STOP_S_MAX = 2.0
 """How long requests under way may keep a node from stopping."""
 
+CONNECTIONS_MAX = 64
+"""Connections at once; a few monitors and browsers have a dozen. For one more, one of them is
+closed, whichever: an honest one has its answer in milliseconds, or asks again, while one that says
+nothing holds its place only until others come. They must not take a node's file descriptors, which
+its peers and its clients need."""
+
 
 class HttpServer(LoopActor):
     """See the module.
@@ -38,6 +45,7 @@ class HttpServer(LoopActor):
         super().__init__()
         self._listen = listen
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
 
     async def setup(self) -> None:
         """Listen."""
@@ -51,7 +59,7 @@ class HttpServer(LoopActor):
         await self._runner.setup()
         host, port = self._listen
         try:
-            await web.TCPSite(self._runner, host, port, reuse_address=True).start()
+            self._server = await self.system.loop.create_server(self._accept, host, port)
         except OSError as error:
             reason = os.strerror(error.errno).lower() if error.errno else str(error)
             raise Invalid(
@@ -60,8 +68,22 @@ class HttpServer(LoopActor):
 
     async def cleanup(self) -> None:
         """Stop listening."""
+        if self._server is not None:
+            self._server.close()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        assert self._runner is not None and self._runner.server is not None
+        server = self._runner.server
+        # Not the newcomer: those inside may be there to keep it out. Some of them may be gone, and
+        # counted yet, or accepted, and not counted yet; the next newcomer puts that right.
+        there = server.connections
+        excess = max(0, len(there) + 1 - CONNECTIONS_MAX)
+        for unlucky in self.system.rng.sample(there, excess):
+            if unlucky.transport is not None:
+                unlucky.transport.abort()
+        return server()
 
     @expose()
     def address(self) -> str:

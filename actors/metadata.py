@@ -68,9 +68,9 @@ class MetadataActor(LoopActor):
         return None if found is None else found.to_wire()
 
     @expose(remote=True, idempotent=True)
-    async def kv_range(self, prefix: str) -> Any:
+    async def kv_range(self, prefix: str, after: str = "", limit: int = 0) -> Any:
         """``KeyValueStore.range``."""
-        return _listed(*await self.store.range(prefix))
+        return _listed(*await self.store.range(prefix, after=after, limit=limit))
 
     @expose(remote=True)
     async def kv_txn(self, compare: list[Any], then: list[Any]) -> Any:
@@ -164,11 +164,14 @@ class ActorStore(kv.KeyValueStore):
         found = await self._ask(self._actor.kv_get.remote(key, timeout_s=CALL_TIMEOUT_S), False)
         return None if found is None else kv.KeyValue.from_wire(found)
 
-    async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[kv.KeyValue], int]:
         """See KeyValueStore."""
-        found, revision = _items(
-            await self._ask(self._actor.kv_range.remote(prefix, timeout_s=CALL_TIMEOUT_S), False)
-        )
+        # A node of an earlier version knows of no pages.
+        part = (after, limit) if after or limit else ()
+        ref = self._actor.kv_range.remote(prefix, *part, timeout_s=CALL_TIMEOUT_S)
+        found, revision = _items(await self._ask(ref, False))
         return [kv.KeyValue.from_wire(each) for each in found], revision
 
     async def txn(

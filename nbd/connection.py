@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 1024
-"""Connections of one server; more are closed as they come. A node's file descriptors and receive
-buffers are finite, and a client that leaks connections must not take them all."""
+"""Connections of one server. A node's file descriptors and receive buffers are finite, and a client
+that leaks connections must not take them all. For one more, the one is closed that has been in its
+handshake for longest, if it is its client's turn: an honest client is through in milliseconds, and
+those that say nothing must not keep it out. Where there is none, the newcomer is closed."""
 
 HANDSHAKE_TIMEOUT_S = 120.0
 """How long a client may be silent in the handshake, when it is its turn. Long enough for a person
@@ -96,7 +98,8 @@ class NbdState:
         self.exports = exports
         self.pool = pool if pool is not None else BufferPool()
         self.wakeful = wakeful
-        self.connections: set[NbdConnection] = set()
+        self.connections: dict[NbdConnection, None] = {}
+        """In the order in which they came."""
         self.listeners: list[NbdListener] = []
         self.open_names: Counter[str] = Counter()
         """Exports that connections hold open, by the name each of them gave to ``open``."""
@@ -111,6 +114,15 @@ class NbdState:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def make_room(self) -> bool:
+        """End the first connection that is silent in its handshake; False if there is none."""
+        for connection in self.connections:
+            if connection.silent:
+                del self.connections[connection]
+                connection.abort()
+                return True
+        return False
 
     async def settled(self) -> None:
         """Wait until no slow work is under way."""
@@ -182,6 +194,11 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Requests the device has not answered yet."""
         return self._tx.inflight if self._tx is not None else 0
 
+    @property
+    def silent(self) -> bool:
+        """Whether it has no export, and waits for its client to ask for one."""
+        return self._tx is None and self._opened is None and self._handshake.waits_for_client
+
     def shut_down(self) -> None:
         """Answer nothing new but ESHUTDOWN, and close once nothing is in flight."""
         self._handshake.shutting_down = True
@@ -206,11 +223,11 @@ class NbdConnection(asyncio.BufferedProtocol):
         self.lost = loop.create_future()
         peer = transport.get_extra_info("peername")
         self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix socket"
-        if len(self._state.connections) >= CONNECTIONS_MAX:
+        if len(self._state.connections) >= CONNECTIONS_MAX and not self._state.make_room():
             log.warning("NBD client %s refused: %d connections", self.peer, CONNECTIONS_MAX)
             self._transport.abort()
             return
-        self._state.connections.add(self)
+        self._state.connections[self] = None
         self._transport.set_write_buffer_limits(WRITE_HIGH_BYTES, WRITE_LOW_BYTES)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family == socket.AF_UNIX:
@@ -225,7 +242,7 @@ class NbdConnection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client; its export is released when its requests have been answered."""
         self._transport = None
-        self._state.connections.discard(self)
+        self._state.connections.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
         if self.lost is not None and not self.lost.done():

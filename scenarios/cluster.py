@@ -496,9 +496,11 @@ class ObservedStore(kv.KeyValueStore):
         """See KeyValueStore."""
         return await self.inner.get(key)
 
-    async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[kv.KeyValue], int]:
         """See KeyValueStore."""
-        return await self.inner.range(prefix)
+        return await self.inner.range(prefix, after=after, limit=limit)
 
     async def txn(self, compare: Any, then: Any) -> kv.TxnResult:
         """See KeyValueStore."""

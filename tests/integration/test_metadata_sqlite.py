@@ -65,7 +65,7 @@ def test_what_a_full_disk_has_can_be_read_when_a_lease_ends(
         now = 0.0
         store = await SqliteStore.open(tmp_path / "metadata.sqlite", clock=lambda: now)
         lease = await store.lease_grant(10)
-        revision = (await store.txn([], [Put("a", b"1"), Put("b", b"", lease)])).revision
+        revision = (await store.txn([], [Put("a", b"1"), Put("0", b"", lease)])).revision
         with monkeypatch.context() as patch:
 
             def full(self: Database, leases: Sequence[int]) -> bool:
@@ -74,15 +74,16 @@ def test_what_a_full_disk_has_can_be_read_when_a_lease_ends(
             patch.setattr(Database, "end_leases", full)
             now = 11.0
             found = await store.get("a")
-            assert found is not None and await store.get("b") is None
+            assert found is not None and await store.get("0") is None
             assert await store.range("") == ([found], revision)
+            assert await store.range("", limit=1) == ([found], revision)
             assert await store.events("", revision, 0.0) == ([], revision)
             with pytest.raises(OutOfSpace):
                 await store.txn([], [Put("a", b"2")])
             with pytest.raises(LeaseNotFound):
                 await store.lease_keepalive(lease)
         events, _ = await store.events("", revision, 5.0)
-        assert [(event.kind, event.key) for event in events] == [(EventKind.DELETE, "b")]
+        assert [(event.kind, event.key) for event in events] == [(EventKind.DELETE, "0")]
         await store.txn([], [Put("a", b"2")])
         await store.close()
 

@@ -275,9 +275,9 @@ async def test_a_volume_created_during_a_pass_is_safe() -> None:
         inner = watched.store.inner
         ranged, busy = inner.range, False
 
-        async def slow_range(prefix: str) -> Any:
+        async def slow_range(prefix: str, **page: Any) -> Any:
             nonlocal busy
-            found = await ranged(prefix)
+            found = await ranged(prefix, **page)
             if not busy:
                 busy = True
                 try:
@@ -520,9 +520,9 @@ async def test_the_metadata_is_read_at_one_revision() -> None:
         reads: list[str] = []
         inner = watched.store.inner.range
 
-        async def counted(prefix: str) -> Any:
+        async def counted(prefix: str, **page: Any) -> Any:
             reads.append(prefix)
-            return await inner(prefix)
+            return await inner(prefix, **page)
 
         async def refused(key: str) -> Any:
             raise AssertionError(f"a second read: {key}")

@@ -130,6 +130,26 @@ def test_range_takes_exactly_the_keys_with_the_prefix_in_order(backend: Backend)
     run(backend, test)
 
 
+def test_a_long_range_is_read_in_pages(backend: Backend) -> None:
+    """A page begins behind the key that is named, and has no more keys than are wanted."""
+
+    async def test(store: KeyValueStore) -> None:
+        keys = ["p/", "p/1", "p/1/", "p/\ue000", "p/\U0010ffff"]
+        await store.txn([], [Put(key, b"") for key in [*keys, "o", "q"]])
+        found: list[str] = []
+        while page := (await store.range("p/", after=found[-1] if found else "", limit=2))[0]:
+            assert len(page) <= 2
+            found += [item.key for item in page]
+        assert found == keys
+        behind, revision = await store.range("p/", after="p/1")
+        assert [item.key for item in behind] == keys[2:]
+        assert revision == (await store.range(""))[1]
+        with pytest.raises(Invalid):
+            await store.range("p/", limit=1 << 63)
+
+    run(backend, test)
+
+
 @pytest.mark.parametrize(
     ("condition", "holds"),
     [

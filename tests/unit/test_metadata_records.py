@@ -14,6 +14,7 @@ import pytest
 
 from torus_actors.errors import Corruption, Invalid, LeaseNotFound, NotSupported
 from torus_actors.metadata import keys, opening, records
+from torus_actors.metadata.base import when
 from torus_actors.metadata.kv import KeyValueStore, Put, prefix_end
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.patience import Backoff
@@ -53,9 +54,22 @@ def test_what_is_no_record_is_corruption(record: records.Record) -> None:
     wrong: list[object] = [None, [], 7, {}]
     wrong += [{**plain, name: [{}]} for name in plain]
     wrong += [{**plain, name: None} for name in plain]
-    for broken in (b"", data[:-1], b"\xff", *(json.dumps(each).encode() for each in wrong)):
+    deep = b"[" * 100_000, b'{"a":' * 100_000
+    for broken in (b"", data[:-1], b"\xff", *deep, *(json.dumps(each).encode() for each in wrong)):
         with pytest.raises(Corruption):
             type(record).decode(broken)
+
+
+@pytest.mark.parametrize("since", ["1" + "0" * 400, "NaN", "Infinity", "1e12", "-1"])
+def test_a_time_that_no_clock_shows_is_corruption(since: str) -> None:
+    """Whoever tells a person of it need not look out for that.
+
+    Found by review: a lock with such a time ended whoever told of the lock, with a traceback.
+    """
+    with pytest.raises(Corruption):
+        records.Lock.decode(b'{"holder":"h","epoch":3,"since":%s}' % since.encode())
+    last = records.Lock.decode(b'{"holder":"h","epoch":3,"since":253402300799}').since
+    assert when(last) == "9999-12-31T23:59:59Z"
 
 
 def test_an_unknown_field_is_ignored_and_a_new_one_has_a_default() -> None:
@@ -109,7 +123,8 @@ def test_every_key_is_in_the_table() -> None:
     for row, key in samples.items():
         assert made.row_of(key) is row
         assert key.startswith(made.under(row)) or "/" not in row.pattern
-    for foreign in ("q/global", "p/globals", "p/heads", "p/heads/", "p/heads/1/2", "p/"):
+    ids = "p/heads/1", "p/heads/000000000G", "p/epochs/00000000001", "p/snapshots/1/monday"
+    for foreign in ("q/global", "p/globals", "p/heads", "p/heads/", "p/heads/1/2", "p/", *ids):
         assert made.row_of(foreign) is None
 
 

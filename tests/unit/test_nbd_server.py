@@ -683,6 +683,42 @@ def test_connections_are_limited(
     run(body)
 
 
+def test_connections_that_say_nothing_keep_nobody_out(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one more than the limit the one makes room that has been silent for longest.
+
+    Who has an export stays, and so does who waits for one. Found by review: for two minutes, and
+    as often as somebody liked, no client was let in.
+    """
+    monkeypatch.setattr(conn, "CONNECTIONS_MAX", 4)
+
+    async def body(folder: Path) -> None:
+        exports = One(Held())
+        listener = await start(folder, exports)
+        client = await Client.connect(folder / "s")
+        exports.gate = asyncio.Event()
+        exports.opening.clear()
+        waiting = asyncio.ensure_future(Client.connect(folder / "s"))
+        await exports.opening.wait()
+        silent = [await Client.raw(folder / "s") for _ in range(5)]
+        for each in silent[:3]:
+            await each.ended()
+        assert len(listener.state.connections) == 4
+        honest = asyncio.ensure_future(Client.connect(folder / "s"))
+        await silent[3].ended()
+        exports.gate.set()
+        for there in (client, await waiting, await honest):
+            there.send(Cmd.DISC)
+            await there.ended()
+        await silent[4].leave()
+        await gone(listener.state)
+        assert exports.opened == exports.released == 3
+        await listener.close()
+
+    run(body)
+
+
 def test_garbage_instead_of_a_tls_handshake(run: Callable[[Test], None]) -> None:
     """The session ends, and leaves nothing behind."""
 

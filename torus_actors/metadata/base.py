@@ -19,7 +19,7 @@ from torus_actors.errors import (
 )
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.keys import PREFIX, Keys
-from torus_actors.metadata.kv import Compare, Delete, KeyValueStore, Operation, Put
+from torus_actors.metadata.kv import Compare, Delete, KeyValue, KeyValueStore, Operation, Put
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import GlobalMetadata, Record
 from torus_actors.metadata.watching import POLL_S, Watch
@@ -28,6 +28,9 @@ R = TypeVar("R", bound=Record)
 
 RESOLVE_S = 10.0
 """How long an operation whose answer was lost is followed up before it fails as unknown."""
+
+PAGE_KEYS = 4096
+"""Keys in one answer, where there may be more than an answer holds: a megabyte of volumes."""
 
 CONTENTION_MAX = 50
 """Attempts against others who change the same key; more is not contention, but a bug."""
@@ -78,7 +81,7 @@ class MetadataBase:
         found = await self.store.get(self.keys.global_)
         if found is None:
             raise NoGlobalMetadata("the cluster is not initialised: run torusctl init")
-        metadata = GlobalMetadata.decode(found.value)
+        metadata = GlobalMetadata.decode(found.value, found.key)
         self._cluster_id, self._global = metadata.cluster_id, found.value
         return metadata
 
@@ -97,7 +100,9 @@ class MetadataBase:
 
     async def _read(self, key: str, record: type[R]) -> tuple[R | None, int]:
         found = await self.store.get(key)
-        return (None, 0) if found is None else (record.decode(found.value), found.mod_revision)
+        if found is None:
+            return None, 0
+        return record.decode(found.value, key), found.mod_revision
 
     async def _revision_of(self, key: str, record: Record) -> int | None:
         """The revision of a record that was read before; None if it is another by now.
@@ -110,7 +115,17 @@ class MetadataBase:
 
     async def _list(self, prefix: str, record: type[R]) -> list[R]:
         found, _ = await self.store.range(prefix)
-        return [record.decode(item.value) for item in found]
+        return [record.decode(item.value, item.key) for item in found]
+
+    async def _in_pages(self, prefix: str) -> list[KeyValue]:
+        """Every key that starts with ``prefix``, but not all as they were in one moment."""
+        found: list[KeyValue] = []
+        while True:
+            after = found[-1].key if found else ""
+            page, _ = await self.store.range(prefix, after=after, limit=PAGE_KEYS)
+            found += page
+            if len(page) < PAGE_KEYS:
+                return found
 
     async def _touch(self, volume_id: int) -> tuple[list[Compare], list[Put]]:
         """What keeps a creation that arrives late from undoing a deletion.

@@ -15,9 +15,10 @@ from torus_actors.errors import (
     NoGlobalMetadata,
     NonSequentialRing,
 )
+from torus_actors.metadata import base
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.base import MetadataBase
-from torus_actors.metadata.kv import Compare, Delete, DeletePrefix, Put
+from torus_actors.metadata.kv import Compare, Delete, DeletePrefix, KeyValue, Put
 from torus_actors.metadata.records import (
     Counter,
     Epoch,
@@ -97,7 +98,7 @@ class ClusterOperations(MetadataBase):
             begun, wanted = True, value
 
             async def gone() -> int | None:
-                items, now = await self.store.range(self.keys.prefix)
+                items, now = await self.store.range(self.keys.prefix, limit=1)
                 return None if items else now
 
             # The compare keeps a wipe that was delayed on its way from hitting a later cluster.
@@ -160,7 +161,8 @@ class ClusterOperations(MetadataBase):
         def view(found: list[RingRecord]) -> tuple[bytes, int] | None:
             return (found[0].data, found[0].version) if found else None
 
-        return Follow(self.watch(self.keys.ring), RingRecord, view)
+        key = self.keys.ring
+        return Follow(self.watch(key), RingRecord, view, key=key)
 
     async def register_peer(self, info: PeerInfo, lease: int) -> None:
         """Say that a storage node is up, for as long as the lease lives.
@@ -204,13 +206,15 @@ class ClusterOperations(MetadataBase):
         return Follow(self.watch(self.keys.under(table.PEER)), PeerInfo, list)
 
     async def state(self) -> ClusterState:
-        """All that refers to blocks, in one read: what a collector's pass starts from.
+        """All that refers to blocks, as of one revision: what a collector's pass starts from.
+
+        But for the markers of deleted volumes, some of which may be missing.
 
         Raises:
             Corruption: any record cannot be read; nothing is left out.
             Fenced: the cluster was wiped, or it is another one's.
         """
-        items, revision = await self.store.range(self.keys.prefix)
+        items, revision = await self._everything()
         stored = next((item.value for item in items if item.key == self.keys.global_), None)
         if not self._is_ours(stored):
             raise Fenced("this is not the metadata of the cluster to which this process belongs")
@@ -221,7 +225,7 @@ class ClusterOperations(MetadataBase):
             row = self.keys.row_of(item.key)
             if row is None:
                 raise Corruption(f"unknown metadata key {item.key}")
-            record = row.record.decode(item.value)
+            record = row.record.decode(item.value, item.key)
             volume_id = item.key.removeprefix(self.keys.under(row)).partition("/")[0]
             match record:
                 case Head():
@@ -242,9 +246,28 @@ class ClusterOperations(MetadataBase):
                     state.deleted[record.id] = record
         return state
 
+    async def _everything(self) -> tuple[list[KeyValue], int]:
+        """Every key, and the revision at which that is so.
+
+        The markers of deleted volumes come first, and in pages: they are ever more. So they are of
+        some earlier moment, which is safe, since none of them goes: a volume whose marker came
+        after that is one of which nothing is collected yet.
+        """
+        items: list[KeyValue] = []
+        after, limit = "", base.PAGE_KEYS
+        while True:
+            page, revision = await self.store.range(self.keys.prefix, after=after, limit=limit)
+            if not limit or len(page) < limit:
+                return items + page, revision
+            markers = [item for item in page if item.key < self.keys.behind_deleted]
+            items += markers
+            after = markers[-1].key if markers else after
+            if len(markers) < len(page):
+                limit = 0  # all the rest, at one revision
+
     async def dump(self) -> list[tuple[str, Record | bytes]]:
         """Every key and its record, for a person; what cannot be read is given as it is."""
-        items, _ = await self.store.range(self.keys.prefix)
+        items = await self._in_pages(self.keys.prefix)
         return [(item.key, self._decoded(item.key, item.value)) for item in items]
 
     def _decoded(self, key: str, value: bytes) -> Record | bytes:

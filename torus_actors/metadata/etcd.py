@@ -111,9 +111,15 @@ class EtcdStore(kv.KeyValueStore):
         answer = await self._data.ask(_range, request, changes=False)
         return _key_value(answer.kvs[0]) if answer.kvs else None
 
-    async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[kv.KeyValue], int]:
         """See `kv.KeyValueStore.range`."""
-        request = etcdrpc.RangeRequest(**_under(prefix))
+        kv.check_int64(limit)
+        bounds = _under(prefix)
+        if after:
+            bounds["key"] = after.encode() + b"\0"
+        request = etcdrpc.RangeRequest(**bounds, limit=limit)
         answer = await self._data.ask(_range, request, changes=False)
         return [_key_value(item) for item in answer.kvs], answer.header.revision
 

@@ -50,10 +50,12 @@ class FaultyStore(kv.KeyValueStore):
         self._check()
         return await self.inner.get(key)
 
-    async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[kv.KeyValue], int]:
         """See `kv.KeyValueStore.range`."""
         self._check()
-        return await self.inner.range(prefix)
+        return await self.inner.range(prefix, after=after, limit=limit)
 
     async def txn(
         self, compare: Sequence[kv.Compare], then: Sequence[kv.Operation]

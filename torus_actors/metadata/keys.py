@@ -137,6 +137,8 @@ class Keys:
         self.global_ = prefix + GLOBAL.pattern
         self.ring = prefix + RING.pattern
         self.volume_counter = prefix + VOLUME_COUNTER.pattern
+        self.behind_deleted = self.under(DELETED)[:-1] + chr(ord("/") + 1)
+        """No marker of a deleted volume comes after it, and no other family's key before."""
 
     def under(self, key: Key) -> str:
         """The prefix of a family of keys."""
@@ -178,7 +180,9 @@ class Keys:
         return next((row for row, pattern in _PATTERNS if pattern.fullmatch(rest)), None)
 
 
+_PARTS = {"ID": "[0-9a-f]{10}", "PEER": "[^/]+", "NAME": "[^/]+", "NONCE": "[^/]+"}
+
 _PATTERNS = [
-    (row, re.compile(re.sub("[A-Z]+", "[^/]+", re.escape(row.pattern).replace(r"\-", "-"))))
+    (row, re.compile(re.sub("[A-Z]+", lambda part: _PARTS[part[0]], re.escape(row.pattern))))
     for row in TABLE
 ]

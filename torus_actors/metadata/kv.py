@@ -197,8 +197,16 @@ class KeyValueStore(ABC):
         """The present value of a key, or None."""
 
     @abstractmethod
-    async def range(self, prefix: str) -> tuple[list[KeyValue], int]:
-        """Every key that starts with ``prefix``, by key, and the store's revision just then."""
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[KeyValue], int]:
+        """Keys that start with ``prefix``, by key, and the store's revision just then.
+
+        Args:
+            prefix: of the keys.
+            after: one of those keys; only what comes after it is wanted.
+            limit: no more than so many, and fewer only if there are no more; 0 for all.
+        """
 
     @abstractmethod
     async def txn(self, compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
@@ -312,13 +320,13 @@ def check_key(key: str) -> None:
 
 
 def check_int64(number: int) -> None:
-    """Refuse what etcd and SQLite cannot hold as a revision or a lease.
+    """Refuse what etcd and SQLite cannot hold as a revision, a lease or a count.
 
     Raises:
         Invalid: below 0, or above 63 bits.
     """
     if not 0 <= number <= INT64_MAX:
-        raise Invalid(f"{number} is no revision and no lease")
+        raise Invalid(f"{number} is no revision, lease or count")
 
 
 def leases_of(then: Sequence[Operation]) -> set[int]:

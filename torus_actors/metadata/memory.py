@@ -49,12 +49,16 @@ class MemoryStore(kv.KeyValueStore):
         self._enter()
         return self._keys.get(key)
 
-    async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[kv.KeyValue], int]:
         """See `kv.KeyValueStore.range`."""
+        kv.check_int64(limit)
         self._enter()
-        found = [item for key, item in self._keys.items() if key.startswith(prefix)]
+        found = [item for key, item in self._keys.items() if key.startswith(prefix) and key > after]
         # Code points sort as their UTF-8 bytes do, which is the order of the other backends.
-        return sorted(found, key=lambda item: item.key), self._revision
+        found.sort(key=lambda item: item.key)
+        return found[: limit or None], self._revision
 
     async def txn(
         self, compare: Sequence[kv.Compare], then: Sequence[kv.Operation]

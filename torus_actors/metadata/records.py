@@ -30,6 +30,9 @@ RING_BYTES_MAX = 256 << 10
 EXTRA_BYTES_MAX = 64 << 10
 """Metadata holds no data (torus#120)."""
 
+TIME_END_S = 253_402_300_800
+"""The year 10000, which no clock of a machine shows."""
+
 _DECODERS: dict[str, Callable[[Any], Any]] = {}
 
 
@@ -45,8 +48,12 @@ class Record:
         return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
-    def decode(cls: type[R], data: bytes) -> R:
+    def decode(cls: type[R], data: bytes, key: str = "") -> R:
         """Read a record.
+
+        Args:
+            data: what is stored.
+            key: where, for the error.
 
         Raises:
             Corruption: it is none of this kind.
@@ -58,8 +65,9 @@ class Record:
             decoders = _field_decoders(cls)
             known = {name: decoders[name](item) for name, item in plain.items() if name in decoders}
             return cls(**known)
-        except (ValueError, TypeError, Invalid) as error:
-            raise Corruption(f"stored {cls.__name__} cannot be read: {error}") from error
+        except (ValueError, TypeError, RecursionError, Invalid) as error:
+            where = f"{key}: " if key else ""
+            raise Corruption(f"{where}stored {cls.__name__} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +319,12 @@ def _exactly(*kinds: type) -> Callable[[Any], Any]:
     return check
 
 
+def _time(item: Any) -> float:
+    if not 0 <= _exactly(float, int)(item) < TIME_END_S:  # nor is NaN
+        raise ValueError(f"{item!r} is no time")
+    return float(item)
+
+
 def _strings(item: Any) -> tuple[str, ...]:
     if not isinstance(item, list):
         raise TypeError(f"{item!r} is no list")
@@ -320,7 +334,7 @@ def _strings(item: Any) -> tuple[str, ...]:
 _DECODERS |= {
     "int": _exactly(int),
     "str": _exactly(str),
-    "float": lambda item: float(_exactly(float, int)(item)),
+    "float": _time,
     "bytes": lambda item: bytes.fromhex(_exactly(str)(item)),
     "tuple[str, ...]": _strings,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,12 +128,15 @@ class SqliteStore(kv.KeyValueStore):
         found: kv.KeyValue | None = await self._run(self._database.get, key)
         return None if found is not None and found.lease in ended else found
 
-    async def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 0
+    ) -> tuple[list[kv.KeyValue], int]:
         """See `kv.KeyValueStore.range`."""
+        kv.check_int64(limit)
         ended = await self._enter_to_read()
-        found: list[kv.KeyValue]
-        found, revision = await self._run(self._database.range, prefix)
-        return [item for item in found if item.lease not in ended] if ended else found, revision
+        found: tuple[list[kv.KeyValue], int]
+        found = await self._run(self._database.range, prefix, after, limit, ended)
+        return found
 
     async def txn(
         self, compare: Sequence[kv.Compare], then: Sequence[kv.Operation]
@@ -298,12 +301,18 @@ class Database:
             ).fetchone()
         return None if row is None else kv.KeyValue(key, *row)
 
-    def range(self, prefix: str) -> tuple[list[kv.KeyValue], int]:
-        """Read the keys under a prefix, and the revision."""
+    def range(
+        self, prefix: str, after: str, limit: int, ended: Collection[int]
+    ) -> tuple[list[kv.KeyValue], int]:
+        """Read keys under a prefix, but for those of leases that are over; and the revision."""
         where, bounds = _under(prefix)
+        # Not afterwards: a page with fewer keys than were asked for would be taken for the last.
+        over = ", ".join(map(str, ended))
         with self._errors("read"):
             rows = self._db.execute(
-                f"SELECT key, value, mod_revision, lease FROM kv WHERE {where} ORDER BY key", bounds
+                "SELECT key, value, mod_revision, lease FROM kv"
+                f" WHERE {where} AND key > ? AND lease NOT IN ({over}) ORDER BY key LIMIT ?",
+                (*bounds, after.encode(), limit or -1),
             ).fetchall()
             return [kv.KeyValue(row[0].decode(), *row[1:]) for row in rows], self._counter(
                 "revision"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torus_actors.errors import (
     CompareFailed,
+    Corruption,
     Exists,
     Invalid,
     Locked,
@@ -74,6 +75,7 @@ class VolumeOperations(MetadataBase):
             Exists: the name is taken.
             Invalid: the name is none, or no volume can be so large.
             CompareFailed: the origin was opened or changed meanwhile.
+            Corruption: the counter of ids is behind those that were given out.
             NoGlobalMetadata: the cluster was never initialised.
             OutOfSpace: all 2^40 ids have been used.
         """
@@ -91,6 +93,14 @@ class VolumeOperations(MetadataBase):
             if await self.store.get(self.keys.name(name)) is not None:
                 raise Exists(f"volume {name} exists already")
             key = self.keys.of(table.VOLUME, volume.id)
+            for taken in (key, self.keys.of(table.DELETED, volume.id)):
+                if await self.store.get(taken) is not None:
+                    if (await self._read(self.keys.volume_counter, Counter))[1] != revision:
+                        break  # by somebody who was faster
+                    raise Corruption(
+                        f"{self.keys.volume_counter} is {counter.last}, and there is {taken}: "
+                        "somebody has put it back; put it above all ids that were given out"
+                    )
             then = [
                 Put(self.keys.volume_counter, Counter(volume.id).encode()),
                 Put(self.keys.name(name), VolumeName(volume.id).encode()),
@@ -234,7 +244,8 @@ class VolumeOperations(MetadataBase):
 
     async def deleted_volumes(self) -> list[VolumeRecord]:
         """All volumes that were deleted, by id: nodes may still have blocks of them."""
-        return await self._list(self.keys.under(table.DELETED), VolumeRecord)
+        found = await self._in_pages(self.keys.under(table.DELETED))
+        return [VolumeRecord.decode(item.value, item.key) for item in found]
 
     async def _volume(self, name: str) -> tuple[VolumeRecord, int]:
         check_name(name)
@@ -243,6 +254,8 @@ class VolumeOperations(MetadataBase):
             key = self.keys.of(table.VOLUME, named.id)
             volume, revision = await self._read(key, VolumeRecord)
             # Deleted between the two reads, or else they belong together.
+            if volume is not None and volume.name != name:
+                raise Corruption(f"{self.keys.name(name)} leads to volume {volume.name}")
             if volume is not None:
                 return volume, revision
         raise NotExist(f"there is no volume {name}")

@@ -100,10 +100,19 @@ class Follow(AsyncIterator[T], Generic[R, T]):
         watch: the watch to follow.
         record: what the keys hold.
         view: makes what is yielded from the records, in order of key; None is not yielded.
+        key: the only one that counts, where others may begin with it; empty for all.
     """
 
-    def __init__(self, watch: Watch, record: type[R], view: Callable[[list[R]], T | None]) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        record: type[R],
+        view: Callable[[list[R]], T | None],
+        *,
+        key: str = "",
+    ) -> None:
         self._watch = watch
+        self._key = key
         self._record = record
         self._view = view
         self._values: dict[str, bytes] = {}
@@ -118,9 +127,10 @@ class Follow(AsyncIterator[T], Generic[R, T]):
                     self._values[event.key] = event.value
                 else:
                     self._values.pop(event.key, None)
+            counted = {self._key} & self._values.keys() if self._key else self._values.keys()
             try:
                 seen = self._view(
-                    [self._record.decode(value) for _, value in sorted(self._values.items())]
+                    [self._record.decode(self._values[key], key) for key in sorted(counted)]
                 )
             except Corruption as error:
                 log.error("keeping what was known before: %s", error)
