@@ -154,6 +154,33 @@ def test_a_node_that_does_not_say_how_its_blocks_are_is_not_taken_for_well() -> 
         assert found == [f"{actor} of node 10000000 does not answer: no answer within 2 s"]
 
 
+def test_a_disk_that_does_not_answer_is_told() -> None:
+    """With the node, how long and since when, in what, and what to do; its copies do not count."""
+    disk = {"hangs_s": 125.4, "since": 1_700_000_000.0, "calls": ["syncing blocks", "the journal"]}
+    hung = answer(IDS[0], disk=disk)
+    at = ring(3, 2)
+    rows = [row(0, at, hung), row(1, at), row(2, at)]
+    (told,) = problems(at, rows)
+    assert told.startswith(
+        "the disk of node 10000000 has not answered for 2m05s, since 2023-11-14 22:13:20 UTC "
+        "(syncing blocks, the journal)"
+    )
+    assert told.endswith("torusctl peer remove 10000000")
+    assert [state_of(each) for each in rows] == ["disk hangs", "up", "up"]
+    assert problems_of(hung) == [
+        "disk: it has not answered for 125 s (syncing blocks, the journal)"
+    ]
+    at = ring(2, 2)
+    told = problems(at, [row(0, at, hung), row(1, at)])[0]
+    assert "2 copies" in told and "only 1 node of the ring has a disk that answers" in told
+    at = ring(1, 1)
+    assert problems(at, [row(0, at, hung)])[0].startswith("no disk of the ring answers")
+    (_, told) = problems(at, [row(0, at), row(1, at, answer(IDS[1], disk=disk))])
+    assert "the disk of node 20000000" in told and "remove" not in told
+    well = answer(IDS[0], disk={"hangs_s": 0.0, "since": 0.0, "calls": []})
+    assert problems(at, [row(0, at, well)]) == problems_of(well) == []
+
+
 @virtual
 async def test_a_node_says_of_its_journal_too_that_it_failed() -> None:
     """Status asks the control actor only."""
