@@ -7,6 +7,7 @@ import concurrent.futures
 import errno
 import os
 import random
+import ssl
 import subprocess
 import sys
 import uuid
@@ -19,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.fakes import virtual
+from torus_actors.cli.blk import _tls_context
 from torus_actors.cli.blk import cli as blk
 from torus_actors.cli.common import (
     Command,
@@ -228,6 +230,62 @@ def test_secrets_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     os.truncate(path, 1 << 42)  # would find no room in memory
     with pytest.raises(Invalid, match="holds more than"):
         Settings().secret()
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"), [(0o600, False), (0o640, False), (0o644, True), (0o602, True)]
+)
+def test_a_secret_that_everybody_can_use_is_told_once(
+    mode: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line with what to do, and it is used all the same.
+
+    Found by asking: nobody noticed. Containers have theirs like that, so it is no reason to stop.
+    """
+    path = tmp_path / "my secret"
+    path.write_text("0123456789abcdef\n")
+    path.chmod(mode)
+    settings = Settings(secret_file=str(path))
+    with click.Context(node, info_name="torus-node"):
+        assert settings.secret() == settings.secret() == b"0123456789abcdef"
+    line = (
+        f"torus-node: warning: every user of this machine can use the secret in {path}: "
+        f"chmod 600 '{path}'\n"
+    )
+    assert capsys.readouterr().err == (line if told else "")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_key_that_everybody_can_use_is_told(
+    mode: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same rule; a certificate is for everybody."""
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", lambda *_: None)
+    for path in (key, cert):
+        path.touch()
+    cert.chmod(0o644)
+    key.chmod(mode)
+    _tls_context(cert, key)
+    told = capsys.readouterr().err
+    assert f"can use the private key in {key}: chmod 600 {key}\n" in told or mode == 0o600
+    assert told.count("\n") == (mode == 0o644)
+
+
+def test_a_secret_that_comes_through_a_pipe_is_not_everybodys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As of ``--secret-file <(pass show torus)``."""
+    read, write = os.pipe()
+    os.fchmod(read, 0o666)
+    os.write(write, b"0123456789abcdef\n")
+    os.close(write)
+    assert Settings(secret_file=f"/dev/fd/{read}").secret() == b"0123456789abcdef"
+    os.close(read)
+    assert capsys.readouterr().err == ""
 
 
 # -- how commands end ------------------------------------------------------------------------------

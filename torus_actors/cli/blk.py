@@ -31,6 +31,7 @@ from torus_actors.cli.common import (
     Settings,
     run_main,
     version_option,
+    warn_of_strangers,
 )
 from torus_actors.cli.units import Address, format_address
 from torus_actors.errors import Invalid, TorusError
@@ -193,6 +194,7 @@ def _tls_context(cert: Path, key: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key)
+        warn_of_strangers("private key", str(key), key.stat())
     except OSError as error:
         why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
         raise Invalid(f"cannot use {cert} with {key} for TLS: {why or error}") from error

@@ -7,9 +7,12 @@ Every option here is accepted before and behind the subcommand, and the last one
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import os
+import shlex
+import stat
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -92,15 +95,44 @@ class Settings:
         path = self.secret_file or os.environ.get(SECRET_ENV) or profile_value("secret-file")
         if not path:
             return None
-        with expanded(path).open("rb") as file:
+        path = str(expanded(path))
+        with open(path, "rb") as file:
             secret = file.read(SECRET_FILE_BYTES_MAX).strip()
             more = "more than " if file.read(1) else ""
+            warn_of_strangers("secret", path, os.fstat(file.fileno()))
         if more or not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
             raise Invalid(
                 f"secret file {path} holds {more}{len(secret)} bytes: a secret has "
-                f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}; make one with: openssl rand -hex 32"
+                f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}; make one with: "
+                "(umask 077; openssl rand -hex 32 > FILE)"
             )
         return secret
+
+
+def warn_of_strangers(what: str, path: str, found: os.stat_result) -> None:
+    """Say so, once, where everybody on this machine can read a secret, or put another in its place.
+
+    Not refused, as ssh would: containers are often given their secrets like that, where nobody else
+    is, and a node that does not start costs copies. A group may be meant to share one.
+
+    Args:
+        what: is in the file.
+        path: of the file.
+        found: what the system says of it.
+    """
+    if stat.S_ISREG(found.st_mode) and found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        _warn_once(what, path)
+
+
+@functools.cache
+def _warn_once(what: str, path: str) -> None:
+    context = click.get_current_context(silent=True)
+    program = "" if context is None else f"{context.find_root().info_name}: "
+    click.echo(
+        f"{program}warning: every user of this machine can use the {what} in {path}: "
+        f"chmod 600 {shlex.quote(path)}",
+        err=True,
+    )
 
 
 def parse_metadata_url(text: str) -> str:
