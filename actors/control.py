@@ -103,7 +103,7 @@ class Control(LoopActor):
         """
         cell = self.system.cells.get(actor)
         if cell is None:
-            raise ActorNotFound(f"no actor {actor} here")
+            raise ActorNotFound(f"no actor {actor} is there: torusctl tree shows those that are")
         if cell.parent is None:
             raise Invalid(f"{actor} has no supervisor: without it the process would end")
         # After the answer is on its way: the victim may be this actor, or the bridge.

@@ -481,6 +481,14 @@ def test_errors_are_told_in_one_line() -> None:
     assert one_line(RuntimeError(" a \n b ")) == "a b"
 
 
+def test_a_snapshot_that_is_to_be_cloned_is_told_as_one() -> None:
+    """With what can be done instead. Found by trying: it was told to be no name."""
+    done = CliRunner().invoke(ctl, ["volume", "clone", "vm@monday", "new"], obj=Settings())
+    assert isinstance(done.exception, Failed)
+    assert "vm@monday is a snapshot" in str(done.exception)
+    assert "torusctl block dump vm@monday FILE" in str(done.exception)
+
+
 # -- nodes and stores ------------------------------------------------------------------------------
 
 
@@ -489,11 +497,11 @@ def test_nodes_are_named_by_the_beginning_of_their_ids() -> None:
     ids = ["aab0", "aac0", "b000"]
     assert pick("b", ids, "node") == "b000"
     assert pick("AAB", ids, "node") == "aab0"
-    with pytest.raises(NotExist, match="no node zz"):
-        pick("zz", ids, "node")
+    with pytest.raises(NotExist, match="no node in the ring has an id that begins with zz: torus"):
+        pick("zz", ids, "node in the ring")
     with pytest.raises(Invalid, match="2 ids"):
         pick("aa", ids, "node")
-    with pytest.raises(NotExist):
+    with pytest.raises(Invalid, match="'' is no id"):
         pick("", ids, "node")
     assert short("@10.0.0.1:40000") == "@10.0.0.1:40000"
 

@@ -245,7 +245,7 @@ class VolumeOperations(MetadataBase):
             # Deleted between the two reads, or else they belong together.
             if volume is not None:
                 return volume, revision
-        raise NotExist(f"there is no volume {name}")
+        raise NotExist(f"there is no volume {name}: torusctl volume list shows those there are")
 
 
 def held(name: str, lock: Lock) -> Locked:
