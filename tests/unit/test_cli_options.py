@@ -136,7 +136,8 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_metadata_urls_are_checked() -> None:
     """Schemes and addresses; several of them for etcd only."""
     assert parse_metadata_url("etcd://a:1,b:2") == "etcd://a:1,b:2"
-    for bad in ("", "a:1", "http://a:1", "torus://a", "torus://a:1,b:2", "etcd://"):
+    # Of memory:// a node alone knew, and waited for ever that somebody made a cluster in it.
+    for bad in ("", "a:1", "http://a:1", "torus://a", "torus://a:1,b:2", "etcd://", "memory://"):
         with pytest.raises(ValueError, match=r"URL|HOST:PORT|one node"):
             parse_metadata_url(bad)
 
@@ -556,6 +557,31 @@ def test_a_dev_cluster_serves_no_strangers(tmp_path: Path) -> None:
     config = dev_config(tmp_path / "new", nbd=("0.0.0.0", 10809))
     with pytest.raises(Invalid, match=r"give --nbd 127\.0\.0\.1:PORT"):
         DevCluster(config, Settings()).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"volume": ("a b", GIB)}, "'a b' is no name"),
+        ({"unix_path": Path("/nonexistent/socket")}, "there is no directory /nonexistent"),
+    ],
+)
+def test_a_dev_cluster_that_cannot_serve_is_not_made(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """Found by trying: all its nodes had been made, with their disks, when it said so."""
+    with pytest.raises(Invalid, match=told):
+        DevCluster(dev_config(tmp_path / "new", **changes), Settings()).check()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(blk, ["serve", "v", "--unix", ""]), (node, ["dev", "--unix", ""])],
+)
+def test_a_socket_without_a_name_is_bad_usage(command: click.Command, arguments: list[str]) -> None:
+    """It is not the working directory."""
+    done = CliRunner().invoke(command, arguments, obj=Settings())
+    assert done.exit_code == 2 and "it is empty: name a socket" in done.output
 
 
 def test_a_dev_cluster_does_not_stand_in_its_own_way(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from torus_actors.cli.common import (
     CONTEXT,
     Group,
     Settings,
+    SocketName,
     run_main,
     version_option,
     warn_of_strangers,
@@ -59,7 +60,7 @@ cli.add_command(aoe)
     "--unix",
     "paths",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=SocketName(),
     metavar="PATH",
     help="Serve on a unix socket.",
 )

@@ -45,7 +45,8 @@ SECRET_BYTES_MAX = 4096
 SECRET_FILE_BYTES_MAX = 2 * SECRET_BYTES_MAX
 """With white space; of a disk that is named by mistake no more is read."""
 
-SCHEMES = ("torus", "etcd", "memory")
+SCHEMES = ("torus", "etcd")
+"""And memory:// is for tests inside one process: nobody else could ask it."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 LIFECYCLE = logging.getLogger("torus_actors.lifecycle")
@@ -147,8 +148,6 @@ def parse_metadata_url(text: str) -> str:
             f"{text!r} is no metadata URL: use torus://HOST:PORT or etcd://HOST:PORT[,HOST:PORT]"
         )
     rest = rest.removesuffix("/")
-    if scheme == "memory":
-        return "memory://"
     hosts = []
     for endpoint in rest.split(","):
         host, port = parse_address(endpoint)
@@ -175,17 +174,34 @@ class _Parsed(ParamType):
             self.fail(str(error), param, ctx)
 
 
-class DirectoryName(click.Path):
-    """A directory to store in. An empty name is none: it would be that of wherever this started."""
+class _Named(click.Path):
+    """A path. An empty name is none: it would be that of the directory where this started."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path, file_okay=False)
+    what: str
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check it, or say what is wrong."""
         if not os.fspath(value):
-            self.fail("it is empty: name a directory, or leave the option out", param, ctx)
+            self.fail(f"it is empty: name a {self.what}, or leave the option out", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class DirectoryName(_Named):
+    """A directory to store in."""
+
+    what = "directory"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+
+class SocketName(_Named):
+    """Where a unix socket shall be."""
+
+    what = "socket"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
 
 
 class Seconds(click.FloatRange):

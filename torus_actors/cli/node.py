@@ -20,6 +20,7 @@ from torus_actors.cli.common import (
     Group,
     ParamType,
     Settings,
+    SocketName,
     lease_option,
     run_main,
     version_option,
@@ -321,7 +322,7 @@ def store_size(directory: Path, size: int | float | None) -> int | None:
     "--nbd", type=ADDRESS, default="127.0.0.1:10809", show_default=True, help="NBD over TCP."
 )
 @click.option(
-    "--unix", "unix_path", type=click.Path(path_type=Path), help="NBD on a unix socket too."
+    "--unix", "unix_path", type=SocketName(), metavar="PATH", help="NBD on a unix socket too."
 )
 @click.option(
     "--replication",
