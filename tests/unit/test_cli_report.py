@@ -15,6 +15,7 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.cli.connect import unreachable
 from torus_actors.cli.report import (
     add_answer,
+    check_not_refused,
     garbage_of,
     garbage_row,
     peer_row,
@@ -23,7 +24,7 @@ from torus_actors.cli.report import (
     state_of,
     usage_of,
 )
-from torus_actors.errors import ActorNotFound, Again, PeerLost
+from torus_actors.errors import ActorNotFound, Again, PeerLost, Unauthenticated
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
@@ -152,6 +153,22 @@ def test_a_node_that_does_not_say_how_its_blocks_are_is_not_taken_for_well() -> 
         silent = answer(IDS[0], **{actor: {"error": "no answer within 2 s"}})
         found = problems(at, [row(0, at, silent), row(1, at)])
         assert found == [f"{actor} of node 10000000 does not answer: no answer within 2 s"]
+
+
+def test_nodes_that_refuse_are_not_told_to_be_down() -> None:
+    """Who forgets the secret is told so; one node that has another one is told with that reason.
+
+    Found by following the README with etcd and a secret: status said that no volume could be read.
+    """
+    refused = Unauthenticated("refused by the other side: client x has no cluster secret")
+    check_not_refused([])
+    check_not_refused([refused, answer(IDS[0]), PeerLost("gone")])
+    with pytest.raises(Unauthenticated, match="has no cluster secret; give the --secret-file"):
+        check_not_refused([refused, refused])
+    at = ring(3, 2)
+    assert problems(at, [row(0, at), row(1, at), row(2, at, refused)]) == [
+        f"node 30000000 does not answer this command: {refused}"
+    ]
 
 
 def test_a_disk_that_does_not_answer_is_told() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torus_actors.cli.connect import Connection
 from torus_actors.cli.nodes import short
 from torus_actors.cli.units import format_moment, format_seconds, format_size
-from torus_actors.errors import TorusError
+from torus_actors.errors import TorusError, Unauthenticated
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model.blocksets import create_blockset
 from torus_actors.model.rings import Peer, Ring
@@ -25,6 +25,7 @@ async def cluster_report(connection: Connection) -> Row:
     rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
     asked = [row for row in rows if row["address"]]
     answers = await connection.ask_all([row["address"] for row in asked], "control", "status")
+    check_not_refused(answers)
     for row, answer in zip(asked, answers, strict=True):
         add_answer(row, answer)
     return {
@@ -34,6 +35,18 @@ async def cluster_report(connection: Connection) -> Row:
         "peers": rows,
         "problems": problems(ring, rows, create_blockset(gmd.block_spec).replication),
     }
+
+
+def check_not_refused(answers: Sequence[Any]) -> None:
+    """Refuse to tell of a cluster of which every node refused to answer: they are not down.
+
+    Raises:
+        Unauthenticated: with the reason.
+    """
+    if answers and all(isinstance(each, Unauthenticated) for each in answers):
+        raise Unauthenticated(
+            f"no node answers this command: {answers[0]}; give the --secret-file of the nodes"
+        )
 
 
 def cluster_row(gmd: GlobalMetadata, ring: Ring) -> Row:
@@ -81,6 +94,7 @@ def add_answer(row: Row, answer: Any) -> None:
     """Add what the node itself says, or that it says nothing."""
     if isinstance(answer, TorusError):
         row["error"] = str(answer)
+        row["refused"] = isinstance(answer, Unauthenticated)
         return
     if answer["node"] != row["id"]:
         row["error"] = f"{row['address']} is now node {short(answer['node'])}"
@@ -156,7 +170,9 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
             f"ring {'has a disk that answers' if len(well) == 1 else 'have disks that answer'}"
         )
     for row in members:
-        if not row["up"]:
+        if row.get("refused"):
+            found.append(f"node {short(row['id'])} does not answer this command: {row['error']}")
+        elif not row["up"]:
             heard = "" if row["registered"] else " and its lease has ended"
             leaves = _leaves_in(row["id"], rows)
             found.append(f"node {short(row['id'])} does not answer{heard}{leaves}")
