@@ -255,7 +255,7 @@ def _common_options() -> list[click.Parameter]:
         click.Option(
             ["--secret-file"],
             metavar="FILE",
-            help=f"File with the cluster secret. Default: ${SECRET_ENV}.",
+            help=f"File with the cluster secret. Default: ${SECRET_ENV}, the profile.",
             **shared,
         ),
         click.Option(

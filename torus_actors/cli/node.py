@@ -212,7 +212,8 @@ def start(
     """Run a storage node until SIGINT or SIGTERM.
 
     Without options, on a fresh machine, it is a cluster of its own: it keeps the metadata and is
-    the only peer, with replication 1, on loopback.
+    the only peer, with replication 1, on loopback. Wherever nothing names other metadata, it keeps
+    them itself, at its own address.
     """
     from torus_actors.actors.heartbeat import LEASE_TTL_S
     from torus_actors.actors.nbd_server import NbdAddress
