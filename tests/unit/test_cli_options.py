@@ -276,6 +276,25 @@ def test_a_key_that_everybody_can_use_is_told(
     assert told.count("\n") == (mode == 0o644)
 
 
+def test_files_that_are_no_certificates_are_told(tmp_path: Path) -> None:
+    """In words: OpenSSL has none for it."""
+    path = tmp_path / "secret"
+    path.touch(0o600)
+    path.write_text("0123456789abcdef")
+    with pytest.raises(Invalid, match="for TLS: one of them is no PEM"):
+        _tls_context(path, path)
+
+
+def test_bad_usage_is_not_told_to_whoever_reads_the_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where standard error is closed, as by ``2>&-``."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as ended:
+        run_main(ctl, "torusctl", ["nosuch"])
+    assert ended.value.code == 2 and not capsys.readouterr().out
+
+
 def test_a_secret_that_comes_through_a_pipe_is_not_everybodys(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -197,7 +197,8 @@ def _tls_context(cert: Path, key: Path) -> ssl.SSLContext:
         context.load_cert_chain(cert, key)
         warn_of_strangers("private key", str(key), key.stat())
     except OSError as error:
-        why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        no_pem = "one of them is no PEM, or not the one it should be"
+        why = error.reason or no_pem if isinstance(error, ssl.SSLError) else error.strerror
         raise Invalid(f"cannot use {cert} with {key} for TLS: {why or error}") from error
     return context
 

@@ -359,7 +359,8 @@ def run_main(command: click.Command, program: str, args: Sequence[str] | None = 
         if sys.stdout is not None:  # closed, by >&-
             sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        if sys.stderr is not None:  # click would write to standard output instead
+            error.show()
         status = 2 if isinstance(error, click.UsageError) else 1
     except (KeyboardInterrupt, click.Abort, asyncio.CancelledError):
         click.echo(f"{program}: interrupted", err=True)
