@@ -278,6 +278,11 @@ class OpenStores:
                     stats.total,
                 )
 
+    @property
+    def read_under_way(self) -> int | None:
+        """Another number when a read without a thread has ended; None while there is none."""
+        return self.aio.ended if self.aio is not None and self.aio.busy else None
+
     def next_reader(self) -> ActorHandle:
         """A worker that reads, each in turn."""
         return self.system.actor(next(self._readers))

@@ -11,6 +11,7 @@ import resource
 from typing import Any
 
 from torus_actors import __version__
+from torus_actors.actors.disk_watch import LOOK_S, DiskWatch
 from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.errors import ActorNotFound, Invalid, TorusError
 from torus_actors.runtime import LoopActor, expose
@@ -35,12 +36,29 @@ ASKED = (
 
 
 class Control(LoopActor):
-    """See the module."""
+    """See the module.
 
-    def __init__(self, view: ClusterView, role: str) -> None:
+    Args:
+        view: the cluster as this process sees it.
+        role: of the process.
+        disk: knows whether the disk answers; None where there is none.
+    """
+
+    def __init__(self, view: ClusterView, role: str, disk: DiskWatch | None = None) -> None:
         super().__init__()
         self._view = view
         self._role = role
+        self._disk = disk
+
+    async def setup(self) -> None:
+        """Have the disk looked after, also while nobody asks."""
+        if self._disk is not None:
+            self.spawn(self._look_after(self._disk))
+
+    async def _look_after(self, disk: DiskWatch) -> None:
+        while True:
+            disk.look()
+            await asyncio.sleep(LOOK_S)
 
     @expose(remote=True)
     def tree(self) -> list[dict[str, Any]]:
@@ -66,6 +84,8 @@ class Control(LoopActor):
             "ring_version": self._view.ring.version,
             "rss_max_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+        if self._disk is not None:
+            answer["disk"] = self._disk.status()
         for name, ref in refs.items():
             try:
                 answer[name] = await ref
@@ -83,7 +103,7 @@ class Control(LoopActor):
         """
         cell = self.system.cells.get(actor)
         if cell is None:
-            raise ActorNotFound(f"no actor {actor} here")
+            raise ActorNotFound(f"no actor {actor} is there: torusctl tree shows those that are")
         if cell.parent is None:
             raise Invalid(f"{actor} has no supervisor: without it the process would end")
         # After the answer is on its way: the victim may be this actor, or the bridge.

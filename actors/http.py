@@ -139,6 +139,10 @@ def problems_of(status: dict[str, Any]) -> list[str]:
     journal = status.get("journal")
     if isinstance(journal, dict) and journal.get("failure"):
         problems.append(f"journal: {journal['failure']}")
+    disk = status.get("disk", {})
+    if disk.get("calls"):
+        calls = ", ".join(disk["calls"])
+        problems.append(f"disk: it has not answered for {disk['hangs_s']:.0f} s ({calls})")
     return problems
 
 
@@ -154,6 +158,9 @@ class _Collector:
         status = self._status
         yield _gauge("ring_version", "Version of the ring in use", status["ring_version"])
         yield _gauge("rss_max_bytes", "Most memory used so far", status["rss_max_bytes"])
+        if "disk" in status:
+            text = "How long a call of the disk has not come back, if it hangs; else 0"
+            yield _gauge("disk_hangs_seconds", text, status["disk"]["hangs_s"])
         yield from self._stores(status.get("block_store"))
         yield from self._numbers("replicator", status.get("replicator"))
         yield from self._numbers("rebalance", status.get("rebalancer"))

@@ -145,6 +145,11 @@ class OpenJournal:
         elif isinstance(step, MakeSegment):
             log.warning("the journal cannot grow: %s", error)
 
+    @property
+    def write_under_way(self) -> object | None:
+        """Stands for the write without a thread that is under way; None while there is none."""
+        return self._under_way
+
     async def pause(self) -> None:
         """Write what is waiting, and let the rest be until `resume`."""
         self._paused = True

@@ -267,6 +267,7 @@ class Cluster:
         self._shared = ["-C", self.metadata]
         if secret is not None:
             path = directory / "secret"
+            path.touch(0o600)
             path.write_text(secret)
             self._shared += ["--secret-file", str(path)]
 

@@ -50,6 +50,7 @@ from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.collector import Collector
 from torus_actors.actors.control import Control
 from torus_actors.actors.disk import disk_workers
+from torus_actors.actors.disk_watch import DiskWatch
 from torus_actors.actors.evictor import REMOVE_AFTER_S, Evictor
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
 from torus_actors.actors.inode_store import INodeStore
@@ -483,6 +484,7 @@ class StorageNode(Process):
             # Each node of a machine has files of these names.
             raise type(error)(f"in {where}: {error}") from error
         self.journal = journal
+        watch = DiskWatch(self.system, stores, journal, config.machine.wall_clock)
         if config.auto_join or (self.embedded and not view.ring.members):
             await self._join()
         storage = SupervisorSpec(
@@ -512,7 +514,7 @@ class StorageNode(Process):
                     max_concurrency=64,
                 ),
                 ChildSpec("evictor", lambda: self._evictor(view)),
-                ChildSpec("control", lambda: Control(view, "node"), max_concurrency=16),
+                ChildSpec("control", lambda: Control(view, "node", watch), max_concurrency=16),
                 *self.nbd_services(config.nbd),
                 *self._http_services(),
             ]

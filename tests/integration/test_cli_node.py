@@ -287,6 +287,7 @@ class Greeter(BaseRequestHandler):
 def test_metadata_that_is_something_else_is_told_in_one_line(tmp_path: Path, what: str) -> None:
     """Whoever starts does not wait for it to become what it is not."""
     secret, port = tmp_path / "other", free_ports(1)
+    secret.touch(0o600)
     secret.write_text("another secret of some length")
     url = f"torus://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:

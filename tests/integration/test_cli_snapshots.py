@@ -41,7 +41,7 @@ def test_a_snapshot_of_a_volume_in_use(cluster: Cluster, tmp_path: Path) -> None
     qemu_io(client.uri, "write -P 1 0 4M", "flush", "write -P 2 1M 512")
     assert "used@one made" in cluster.ctl("snapshot", "create", "used@one")
     qemu_io(client.uri, "write -P 3 0 8M", "flush")
-    assert "exists already" in cluster.ctl("snapshot", "create", "used@one", status=1)
+    assert "has a snapshot one already" in cluster.ctl("snapshot", "create", "used@one", status=1)
     held = cluster.ctl("snapshot", "restore", "used@one", status=1)
     assert held.count("\n") == 1 and f"pid {client.pid}" in held
     (row,) = cluster.ctl_json("snapshot", "list", "used")

@@ -55,11 +55,13 @@ def ref_of(index: int, kind: BlockType = BlockType.DATA) -> BlockRef:
     return BlockRef.of(1, 1, index, kind)
 
 
-def put(node: StorageNode, ref: BlockRef, data: bytes, replace: bool = False) -> Any:
+def put(
+    node: StorageNode, ref: BlockRef, data: bytes, replace: bool = False, timeout_s: float = 30.0
+) -> Any:
     """Start a put; its answer is awaited."""
     sums = sums_of(data)
     return node.actor("block_store").put_block.remote(
-        ref, root_of(sums), sums, replace, payload=memoryview(data)
+        ref, root_of(sums), sums, replace, payload=memoryview(data), timeout_s=timeout_s
     )
 
 

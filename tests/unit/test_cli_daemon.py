@@ -15,7 +15,7 @@ import pytest
 
 from torus_actors.cli import daemon
 from torus_actors.cli.common import Failed, Settings
-from torus_actors.cli.daemon import serve_until_stopped
+from torus_actors.cli.daemon import ONCE_S, Stop, serve_until_stopped
 
 
 class Served:
@@ -63,6 +63,30 @@ def test_what_was_there_at_the_start_is_not_looked_through_again(then: object) -
     """Each time would stop the process for as long as a request may take."""
     served = asyncio.run(serve(then))
     assert served.stopped and served.frozen > 10_000
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had acknowledged goes to the disks, and the volume is let go of.
+
+    Found by a test with timeout(1): the second one ended the process in the middle of that.
+    """
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        stop = Stop()
+        now = loop.time() + 100.0
+        monkeypatch.setattr(loop, "time", lambda: now)
+        stop._signalled("SIGTERM")
+        now += ONCE_S * 0.9
+        stop._signalled("SIGTERM")
+        assert stop.asked and not ended
+        now += ONCE_S * 1.1
+        stop._signalled("SIGTERM")
+        assert ended == [1]
+
+    asyncio.run(main())
 
 
 def test_a_daemon_opens_as_many_files_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import concurrent.futures
 import errno
 import os
 import random
+import ssl
 import subprocess
 import sys
 import uuid
@@ -19,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.fakes import virtual
+from torus_actors.cli.blk import _tls_context
 from torus_actors.cli.blk import cli as blk
 from torus_actors.cli.common import (
     Command,
@@ -134,7 +136,8 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_metadata_urls_are_checked() -> None:
     """Schemes and addresses; several of them for etcd only."""
     assert parse_metadata_url("etcd://a:1,b:2") == "etcd://a:1,b:2"
-    for bad in ("", "a:1", "http://a:1", "torus://a", "torus://a:1,b:2", "etcd://"):
+    # Of memory:// a node alone knew, and waited for ever that somebody made a cluster in it.
+    for bad in ("", "a:1", "http://a:1", "torus://a", "torus://a:1,b:2", "etcd://", "memory://"):
         with pytest.raises(ValueError, match=r"URL|HOST:PORT|one node"):
             parse_metadata_url(bad)
 
@@ -228,6 +231,81 @@ def test_secrets_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     os.truncate(path, 1 << 42)  # would find no room in memory
     with pytest.raises(Invalid, match="holds more than"):
         Settings().secret()
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"), [(0o600, False), (0o640, False), (0o644, True), (0o602, True)]
+)
+def test_a_secret_that_everybody_can_use_is_told_once(
+    mode: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line with what to do, and it is used all the same.
+
+    Found by asking: nobody noticed. Containers have theirs like that, so it is no reason to stop.
+    """
+    path = tmp_path / "my secret"
+    path.write_text("0123456789abcdef\n")
+    path.chmod(mode)
+    settings = Settings(secret_file=str(path))
+    with click.Context(node, info_name="torus-node"):
+        assert settings.secret() == settings.secret() == b"0123456789abcdef"
+    line = (
+        f"torus-node: warning: every user of this machine can use the secret in {path}: "
+        f"chmod 600 '{path}'\n"
+    )
+    assert capsys.readouterr().err == (line if told else "")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_key_that_everybody_can_use_is_told(
+    mode: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same rule; a certificate is for everybody."""
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", lambda *_: None)
+    for path in (key, cert):
+        path.touch()
+    cert.chmod(0o644)
+    key.chmod(mode)
+    _tls_context(cert, key)
+    told = capsys.readouterr().err
+    assert f"can use the private key in {key}: chmod 600 {key}\n" in told or mode == 0o600
+    assert told.count("\n") == (mode == 0o644)
+
+
+def test_files_that_are_no_certificates_are_told(tmp_path: Path) -> None:
+    """In words: OpenSSL has none for it."""
+    path = tmp_path / "secret"
+    path.touch(0o600)
+    path.write_text("0123456789abcdef")
+    with pytest.raises(Invalid, match="for TLS: one of them is no PEM"):
+        _tls_context(path, path)
+
+
+def test_bad_usage_is_not_told_to_whoever_reads_the_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where standard error is closed, as by ``2>&-``."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as ended:
+        run_main(ctl, "torusctl", ["nosuch"])
+    assert ended.value.code == 2 and not capsys.readouterr().out
+
+
+def test_a_secret_that_comes_through_a_pipe_is_not_everybodys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As of ``--secret-file <(pass show torus)``."""
+    read, write = os.pipe()
+    os.fchmod(read, 0o666)
+    os.write(write, b"0123456789abcdef\n")
+    os.close(write)
+    assert Settings(secret_file=f"/dev/fd/{read}").secret() == b"0123456789abcdef"
+    os.close(read)
+    assert capsys.readouterr().err == ""
 
 
 # -- how commands end ------------------------------------------------------------------------------
@@ -423,6 +501,14 @@ def test_errors_are_told_in_one_line() -> None:
     assert one_line(RuntimeError(" a \n b ")) == "a b"
 
 
+def test_a_snapshot_that_is_to_be_cloned_is_told_as_one() -> None:
+    """With what can be done instead. Found by trying: it was told to be no name."""
+    done = CliRunner().invoke(ctl, ["volume", "clone", "vm@monday", "new"], obj=Settings())
+    assert isinstance(done.exception, Failed)
+    assert "vm@monday is a snapshot" in str(done.exception)
+    assert "torusctl block dump vm@monday FILE" in str(done.exception)
+
+
 # -- nodes and stores ------------------------------------------------------------------------------
 
 
@@ -431,11 +517,11 @@ def test_nodes_are_named_by_the_beginning_of_their_ids() -> None:
     ids = ["aab0", "aac0", "b000"]
     assert pick("b", ids, "node") == "b000"
     assert pick("AAB", ids, "node") == "aab0"
-    with pytest.raises(NotExist, match="no node zz"):
-        pick("zz", ids, "node")
+    with pytest.raises(NotExist, match="no node in the ring has an id that begins with zz: torus"):
+        pick("zz", ids, "node in the ring")
     with pytest.raises(Invalid, match="2 ids"):
         pick("aa", ids, "node")
-    with pytest.raises(NotExist):
+    with pytest.raises(Invalid, match="'' is no id"):
         pick("", ids, "node")
     assert short("@10.0.0.1:40000") == "@10.0.0.1:40000"
 
@@ -490,6 +576,31 @@ def test_a_dev_cluster_serves_no_strangers(tmp_path: Path) -> None:
     config = dev_config(tmp_path / "new", nbd=("0.0.0.0", 10809))
     with pytest.raises(Invalid, match=r"give --nbd 127\.0\.0\.1:PORT"):
         DevCluster(config, Settings()).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"volume": ("a b", GIB)}, "'a b' is no name"),
+        ({"unix_path": Path("/nonexistent/socket")}, "there is no directory /nonexistent"),
+    ],
+)
+def test_a_dev_cluster_that_cannot_serve_is_not_made(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """Found by trying: all its nodes had been made, with their disks, when it said so."""
+    with pytest.raises(Invalid, match=told):
+        DevCluster(dev_config(tmp_path / "new", **changes), Settings()).check()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(blk, ["serve", "v", "--unix", ""]), (node, ["dev", "--unix", ""])],
+)
+def test_a_socket_without_a_name_is_bad_usage(command: click.Command, arguments: list[str]) -> None:
+    """It is not the working directory."""
+    done = CliRunner().invoke(command, arguments, obj=Settings())
+    assert done.exit_code == 2 and "it is empty: name a socket" in done.output
 
 
 def test_a_dev_cluster_does_not_stand_in_its_own_way(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.cli.connect import unreachable
 from torus_actors.cli.report import (
     add_answer,
+    check_not_refused,
     garbage_of,
     garbage_row,
     peer_row,
@@ -23,7 +24,7 @@ from torus_actors.cli.report import (
     state_of,
     usage_of,
 )
-from torus_actors.errors import ActorNotFound, Again, PeerLost
+from torus_actors.errors import ActorNotFound, Again, PeerLost, Unauthenticated
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
@@ -152,6 +153,49 @@ def test_a_node_that_does_not_say_how_its_blocks_are_is_not_taken_for_well() -> 
         silent = answer(IDS[0], **{actor: {"error": "no answer within 2 s"}})
         found = problems(at, [row(0, at, silent), row(1, at)])
         assert found == [f"{actor} of node 10000000 does not answer: no answer within 2 s"]
+
+
+def test_nodes_that_refuse_are_not_told_to_be_down() -> None:
+    """Who forgets the secret is told so; one node that has another one is told with that reason.
+
+    Found by following the README with etcd and a secret: status said that no volume could be read.
+    """
+    refused = Unauthenticated("refused by the other side: client x has no cluster secret")
+    check_not_refused([])
+    check_not_refused([refused, answer(IDS[0]), PeerLost("gone")])
+    with pytest.raises(Unauthenticated, match="has no cluster secret; give the --secret-file"):
+        check_not_refused([refused, refused])
+    at = ring(3, 2)
+    assert problems(at, [row(0, at), row(1, at), row(2, at, refused)]) == [
+        f"node 30000000 does not answer this command: {refused}"
+    ]
+
+
+def test_a_disk_that_does_not_answer_is_told() -> None:
+    """With the node, how long and since when, in what, and what to do; its copies do not count."""
+    disk = {"hangs_s": 125.4, "since": 1_700_000_000.0, "calls": ["syncing blocks", "the journal"]}
+    hung = answer(IDS[0], disk=disk)
+    at = ring(3, 2)
+    rows = [row(0, at, hung), row(1, at), row(2, at)]
+    (told,) = problems(at, rows)
+    assert told.startswith(
+        "the disk of node 10000000 has not answered for 2m05s, since 2023-11-14 22:13:20 UTC "
+        "(syncing blocks, the journal)"
+    )
+    assert told.endswith("torusctl peer remove 10000000")
+    assert [state_of(each) for each in rows] == ["disk hangs", "up", "up"]
+    assert problems_of(hung) == [
+        "disk: it has not answered for 125 s (syncing blocks, the journal)"
+    ]
+    at = ring(2, 2)
+    told = problems(at, [row(0, at, hung), row(1, at)])[0]
+    assert "2 copies" in told and "only 1 node of the ring has a disk that answers" in told
+    at = ring(1, 1)
+    assert problems(at, [row(0, at, hung)])[0].startswith("no disk of the ring answers")
+    (_, told) = problems(at, [row(0, at), row(1, at, answer(IDS[1], disk=disk))])
+    assert "the disk of node 20000000" in told and "remove" not in told
+    well = answer(IDS[0], disk={"hangs_s": 0.0, "since": 0.0, "calls": []})
+    assert problems(at, [row(0, at, well)]) == problems_of(well) == []
 
 
 @virtual

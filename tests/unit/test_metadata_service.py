@@ -928,7 +928,7 @@ def test_snapshots_keep_the_present_head(backend: Backend) -> None:
         await service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
         full = await service.create_snapshot(volume.id, "full")
         assert (empty.head, Head.decode(full.head)) == (b"", head_of(1, epoch))
-        with pytest.raises(Exists):
+        with pytest.raises(Exists, match="volume demo has a snapshot full already"):
             await service.create_snapshot(volume.id, "full")
         assert await service.snapshots(volume.id) == [empty, full]
         assert await service.snapshot(volume.id, "full") == full
@@ -937,7 +937,7 @@ def test_snapshots_keep_the_present_head(backend: Backend) -> None:
             service.delete_snapshot(volume.id, "empty"),
             service.snapshot(volume.id, "empty"),
         ):
-            with pytest.raises(NotExist):
+            with pytest.raises(NotExist, match="volume demo has no snapshot empty: torusctl"):
                 await call
         clone = await service.create_volume("clone", GIB, head=head_of(1, 0))
         assert (await service.head(clone.id))[0] == head_of(1, 0)

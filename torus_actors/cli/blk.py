@@ -29,8 +29,10 @@ from torus_actors.cli.common import (
     CONTEXT,
     Group,
     Settings,
+    SocketName,
     run_main,
     version_option,
+    warn_of_strangers,
 )
 from torus_actors.cli.units import Address, format_address
 from torus_actors.errors import Invalid, TorusError
@@ -58,7 +60,7 @@ cli.add_command(aoe)
     "--unix",
     "paths",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=SocketName(),
     metavar="PATH",
     help="Serve on a unix socket.",
 )
@@ -193,8 +195,10 @@ def _tls_context(cert: Path, key: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key)
+        warn_of_strangers("private key", str(key), key.stat())
     except OSError as error:
-        why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        no_pem = "one of them is no PEM, or not the one it should be"
+        why = error.reason or no_pem if isinstance(error, ssl.SSLError) else error.strerror
         raise Invalid(f"cannot use {cert} with {key} for TLS: {why or error}") from error
     return context
 

@@ -7,9 +7,12 @@ Every option here is accepted before and behind the subcommand, and the last one
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import os
+import shlex
+import stat
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -42,7 +45,8 @@ SECRET_BYTES_MAX = 4096
 SECRET_FILE_BYTES_MAX = 2 * SECRET_BYTES_MAX
 """With white space; of a disk that is named by mistake no more is read."""
 
-SCHEMES = ("torus", "etcd", "memory")
+SCHEMES = ("torus", "etcd")
+"""And memory:// is for tests inside one process: nobody else could ask it."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 LIFECYCLE = logging.getLogger("torus_actors.lifecycle")
@@ -92,15 +96,44 @@ class Settings:
         path = self.secret_file or os.environ.get(SECRET_ENV) or profile_value("secret-file")
         if not path:
             return None
-        with expanded(path).open("rb") as file:
+        path = str(expanded(path))
+        with open(path, "rb") as file:
             secret = file.read(SECRET_FILE_BYTES_MAX).strip()
             more = "more than " if file.read(1) else ""
+            warn_of_strangers("secret", path, os.fstat(file.fileno()))
         if more or not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
             raise Invalid(
                 f"secret file {path} holds {more}{len(secret)} bytes: a secret has "
-                f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}; make one with: openssl rand -hex 32"
+                f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}; make one with: "
+                "(umask 077; openssl rand -hex 32 > FILE)"
             )
         return secret
+
+
+def warn_of_strangers(what: str, path: str, found: os.stat_result) -> None:
+    """Say so, once, where everybody on this machine can read a secret, or put another in its place.
+
+    Not refused, as ssh would: containers are often given their secrets like that, where nobody else
+    is, and a node that does not start costs copies. A group may be meant to share one.
+
+    Args:
+        what: is in the file.
+        path: of the file.
+        found: what the system says of it.
+    """
+    if stat.S_ISREG(found.st_mode) and found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        _warn_once(what, path)
+
+
+@functools.cache
+def _warn_once(what: str, path: str) -> None:
+    context = click.get_current_context(silent=True)
+    program = "" if context is None else f"{context.find_root().info_name}: "
+    click.echo(
+        f"{program}warning: every user of this machine can use the {what} in {path}: "
+        f"chmod 600 {shlex.quote(path)}",
+        err=True,
+    )
 
 
 def parse_metadata_url(text: str) -> str:
@@ -115,8 +148,6 @@ def parse_metadata_url(text: str) -> str:
             f"{text!r} is no metadata URL: use torus://HOST:PORT or etcd://HOST:PORT[,HOST:PORT]"
         )
     rest = rest.removesuffix("/")
-    if scheme == "memory":
-        return "memory://"
     hosts = []
     for endpoint in rest.split(","):
         host, port = parse_address(endpoint)
@@ -143,17 +174,34 @@ class _Parsed(ParamType):
             self.fail(str(error), param, ctx)
 
 
-class DirectoryName(click.Path):
-    """A directory to store in. An empty name is none: it would be that of wherever this started."""
+class _Named(click.Path):
+    """A path. An empty name is none: it would be that of the directory where this started."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path, file_okay=False)
+    what: str
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check it, or say what is wrong."""
         if not os.fspath(value):
-            self.fail("it is empty: name a directory, or leave the option out", param, ctx)
+            self.fail(f"it is empty: name a {self.what}, or leave the option out", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class DirectoryName(_Named):
+    """A directory to store in."""
+
+    what = "directory"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+
+class SocketName(_Named):
+    """Where a unix socket shall be."""
+
+    what = "socket"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
 
 
 class Seconds(click.FloatRange):
@@ -207,7 +255,7 @@ def _common_options() -> list[click.Parameter]:
         click.Option(
             ["--secret-file"],
             metavar="FILE",
-            help=f"File with the cluster secret. Default: ${SECRET_ENV}.",
+            help=f"File with the cluster secret. Default: ${SECRET_ENV}, the profile.",
             **shared,
         ),
         click.Option(
@@ -311,7 +359,8 @@ def run_main(command: click.Command, program: str, args: Sequence[str] | None = 
         if sys.stdout is not None:  # closed, by >&-
             sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        if sys.stderr is not None:  # click would write to standard output instead
+            error.show()
         status = 2 if isinstance(error, click.UsageError) else 1
     except (KeyboardInterrupt, click.Abort, asyncio.CancelledError):
         click.echo(f"{program}: interrupted", err=True)

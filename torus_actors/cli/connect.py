@@ -24,7 +24,6 @@ from torus_actors.errors import (
     Again,
     DeadlineExceeded,
     Invalid,
-    NotSupported,
     PeerLost,
     TorusError,
 )
@@ -74,8 +73,6 @@ class Connection:
         """Start bridge and, for etcd, the metadata actor."""
         config = BridgeConfig(self._identity, None, self._secret)
         children = [ChildSpec("bridge", lambda: Bridge(config))]
-        if self.url.startswith("memory:"):
-            raise NotSupported("memory:// is for tests inside one process: nothing could be asked")
         if not self.url.startswith("torus://"):
             # Only here: it loads the whole node.
             from torus_actors.node import store_opener

@@ -124,7 +124,12 @@ def debug_give_up_journal(settings: Settings, name: str, yes_i_am_sure: bool) ->
 
 @debug.command("rebalance")
 @click.option(
-    "--timeout", type=Seconds(min=0.1), default=600.0, show_default=True, metavar="SECONDS"
+    "--timeout",
+    type=Seconds(min=0.1),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Fail if it takes longer.",
 )
 @click.pass_obj
 def debug_rebalance(settings: Settings, timeout: float) -> None:
@@ -264,6 +269,7 @@ async def _journals_of_leavers(connection: Connection, addresses: dict[str, str]
     default=3600.0,
     show_default=True,
     metavar="SECONDS",
+    help="Fail if it takes longer.",
 )
 @click.pass_obj
 def debug_scrub(settings: Settings, timeout: float) -> None:

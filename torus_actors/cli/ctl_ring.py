@@ -69,14 +69,20 @@ def peer_list(settings: Settings, as_json: bool) -> None:
 
     async def work() -> list[dict[str, Any]]:
         from torus_actors.cli.connect import connect
-        from torus_actors.cli.report import peer_row
+        from torus_actors.cli.report import add_disk, peer_row
 
         async with connect(settings) as connection:
             _, present = await connection.cluster()
             registered = {info.peer_id: info for info in await connection.meta.peers()}
-        members = {each.peer_id: each for each in present.peers}
-        ids = sorted({*members, *registered})
-        rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
+            members = {each.peer_id: each for each in present.peers}
+            ids = sorted({*members, *registered})
+            rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
+            # Only a node itself knows whether its disk answers.
+            asked = [row for row in rows if row["registered"]]
+            addresses = [row["address"] for row in asked]
+            answers = await connection.ask_all(addresses, "control", "status")
+        for row, answer in zip(asked, answers, strict=True):
+            add_disk(row, answer)
         for row in rows:
             row["up"] = row["registered"]
         return rows
@@ -94,7 +100,7 @@ def peer_list(settings: Settings, as_json: bool) -> None:
                 row["zone"] or "-",
                 format_size(row["capacity_bytes"]),
                 "yes" if row["in_ring"] else "no",
-                "up" if row["up"] else "down",
+                "disk hangs" if "disk_hangs" in row else "up" if row["up"] else "down",
             )
             for row in rows
         ],

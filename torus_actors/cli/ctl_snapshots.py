@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from torus_actors.cli.common import Group, Settings, json_option, run
 from torus_actors.cli.output import print_json, print_table
-from torus_actors.cli.units import format_size
+from torus_actors.cli.units import format_moment, format_size
 from torus_actors.errors import NotExist
 
 if TYPE_CHECKING:
@@ -66,16 +65,15 @@ def snapshot_list(settings: Settings, volume: str | None, as_json: bool) -> None
     print_table(
         ("SNAPSHOT", "SIZE", "CREATED"),
         [
-            (f"{row['volume']}@{row['name']}", format_size(row["size"]), _when(row["created"]))
+            (
+                f"{row['volume']}@{row['name']}",
+                format_size(row["size"]),
+                format_moment(row["created"]),
+            )
             for row in rows
         ],
         right=("SIZE",),
     )
-
-
-def _when(seconds: float) -> str:
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 @snapshot.command("create")

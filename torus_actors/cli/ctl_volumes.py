@@ -174,6 +174,11 @@ def volume_resize(settings: Settings, name: str, size: int, shrink: bool) -> Non
 @click.pass_obj
 def volume_clone(settings: Settings, source: str, name: str) -> None:
     """Make a volume with the content of SOURCE, which nobody may have open; they share blocks."""
+    if "@" in source:
+        raise Failed(
+            f"{source} is a snapshot, and only volumes can be cloned: copy it, with torusctl block "
+            f"dump {source} FILE and torusctl block load NAME FILE --create"
+        )
 
     async def work() -> int:
         from torus_actors.cli.connect import connect

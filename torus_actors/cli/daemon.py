@@ -18,6 +18,10 @@ from torus_actors.cli.common import LIFECYCLE, Failed, Settings, one_line, set_u
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+ONCE_S = 0.5
+"""Signals closer to each other are one: timeout(1) passes the one that it gets to its child and to
+its group, in which the child is too, and sudo does likewise."""
+
 
 class Running(Protocol):
     """A node or a client."""
@@ -29,7 +33,7 @@ class Running(Protocol):
 
 
 class Stop:
-    """Set by the first signal. The second one ends the process at once.
+    """Set by the first signal. A second one, a moment later, ends the process at once.
 
     Args:
         with_parent: also stop when standard input is closed: the process that started this one
@@ -43,6 +47,7 @@ class Stop:
         self._on_second = on_second
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
+        self._signalled_at = 0.0
         for number in SIGNALS:
             self._loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
         if with_parent:
@@ -58,7 +63,10 @@ class Stop:
         await self._asked.wait()
 
     def _signalled(self, name: str) -> None:
+        before, self._signalled_at = self._signalled_at, self._loop.time()
         if self.asked:
+            if self._signalled_at - before < ONCE_S:
+                return
             if self._on_second is not None:
                 self._on_second()
             print("stopped at once: asked twice", file=sys.stderr, flush=True)

@@ -218,15 +218,23 @@ class DevCluster:
 
         Raises:
             Exists: a port is taken.
-            Invalid: the directory holds a larger cluster, or strangers could use the volume.
+            Invalid: the directory holds a larger cluster, strangers could use the volume, that has
+                no name, or there is no place for the socket.
         """
+        from torus_actors.metadata.records import check_name
         from torus_actors.node import is_loopback
 
         config = self.config
+        check_name(config.volume[0])
         if not is_loopback(config.nbd[0]):
             raise Invalid(
                 f"refusing to listen on {config.nbd[0]}: a dev cluster knows no TLS; give --nbd "
                 "127.0.0.1:PORT, and serve others with torusblk serve --tls-required"
+            )
+        if config.unix_path is not None and not config.unix_path.parent.is_dir():
+            raise Invalid(
+                f"cannot listen on {config.unix_path}: there is no directory "
+                f"{config.unix_path.parent}"
             )
         if config.directory.is_dir():
             found = sum(path.name.startswith("node-") for path in config.directory.iterdir())

@@ -20,6 +20,7 @@ from torus_actors.cli.common import (
     Group,
     ParamType,
     Settings,
+    SocketName,
     lease_option,
     run_main,
     version_option,
@@ -211,7 +212,8 @@ def start(
     """Run a storage node until SIGINT or SIGTERM.
 
     Without options, on a fresh machine, it is a cluster of its own: it keeps the metadata and is
-    the only peer, with replication 1, on loopback.
+    the only peer, with replication 1, on loopback. Wherever nothing names other metadata, it keeps
+    them itself, at its own address.
     """
     from torus_actors.actors.heartbeat import LEASE_TTL_S
     from torus_actors.actors.nbd_server import NbdAddress
@@ -321,7 +323,7 @@ def store_size(directory: Path, size: int | float | None) -> int | None:
     "--nbd", type=ADDRESS, default="127.0.0.1:10809", show_default=True, help="NBD over TCP."
 )
 @click.option(
-    "--unix", "unix_path", type=click.Path(path_type=Path), help="NBD on a unix socket too."
+    "--unix", "unix_path", type=SocketName(), metavar="PATH", help="NBD on a unix socket too."
 )
 @click.option(
     "--replication",

@@ -20,11 +20,16 @@ def pick(prefix: str, ids: Iterable[str], what: str) -> str:
 
     Raises:
         NotExist: none does.
-        Invalid: several do.
+        Invalid: several do, or it is empty.
     """
+    if not prefix:
+        raise Invalid("'' is no id: give the beginning of one that torusctl peer list shows")
     found = sorted(each for each in ids if each.startswith(prefix.lower()))
-    if not found or not prefix:
-        raise NotExist(f"there is no {what} {prefix}: torusctl peer list shows those there are")
+    if not found:
+        raise NotExist(
+            f"no {what} has an id that begins with {prefix}: torusctl peer list shows those there "
+            "are"
+        )
     if len(found) > 1:
         raise Invalid(
             f"{prefix} is the beginning of {len(found)} ids "

@@ -7,8 +7,8 @@ from typing import Any
 
 from torus_actors.cli.connect import Connection
 from torus_actors.cli.nodes import short
-from torus_actors.cli.units import format_seconds, format_size
-from torus_actors.errors import TorusError
+from torus_actors.cli.units import format_moment, format_seconds, format_size
+from torus_actors.errors import TorusError, Unauthenticated
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model.blocksets import create_blockset
 from torus_actors.model.rings import Peer, Ring
@@ -25,6 +25,7 @@ async def cluster_report(connection: Connection) -> Row:
     rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
     asked = [row for row in rows if row["address"]]
     answers = await connection.ask_all([row["address"] for row in asked], "control", "status")
+    check_not_refused(answers)
     for row, answer in zip(asked, answers, strict=True):
         add_answer(row, answer)
     return {
@@ -34,6 +35,18 @@ async def cluster_report(connection: Connection) -> Row:
         "peers": rows,
         "problems": problems(ring, rows, create_blockset(gmd.block_spec).replication),
     }
+
+
+def check_not_refused(answers: Sequence[Any]) -> None:
+    """Refuse to tell of a cluster of which every node refused to answer: they are not down.
+
+    Raises:
+        Unauthenticated: with the reason.
+    """
+    if answers and all(isinstance(each, Unauthenticated) for each in answers):
+        raise Unauthenticated(
+            f"no node answers this command: {answers[0]}; give the --secret-file of the nodes"
+        )
 
 
 def cluster_row(gmd: GlobalMetadata, ring: Ring) -> Row:
@@ -81,6 +94,7 @@ def add_answer(row: Row, answer: Any) -> None:
     """Add what the node itself says, or that it says nothing."""
     if isinstance(answer, TorusError):
         row["error"] = str(answer)
+        row["refused"] = isinstance(answer, Unauthenticated)
         return
     if answer["node"] != row["id"]:
         row["error"] = f"{row['address']} is now node {short(answer['node'])}"
@@ -97,6 +111,7 @@ def add_answer(row: Row, answer: Any) -> None:
         # One without room for pages takes no commits, however much there is for data.
         row["level"] = next((each for each in ("full", "warning") if each in levels), levels[0])
         row["failure"] = " ".join(each["failure"] for each in sizes).strip()
+    add_disk(row, answer)
     failed = answer.get("journal", {}).get("failure")
     if failed:
         row["failure"] = f"{row.get('failure', '')} the journal {failed}".strip()
@@ -117,6 +132,14 @@ def add_answer(row: Row, answer: Any) -> None:
         row["rebalance"] = rebalancer
 
 
+def add_disk(row: Row, answer: Any) -> None:
+    """Add that its disk does not answer, if the node itself says so."""
+    if isinstance(answer, dict) and answer["node"] == row["id"]:
+        disk = answer.get("disk", {})
+        if disk.get("calls"):
+            row["disk_hangs"] = disk
+
+
 def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list[str]:
     """What is wrong, in plain words; nothing if all is well.
 
@@ -128,6 +151,7 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
     found: list[str] = []
     members = [row for row in rows if row["in_ring"]]
     up = [row for row in members if row["up"]]
+    well = [row for row in up if "disk_hangs" not in row]
     wanted = max(ring.replication, copies or 0)
     if not members:
         found.append("no node is in the ring, so nothing can be stored: torusctl peer add --all")
@@ -138,8 +162,17 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
             f"degraded: blocks should have {_copies(wanted)}, but only {_nodes(len(up))} of the "
             f"ring {'is' if len(up) == 1 else 'are'} up"
         )
+    elif not well:
+        found.append("no disk of the ring answers: nothing can be flushed")
+    elif len(well) < wanted:
+        found.append(
+            f"degraded: blocks should have {_copies(wanted)}, but only {_nodes(len(well))} of the "
+            f"ring {'has a disk that answers' if len(well) == 1 else 'have disks that answer'}"
+        )
     for row in members:
-        if not row["up"]:
+        if row.get("refused"):
+            found.append(f"node {short(row['id'])} does not answer this command: {row['error']}")
+        elif not row["up"]:
             heard = "" if row["registered"] else " and its lease has ended"
             leaves = _leaves_in(row["id"], rows)
             found.append(f"node {short(row['id'])} does not answer{heard}{leaves}")
@@ -154,6 +187,8 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
             found.append(f"node {name} answers, but is not registered")
         for actor, error in row.get("silent_actors", {}).items():
             found.append(f"{actor} of node {name} does not answer: {error}")
+        if "disk_hangs" in row:
+            found.append(_disk_hangs(row))
         if row.get("failure"):
             found.append(f"node {name}: {row['failure']}")
         if row.get("level", "ok") != "ok":
@@ -175,6 +210,16 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
         if not moving.get("failed") and _is_unsettled(row, ring):
             found.append(_unsettled(row))
     return found
+
+
+def _disk_hangs(row: Row) -> str:
+    name, disk = short(row["id"]), row["disk_hangs"]
+    leave = f", or take it out: torusctl peer remove {name}" if row["in_ring"] else ""
+    return (
+        f"the disk of node {name} has not answered for {format_seconds(disk['hangs_s'])}, since "
+        f"{format_moment(disk['since'])} ({', '.join(disk['calls'])}): clients pass it over; "
+        f"mend the disk and start the node again{leave}"
+    )
 
 
 def unreplayed_of(count: int) -> str:
@@ -246,6 +291,8 @@ def state_of(row: Row) -> str:
     """A node's state in a word."""
     if not row["up"]:
         return "silent" if row["registered"] else "down"
+    if "disk_hangs" in row:
+        return "disk hangs"
     return "up" if row["in_ring"] else "up, out"
 
 

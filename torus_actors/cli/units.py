@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 
 # Without ASCII, letters that are s or k in capitals only would do as units too.
@@ -77,6 +78,12 @@ def format_seconds(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole // 60 % 60:02}m"
     return f"{whole // 86400}d{whole // 3600 % 24}h"
+
+
+def format_moment(seconds: float) -> str:
+    """A moment for a person, from seconds since 1970."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def parse_address(text: str) -> Address:

@@ -52,7 +52,7 @@ class SnapshotOperations(SessionOperations):
             raise NotExist(f"there is no volume with id {volume_id}")
         head, head_revision = await self._read(head_key, Head)
         if (await self._read(key, Snapshot))[0] is not None:
-            raise Exists(f"snapshot {name} exists already")
+            raise Exists(f"volume {volume.name} has a snapshot {name} already")
         encoded = b"" if head is None else head.encode()
         snapshot = Snapshot(volume_id, name, encoded, self._now(), self.new_nonce(), volume.size)
 
@@ -81,8 +81,15 @@ class SnapshotOperations(SessionOperations):
         """
         found, _ = await self._read(self.keys.snapshot(volume_id, name), Snapshot)
         if found is None:
-            raise NotExist(f"the volume has no snapshot {name}")
+            raise await self._no_snapshot(volume_id, name)
         return found
+
+    async def _no_snapshot(self, volume_id: int, name: str) -> NotExist:
+        volume, _ = await self._read(self.keys.of(table.VOLUME, volume_id), VolumeRecord)
+        whose = "the volume" if volume is None else f"volume {volume.name}"
+        return NotExist(
+            f"{whose} has no snapshot {name}: torusctl snapshot list shows those there are"
+        )
 
     async def snapshots(self, volume_id: int) -> list[Snapshot]:
         """A volume's snapshots, by name."""
@@ -97,7 +104,7 @@ class SnapshotOperations(SessionOperations):
         key = self.keys.snapshot(volume_id, name)
         _, revision = await self._read(key, Snapshot)
         if not revision:
-            raise NotExist(f"the volume has no snapshot {name}")
+            raise await self._no_snapshot(volume_id, name)
         if not await self._delete(volume_id, key, revision, f"delete snapshot {name}"):
             raise CompareFailed(f"snapshot {name} was replaced meanwhile")
 
@@ -131,7 +138,7 @@ class SnapshotOperations(SessionOperations):
             if volume is None:
                 raise NotExist(f"there is no volume with id {volume_id}")
             if (await self._read(self.keys.snapshot(volume_id, name), Snapshot))[0] is not None:
-                raise Exists(f"snapshot {name} exists already")
+                raise Exists(f"volume {volume.name} has a snapshot {name} already")
             unchanged, _ = await self._touch(volume_id)
             compare = [
                 Compare(volume_key, mod_revision=revision),

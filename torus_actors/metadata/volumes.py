@@ -258,7 +258,7 @@ class VolumeOperations(MetadataBase):
                 raise Corruption(f"{self.keys.name(name)} leads to volume {volume.name}")
             if volume is not None:
                 return volume, revision
-        raise NotExist(f"there is no volume {name}")
+        raise NotExist(f"there is no volume {name}: torusctl volume list shows those there are")
 
 
 def held(name: str, lock: Lock) -> Locked:

@@ -319,6 +319,7 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         self._accepting = False
         self._leaving = False
         self._current: Call | None = None
+        self._calls = 0
         # Without a thread: how long a call takes, whether one is under way, and whether a turn is
         # scheduled.
         self._delay_s: BlockingDelay | None = None
@@ -351,6 +352,11 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
 
     def cleanup(self) -> None:
         """Let go of what the actor holds; also after a crash or a failed setup."""
+
+    @property
+    def call_under_way(self) -> int | None:
+        """The number of the call it is in, counted from its start; None while it waits for one."""
+        return self._calls if self._current is not None else None
 
     # -- the thread --------------------------------------------------------------------------
 
@@ -393,6 +399,7 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         envelope = cast(Inbox, self.actor_inbox).items.popleft()
         if type(envelope) is Call:
             self._current = envelope
+            self._calls += 1
         if self.cell.room_waiters:
             self.system.on_loop(self.cell.room_made)
         return envelope

@@ -58,6 +58,7 @@ class AioQueue:
 
     Attributes:
         notify_fd: readable when some have ended; then call ``reap``.
+        ended: how many have ended so far.
 
     Raises:
         OSError: not on this machine.
@@ -73,6 +74,7 @@ class AioQueue:
         if self._libc.syscall(setup, depth, ctypes.byref(self._context)) < 0:
             raise OSError(ctypes.get_errno(), "io_setup")
         self.notify_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.ended = 0
         self._depth = depth
         self._blocks = ctypes.create_string_buffer(_IOCB.size * depth)
         self._first = ctypes.addressof(self._blocks)
@@ -139,6 +141,7 @@ class AioQueue:
             for n in range(max(got, 0)):
                 slot, _, result, _ = _EVENT.unpack_from(self._events, n * _EVENT.size)
                 transfer = self._under_way.pop(slot)
+                self.ended += 1
                 self._free.append(slot)
                 transfer.ended(result)
             if got < self._depth:
