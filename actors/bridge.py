@@ -23,7 +23,15 @@ from typing import Any, cast
 
 from torus_actors.actors import same_machine
 from torus_actors.actors.links import InLink, Link, OutCall, OutLink
-from torus_actors.errors import Closed, Invalid, NoPeer, Overloaded, PeerLost, TorusError
+from torus_actors.errors import (
+    Closed,
+    Invalid,
+    NoPeer,
+    Overloaded,
+    PeerLost,
+    TorusError,
+    Unauthenticated,
+)
 from torus_actors.model.buffers import BufferPool
 from torus_actors.runtime import LoopActor, ObjectRef, expose
 from torus_actors.runtime.spinner import Spinner
@@ -161,7 +169,7 @@ class Bridge(LoopActor):
 
     @expose()
     def peers(self) -> list[dict[str, Any]]:
-        """Every known peer, whether it is connected, whether without TCP, and why not."""
+        """Every known peer: whether it is connected, whether without TCP, why not, if it refused."""
         return [
             {
                 "node": p.node,
@@ -169,6 +177,7 @@ class Bridge(LoopActor):
                 "up": p.up,
                 "near": p.up and p.near,
                 "reason": p.reason,
+                "refused": p.refused,
             }
             for p in self._peers.values()
         ]
@@ -299,6 +308,8 @@ class _Peer:
         """Whether the last attempt was without TCP, and failed."""
         self.failures = 0
         self.reason = ""
+        self.refused = False
+        """Whether that is why: it does not take this process for one of the cluster."""
         self._waiting: list[OutCall] = []
         self._timer: asyncio.TimerHandle | None = None
         """To dial again, or to wait no longer for that."""
@@ -371,6 +382,7 @@ class _Peer:
         self._up_since = self.bridge.system.loop.time()
         self.failures = 0
         self.reason = ""
+        self.refused = False
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             if not call[0].done():
@@ -419,6 +431,7 @@ class _Peer:
         self.bridge.changes += 1
         self.failures += 1
         self.reason = str(error)
+        self.refused = isinstance(error, Unauthenticated)
         waiting, self._waiting = self._waiting, []
         for ref, *_ in waiting:
             failure = error if not isinstance(error, PeerLost) else None

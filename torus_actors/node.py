@@ -72,6 +72,7 @@ from torus_actors.errors import (
     Invalid,
     NoGlobalMetadata,
     TorusError,
+    Unauthenticated,
 )
 from torus_actors.machine import REAL_MACHINE, Machine
 from torus_actors.metadata import opening
@@ -116,6 +117,11 @@ NODE_FILE = "node.json"
 
 QUIET_WAIT_S = 3.0
 """Nodes of a cluster are started together: one that waits no longer than this need not say so."""
+
+ADMITTED_S_MAX = 1.0
+"""How long a client waits to learn whether nodes let it in; one that answers is enough."""
+
+ADMITTED_LOOK_S = 0.01
 
 STOP_S_MAX = 120.0
 """For all services together: a volume's last flush may take a minute when a peer is down."""
@@ -603,10 +609,12 @@ class Client(Process):
 
         Raises:
             Again, NoGlobalMetadata: no cluster there in time.
+            Unauthenticated: its nodes do not let this process in.
         """
         config = self.config
         await self.start_base(config.listen, store_opener(config.metadata))
         view = await self.load_view(patience_s)
+        await self._check_admitted(view)
         await self.start_services(
             [
                 *self.common_services(config.read_level, config.write_level, False),
@@ -620,6 +628,25 @@ class Client(Process):
                 *self.aoe_services(config.aoe),
             ]
         )
+
+    async def _check_admitted(self, view: ClusterView) -> None:
+        """See that some node lets this process in, or says nothing of it, before it takes locks."""
+        bridge, loop = self.system.actor("bridge"), self.system.loop
+        await bridge.set_peers.remote(view.addresses())
+        end = loop.time() + ADMITTED_S_MAX
+        while view.ring.members and loop.time() < end:
+            peers = await bridge.peers.remote()
+            if any(peer["up"] for peer in peers):
+                return
+            if all(peer["reason"] for peer in peers):
+                refusals = [peer["reason"] for peer in peers if peer["refused"]]
+                if refusals:
+                    raise Unauthenticated(
+                        f"no node lets this process in: {refusals[0]}; give the --secret-file of "
+                        "the nodes"
+                    )
+                return  # they are down, and may be back before they are needed
+            await asyncio.sleep(ADMITTED_LOOK_S)
 
 
 def store_opener(url: str) -> Callable[[], Awaitable[KeyValueStore]] | None:
