@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 from pathlib import Path
@@ -130,6 +131,61 @@ def test_direct_file_takes_any_memory(disk: Disk) -> None:
     file.pwritev([second], 0)
     assert file.pread(len(block), 0) == block
     file.close()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_what_the_disk_has_is_read_whether_it_is_synced_or_not(disk: Disk, direct: bool) -> None:
+    """And where the page cache has it, too; short only at the end of the file."""
+    file = disk.open("f", create=True, size=4 * DIRECT_UNIT, direct=direct)
+    data = os.urandom(2 * DIRECT_UNIT)
+    file.pwrite(data, DIRECT_UNIT)
+    into = aligned(2 * DIRECT_UNIT)
+    for _ in range(2):
+        assert file.read_medium(into, DIRECT_UNIT) == len(into)
+        assert into == data == file.pread(len(data), DIRECT_UNIT)
+        file.fdatasync()
+    assert file.read_medium(into, 3 * DIRECT_UNIT) == DIRECT_UNIT
+    file.close()
+    with pytest.raises(Closed):
+        file.read_medium(into, 0)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_the_disk_has_is_read_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, refused: bool
+) -> None:
+    """Where the file system can do that; else as ever. No descriptor stays open."""
+    file = RealDisk(tmp_path).open("f", create=True, size=DIRECT_UNIT, direct=direct)
+    ways: list[bool] = []
+    real = os.preadv
+
+    def noted(fd: int, *args: Any) -> int:
+        ways.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        if ways[-1] and refused:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, *args)
+
+    monkeypatch.setattr(disk_module.os, "preadv", noted)
+    before = len(os.listdir("/proc/self/fd"))
+    assert file.read_medium(aligned(DIRECT_UNIT), 0) == DIRECT_UNIT
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert ways == ([True, False] if refused else [True])
+    file.close()
+
+
+def test_rot_under_the_cache() -> None:
+    """It shows where the medium is read, and after the power was lost, but in no other read."""
+    disk = sim()
+    file = disk.open("f")
+    disk.rot("f", 10, cached=True)
+    assert file.pread(8192, 0) == b"a" * 8192
+    into = aligned(4096)
+    assert file.read_medium(into, 0) == 4096
+    assert into[10] == 0xFF ^ ord("a")
+    disk = sim()
+    disk.rot("f", 10, cached=True)
+    assert disk.crash().open("f").pread(1, 10) != b"a"
 
 
 def test_direct_file_where_direct_is_refused(

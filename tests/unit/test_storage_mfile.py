@@ -427,6 +427,32 @@ def test_bit_rot_is_found() -> None:
     assert start(disk.crash()).get(ref(1)) == block(1)
 
 
+@pytest.mark.parametrize("at", [5, LAYOUT.sums_room + 5000])
+def test_rot_under_the_page_cache_is_found(at: int) -> None:
+    """Reads may go on to find what the cache has; who verifies a copy asks what the disk has.
+
+    Found by review: a page that is read often never left the cache, and the rot of its disk was
+    found only after the next start, when the other copies may have gone.
+    """
+    disk = new_disk()
+    store = filled(disk)
+    location = store.locate(ref(1))
+    disk.rot(DATA_PATH, LAYOUT.slot_offset(location.slot) + at, cached=True)
+    assert bytes(store.read(location, 0, BLOCK_SIZE, True)[1]) == block(1)
+    with pytest.raises(Corruption):
+        store.verify(ref(1))
+
+
+def test_what_is_not_synced_can_be_verified() -> None:
+    """It is on its way to the disk, and no less right for that."""
+    disk = new_disk()
+    store = filled(disk)
+    assert store.put(ref(15), block(15))
+    store.verify(ref(15))
+    store.flush()
+    store.verify(ref(15))
+
+
 def test_a_checksum_list_read_wrong_is_not_kept() -> None:
     """A cable or a controller spoils one read: the next one is right again, without a repair.
 

@@ -59,6 +59,7 @@ from torus_actors.storage.store import (
     Location,
     StoreStats,
     Ticket,
+    check_block,
     check_put,
     check_range,
     check_ref,
@@ -453,6 +454,22 @@ class MFileStore(BlockStore):
         if result is None:
             raise Corruption(f"slot {location.slot}: the data file ends before it")
         return result
+
+    def check(self, location: Location) -> memoryview:
+        # From the disk itself. What the page cache has is right for as long as it stays there, and
+        # nobody would hear that the disk has it no more: neither the scrubber, nor who drops a copy
+        # of his own because of this one.
+        room, length = self._layout.sums_room, location.length
+        both = self._pages.take(room + -(-length // PAGE_SIZE) * PAGE_SIZE)
+        try:
+            count = self._data.read_medium(both, self._layout.slot_offset(location.slot))
+        except OSError as error:
+            raise Corruption(f"slot {location.slot} cannot be read: {error}") from error
+        if count < len(both):
+            raise Corruption(f"slot {location.slot}: the data file ends before it")
+        data = both[room : room + length]
+        check_block(both[: sums_size(length)], location.root, data)
+        return data
 
     # Look.
 
