@@ -264,6 +264,28 @@ def test_names(disk: Disk) -> None:
         disk.rename("sub/deep/c", "c")
 
 
+@pytest.mark.parametrize("there", ["", "data", "data/node"])
+def test_directories_are_durable_before_anything_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    """Also those that a process made that was killed before it synced them, or could not.
+
+    Found by review: they were taken for durable because they were there. A power cut could take
+    them with all that was flushed in them since.
+    """
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    RealDisk(tmp_path / "data" / "node")
+    assert str(tmp_path / "data") in synced
+    if there != "data/node":
+        assert str(tmp_path) in synced
+    (tmp_path / "data" / "node" / "f").touch()
+    synced.clear()
+    RealDisk(tmp_path / "data" / "node")
+    assert not synced
+
+
 def test_missing_files(disk: Disk) -> None:
     """What needs a file that is not there says so by name."""
     for action in (

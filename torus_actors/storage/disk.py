@@ -559,6 +559,11 @@ class RealDisk(Disk):
         while not path.is_dir():
             missing.append(path)
             path = path.parent
+        # Who may not look there, or above it, has not made it.
+        with contextlib.suppress(PermissionError):
+            if not any(path.iterdir()):
+                # Whoever made it may have been killed before it was durable.
+                _fsync_path(path.parent)
         for directory in reversed(missing):
             with _plain_errors(str(directory), "make"), contextlib.suppress(FileExistsError):
                 directory.mkdir()
