@@ -159,7 +159,7 @@ class OpenStores:
         disks = [config.open_disk(config.directory / name) for name in STORE_NAMES]
         there = {kind: disks[kind].exists(INDEX_PATH) for kind in (DATA, INODES)}
         block_sizes = (config.block_size, INODE_BLOCK_SIZE)
-        opened: dict[int, BlockStore] = {}
+        opened: dict[int, MFileStore] = {}
         try:
             # What is there comes first: it tells whether the other one may be made anew.
             for kind in sorted(there, key=lambda kind: not there[kind]):
@@ -190,6 +190,14 @@ class OpenStores:
                     # Both have files of the same names.
                     where = config.directory / STORE_NAMES[kind]
                     raise type(error)(f"in {where}: {error}") from error
+                damaged = opened[kind].damaged_entries
+                if damaged:
+                    where = config.directory / STORE_NAMES[kind]
+                    log.error(
+                        "in %s: %d entries of the index are damaged: so many blocks may be missing",
+                        where,
+                        damaged,
+                    )
         except BaseException:
             for store in opened.values():
                 store.close()
@@ -416,7 +424,11 @@ class OpenStores:
                 self.system.loop.remove_reader(self.aio.notify_fd)
             self.aio.close()
         for store in self.stores:
-            store.close()
+            try:
+                store.close()
+            except (OSError, TorusError) as error:
+                # It is as after a kill, then: nothing that was flushed is lost by it.
+                log.warning("closing the block store: %s", error)
 
 
 def _make_aio(system: ActorSystem, store: BlockStore) -> AioQueue | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import random
 import shutil
@@ -40,6 +41,7 @@ from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
 from torus_actors.storage.disk import Disk
+from torus_actors.storage.index import ENTRIES_OFFSET
 from torus_actors.storage.mfile import MFileStore
 from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
 from torus_actors.storage.simdisk import SimDisk
@@ -680,3 +682,47 @@ async def test_what_could_not_be_flushed_is_flushed_later() -> None:
         await asyncio.sleep(15.0)
         await node.restart()
         assert node.refs() == {ref_of(1)}
+
+
+@virtual
+async def test_index_entries_that_rotted_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Their blocks are missing from then on, and nothing else says why. Found by review."""
+    disks: dict[str, SimDisk] = {}
+
+    def open_disk(path: Path) -> SimDisk:
+        return disks.setdefault(path.name, SimDisk(random.Random(1)))
+
+    async with system_of() as system:
+        config = StoreConfig(Path("node"), 64 << 20, BLOCK, open_disk)
+        opened = OpenStores.open(system, config, random.Random(3))
+        opened.stores[DATA].put(ref_of(1), bytes(BLOCK))
+        opened.stores[DATA].flush()
+        opened.close()
+        assert not caplog.records
+        disks["blocks"].rot(INDEX_PATH, ENTRIES_OFFSET + 3)
+        OpenStores.open(system, config, random.Random(3)).close()
+        (told,) = caplog.records
+        assert "node/blocks: 1 " in told.getMessage()
+        caplog.clear()
+        OpenStores.open(system, config, random.Random(3)).close()
+        assert not caplog.records
+
+
+@virtual
+async def test_stores_are_closed_whatever_their_disks_say(caplog: pytest.LogCaptureFixture) -> None:
+    """A disk that fails in the last moment keeps neither the other store open nor the node up.
+
+    Found by review: a node that could not start for another reason told of this one instead.
+    """
+    disks: dict[str, SimDisk] = {}
+
+    def open_disk(path: Path) -> SimDisk:
+        return disks.setdefault(path.name, SimDisk(random.Random(1)))
+
+    async with system_of() as system:
+        config = StoreConfig(Path("node"), 64 << 20, BLOCK, open_disk)
+        opened = OpenStores.open(system, config, random.Random(3))
+        disks["blocks"].inject("sync", errno.EIO)
+        opened.close()
+        assert [store.failure for store in opened.stores] == ["closed", "closed"]
+        assert "cannot sync" in caplog.text
