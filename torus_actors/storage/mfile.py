@@ -99,6 +99,7 @@ class MFileBatch(Step, FlushBatch):
         index: the index file.
         puts: slot to index entry, of blocks whose data is written.
         zeros: slots whose entries are to be zeroed.
+        replaced: likewise, of bad copies: when the entries of those in their places are durable.
         lost: what the store's syncs failed with. After one did, none is tried any more, in this
             batch or a later one: the kernel reports success for pages that it has let go of.
     """
@@ -110,6 +111,7 @@ class MFileBatch(Step, FlushBatch):
         index: File,
         puts: dict[int, bytes],
         zeros: frozenset[int],
+        replaced: frozenset[int],
         lost: list[str],
     ) -> None:
         super().__init__(lock)
@@ -117,11 +119,12 @@ class MFileBatch(Step, FlushBatch):
         self._index = index
         self.puts = puts
         self.zeros = zeros
+        self.replaced = replaced
         self._lost = lost
 
     @property
     def empty(self) -> bool:
-        return not self.puts and not self.zeros
+        return not (self.puts or self.zeros or self.replaced)
 
     def write(self) -> None:
         self.run()
@@ -133,14 +136,21 @@ class MFileBatch(Step, FlushBatch):
             self.sync_data()
         self.write_index()
         self.sync_index()
+        if self.replaced:
+            # What of them is right may be so nowhere else, should the power go in between.
+            self._write(dict.fromkeys(self.replaced, ZERO_ENTRY))
+            self.sync_index()
 
     def sync_data(self) -> None:
         """Make the blocks durable: before any entry names them."""
         self._sync(self._data)
 
     def write_index(self) -> None:
-        """Write the entries, neighbours together."""
-        entries = dict.fromkeys(self.zeros, ZERO_ENTRY) | self.puts
+        """Write the entries of what is new and of what was deleted."""
+        self._write(dict.fromkeys(self.zeros, ZERO_ENTRY) | self.puts)
+
+    def _write(self, entries: dict[int, bytes]) -> None:
+        """Write entries, neighbours together."""
         run: list[bytes] = []
         start = 0
         for slot in sorted(entries):
@@ -192,6 +202,8 @@ class MFileStore(BlockStore):
         """Committed, to be entered by the next flush."""
         self._zeros: set[int] = set()
         """Deleted, to be zeroed by the next flush."""
+        self._replaced: set[int] = set()
+        """Bad copies, to be zeroed by the next flush when all else in it is durable."""
         self._touched: set[int] = set()
         """Slots of `_puts` whose entry a failed flush may have written already."""
         self._in_flight: MFileBatch | None = None
@@ -314,13 +326,14 @@ class MFileStore(BlockStore):
         if self._in_flight is not None:
             # Two at once could write the entries of one slot in the wrong order.
             raise Overloaded("a flush of the block store is under way")
-        zeros = frozenset(self._zeros)
+        zeros, replaced = frozenset(self._zeros), frozenset(self._replaced)
         batch = self.batch_class(
-            self._flushing, self._data, self._index, self._puts, zeros, self._lost
+            self._flushing, self._data, self._index, self._puts, zeros, replaced, self._lost
         )
         self._in_flight = batch
         self._puts = {}
         self._zeros = set()
+        self._replaced = set()
         return batch
 
     def end_flush(self, batch: FlushBatch) -> None:
@@ -336,10 +349,11 @@ class MFileStore(BlockStore):
         batch = self._landed(batch)
         for slot, entry in batch.puts.items():
             # A block deleted meanwhile waits to be zeroed; its entry must not come back.
-            if slot not in self._zeros:
+            if slot not in self._zeros and slot not in self._replaced:
                 self._puts[slot] = entry
                 self._touched.add(slot)
         self._zeros |= batch.zeros
+        self._replaced |= batch.replaced
         self._unsynced = True
         if self._lost:
             self._failure = f"failed ({self._lost[0]}); open it again"
@@ -493,7 +507,7 @@ class MFileStore(BlockStore):
             limbo=limbo + draining,
             quarantined=quarantined,
             free=free,
-            pending=len(self._puts) + len(self._zeros),
+            pending=len(self._puts) + len(self._zeros) + len(self._replaced),
         )
 
     @property
@@ -544,7 +558,7 @@ class MFileStore(BlockStore):
                 self._release(slot)
             return
         self._touched.discard(slot)
-        self._zeros.add(slot)
+        (self._zeros if state == states.LIMBO else self._replaced).add(slot)
 
     def _release(self, slot: int) -> None:
         """Let a slot be used again that nothing on the disk names, once nobody reads it."""
