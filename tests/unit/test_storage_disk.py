@@ -325,6 +325,33 @@ def test_lock_is_exclusive(disk: Disk) -> None:
     disk.lock().release()
 
 
+def test_a_directory_that_cannot_be_locked_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems know no locks; the file is not left open."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(disk_module.fcntl, "flock", fail)
+    disk = RealDisk(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match=r"cannot lock: No locks available: .*/lock"):
+        disk.lock()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_write_past_the_page_cache_is_whole_pages() -> None:
+    """The simulated disk insists on it: a real one goes through the cache from then on."""
+    disk = sim()
+    file = disk.open("f", direct=True)
+    file.pwritev([bytes(100), bytes(DIRECT_UNIT - 100)], DIRECT_UNIT)
+    for data, offset in ((bytes(100), 0), (bytes(DIRECT_UNIT), 512)):
+        with pytest.raises(AssertionError):
+            file.pwrite(data, offset)
+        disk.open("f").pwrite(data, offset)
+
+
 def test_lock_survives_a_late_release(disk: Disk) -> None:
     """Releasing a lock twice does not take it from the next holder."""
     first = disk.lock()

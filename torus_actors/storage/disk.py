@@ -544,13 +544,17 @@ class RealDisk(Disk):
         with _plain_errors(full, "open"):
             fd = os.open(full, os.O_RDWR | os.O_CREAT, 0o640)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with _plain_errors(full, "lock"):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise Locked(
+                        f"data directory {self._root} is in use by another process; "
+                        "stop it or choose another directory"
+                    ) from None
+        except (OSError, TorusError):
             os.close(fd)
-            raise Locked(
-                f"data directory {self._root} is in use by another process; "
-                "stop it or choose another directory"
-            ) from None
+            raise
         return _FlockLock(fd)
 
     @staticmethod
