@@ -9,7 +9,6 @@ its death costs callers nothing, since all its messages may be done twice.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -127,7 +126,6 @@ class OpenStores:
         self.system = system
         self.stores = stores
         self.level = Level.OK
-        self._readers = itertools.cycle(READERS)
         self.aio = _make_aio(system, stores[DATA])
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
@@ -287,8 +285,8 @@ class OpenStores:
                 )
 
     def next_reader(self) -> ActorHandle:
-        """A worker that reads, each in turn."""
-        return self.system.actor(next(self._readers))
+        """The worker that reads and has least to do: the other may be in a call for minutes."""
+        return self.system.actor(min(READERS, key=self.system.load))
 
     async def verify(self, kind: int, location: Location) -> bool:
         """Read a block and check every byte."""

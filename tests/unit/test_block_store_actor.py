@@ -726,3 +726,24 @@ async def test_stores_are_closed_whatever_their_disks_say(caplog: pytest.LogCapt
         opened.close()
         assert [store.failure for store in opened.stores] == ["closed", "closed"]
         assert "cannot sync" in caplog.text
+
+
+@virtual
+async def test_a_read_that_hangs_holds_up_no_other() -> None:
+    """A drive tries a bad sector for minutes, for the scrubber say: there is a second reader.
+
+    Found by review: reads went to both in turn, and each other one waited behind the first.
+    """
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        for n in range(12):
+            await put(node, ref_of(n), b"x" * BLOCK)
+        node.blocking_s["check"] = 300.0
+        verifying = asyncio.ensure_future(node.opened.verify(0, node.stores[0].locate(ref_of(0))))
+        await asyncio.sleep(0.1)
+        node.disks[0].miss_percent = 100
+        async with asyncio.timeout(1.0):
+            for n in range(12):
+                assert await read(node, (ref_of(n), 0, 4096)) == [(Status.OK, b"x" * 4096)]
+        assert not verifying.done()
+        assert await verifying

@@ -352,6 +352,11 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
     def cleanup(self) -> None:
         """Let go of what the actor holds; also after a crash or a failed setup."""
 
+    @property
+    def in_call(self) -> bool:
+        """Whether it is handling a message."""
+        return self._current is not None
+
     # -- the thread --------------------------------------------------------------------------
 
     def _actor_loop(self) -> None:

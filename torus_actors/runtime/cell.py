@@ -123,6 +123,11 @@ class Cell:
         """Messages in the inbox."""
         return len(self.inbox.items)
 
+    def load(self) -> int:
+        """Messages in the inbox, and the one that a blocking actor is in."""
+        actor = self.actor
+        return self.waiting() + (isinstance(actor, BlockingActor) and actor.in_call)
+
     async def room(self, timeout_s: float) -> None:
         """Wait until the inbox has room again.
 
