@@ -127,6 +127,7 @@ class OpenStores:
         self.stores = stores
         self.level = Level.OK
         self.aio = _make_aio(system, stores[DATA])
+        self._verifying: dict[tuple[int, Location], asyncio.Task[Any]] = {}
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self.requests = 0
@@ -223,10 +224,13 @@ class OpenStores:
 
     async def _own(self, coroutine: Any) -> Any:
         """Run to the end, whatever becomes of the one who waits."""
-        task = self.system.loop.create_task(coroutine)
+        return await asyncio.shield(self._begin(coroutine))
+
+    def _begin(self, coroutine: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = self.system.loop.create_task(coroutine)
         self.system.background.add(task)
         task.add_done_callback(self._owned_done)
-        return await asyncio.shield(task)
+        return task
 
     def _owned_done(self, task: asyncio.Task[Any]) -> None:
         self.system.background.discard(task)
@@ -289,15 +293,30 @@ class OpenStores:
         return self.system.actor(min(READERS, key=self.system.load))
 
     async def verify(self, kind: int, location: Location) -> bool:
-        """Read a block and check every byte."""
-        store = self.stores[kind]
-        store.pin(location)
-        try:
-            right: bool = await self.next_reader().check.remote(
-                kind, location, timeout_s=DISK_PATIENCE_S
-            )
-        finally:
-            store.unpin(location)
+        """Read a block and check every byte.
+
+        One that is under way is waited for: the disk may be at it for minutes, and another worker
+        would hang beside the first.
+        """
+        key = kind, location
+        task = self._verifying.get(key)
+        if task is None:
+            store = self.stores[kind]
+            store.pin(location)
+            task = self._verifying[key] = self._begin(self._check(kind, location))
+
+            def ended(_: asyncio.Task[Any]) -> None:
+                del self._verifying[key]
+                store.unpin(location)
+
+            task.add_done_callback(ended)
+        right: bool = await asyncio.shield(task)
+        return right
+
+    async def _check(self, kind: int, location: Location) -> bool:
+        right: bool = await self.next_reader().check.remote(
+            kind, location, timeout_s=DISK_PATIENCE_S
+        )
         return right
 
     async def flush(self) -> None:

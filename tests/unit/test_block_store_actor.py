@@ -729,9 +729,11 @@ async def test_stores_are_closed_whatever_their_disks_say(caplog: pytest.LogCapt
 
 
 @virtual
-async def test_a_read_that_hangs_holds_up_no_other() -> None:
+@pytest.mark.parametrize("asked", [1, 2, 3])
+async def test_a_read_that_hangs_holds_up_no_other(asked: int) -> None:
     """A drive tries a bad sector for minutes, for the scrubber say: there is a second reader.
 
+    Who asks for the same once more, as the scrubber does, waits for the answer to the first.
     Found by review: reads went to both in turn, and each other one waited behind the first.
     """
     async with Cluster(nodes=1) as cluster:
@@ -739,11 +741,18 @@ async def test_a_read_that_hangs_holds_up_no_other() -> None:
         for n in range(12):
             await put(node, ref_of(n), b"x" * BLOCK)
         node.blocking_s["check"] = 300.0
-        verifying = asyncio.ensure_future(node.opened.verify(0, node.stores[0].locate(ref_of(0))))
-        await asyncio.sleep(0.1)
+        location = node.stores[0].locate(ref_of(0))
+        verifying = []
+        for _ in range(asked):
+            verifying.append(asyncio.ensure_future(node.opened.verify(0, location)))
+            await asyncio.sleep(0.1)
         node.disks[0].miss_percent = 100
         async with asyncio.timeout(1.0):
             for n in range(12):
                 assert await read(node, (ref_of(n), 0, 4096)) == [(Status.OK, b"x" * 4096)]
-        assert not verifying.done()
-        assert await verifying
+        assert not any(each.done() for each in verifying)
+        verifying[0].cancel()
+        assert all(await asyncio.gather(*verifying[1:]))
+        await node.actor("block_store").delete_blocks.remote(ref_of(0))
+        await asyncio.sleep(300.0)
+        assert not node.stores[0]._pins and not node.opened._verifying
