@@ -9,7 +9,6 @@ its death costs callers nothing, since all its messages may be done twice.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -127,8 +126,8 @@ class OpenStores:
         self.system = system
         self.stores = stores
         self.level = Level.OK
-        self._readers = itertools.cycle(READERS)
         self.aio = _make_aio(system, stores[DATA])
+        self._verifying: dict[tuple[int, Location], asyncio.Task[Any]] = {}
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self.requests = 0
@@ -159,7 +158,7 @@ class OpenStores:
         disks = [config.open_disk(config.directory / name) for name in STORE_NAMES]
         there = {kind: disks[kind].exists(INDEX_PATH) for kind in (DATA, INODES)}
         block_sizes = (config.block_size, INODE_BLOCK_SIZE)
-        opened: dict[int, BlockStore] = {}
+        opened: dict[int, MFileStore] = {}
         try:
             # What is there comes first: it tells whether the other one may be made anew.
             for kind in sorted(there, key=lambda kind: not there[kind]):
@@ -190,6 +189,14 @@ class OpenStores:
                     # Both have files of the same names.
                     where = config.directory / STORE_NAMES[kind]
                     raise type(error)(f"in {where}: {error}") from error
+                damaged = opened[kind].damaged_entries
+                if damaged:
+                    where = config.directory / STORE_NAMES[kind]
+                    log.error(
+                        "in %s: %d entries of the index are damaged: so many blocks may be missing",
+                        where,
+                        damaged,
+                    )
         except BaseException:
             for store in opened.values():
                 store.close()
@@ -217,10 +224,13 @@ class OpenStores:
 
     async def _own(self, coroutine: Any) -> Any:
         """Run to the end, whatever becomes of the one who waits."""
-        task = self.system.loop.create_task(coroutine)
+        return await asyncio.shield(self._begin(coroutine))
+
+    def _begin(self, coroutine: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = self.system.loop.create_task(coroutine)
         self.system.background.add(task)
         task.add_done_callback(self._owned_done)
-        return await asyncio.shield(task)
+        return task
 
     def _owned_done(self, task: asyncio.Task[Any]) -> None:
         self.system.background.discard(task)
@@ -284,19 +294,34 @@ class OpenStores:
         return self.aio.ended if self.aio is not None and self.aio.busy else None
 
     def next_reader(self) -> ActorHandle:
-        """A worker that reads, each in turn."""
-        return self.system.actor(next(self._readers))
+        """The worker that reads and has least to do: the other may be in a call for minutes."""
+        return self.system.actor(min(READERS, key=self.system.load))
 
     async def verify(self, kind: int, location: Location) -> bool:
-        """Read a block and check every byte."""
-        store = self.stores[kind]
-        store.pin(location)
-        try:
-            right: bool = await self.next_reader().check.remote(
-                kind, location, timeout_s=DISK_PATIENCE_S
-            )
-        finally:
-            store.unpin(location)
+        """Read a block and check every byte.
+
+        One that is under way is waited for: the disk may be at it for minutes, and another worker
+        would hang beside the first.
+        """
+        key = kind, location
+        task = self._verifying.get(key)
+        if task is None:
+            store = self.stores[kind]
+            store.pin(location)
+            task = self._verifying[key] = self._begin(self._check(kind, location))
+
+            def ended(_: asyncio.Task[Any]) -> None:
+                del self._verifying[key]
+                store.unpin(location)
+
+            task.add_done_callback(ended)
+        right: bool = await asyncio.shield(task)
+        return right
+
+    async def _check(self, kind: int, location: Location) -> bool:
+        right: bool = await self.next_reader().check.remote(
+            kind, location, timeout_s=DISK_PATIENCE_S
+        )
         return right
 
     async def flush(self) -> None:
@@ -421,7 +446,11 @@ class OpenStores:
                 self.system.loop.remove_reader(self.aio.notify_fd)
             self.aio.close()
         for store in self.stores:
-            store.close()
+            try:
+                store.close()
+            except (OSError, TorusError) as error:
+                # It is as after a kill, then: nothing that was flushed is lost by it.
+                log.warning("closing the block store: %s", error)
 
 
 def _make_aio(system: ActorSystem, store: BlockStore) -> AioQueue | None:

@@ -1,8 +1,9 @@
 """Disk workers: the threads on which a block store waits for its disk.
 
-Messages in: ``write``, ``read_many``, ``check``, ``sync``, all from the block store of the same
-node. Several workers stand side by side (writer, readers, flusher), because a flush may take long
-and must not hold up reads. Their death costs nothing: every message may be done twice.
+Messages in: ``write``, ``read_many``, ``check``, ``sync`` from the block store of the same node,
+``keep_place`` from its scrubber. Several workers stand side by side (writer, readers, flusher),
+because a flush may take long and must not hold up reads. Their death costs nothing: every message
+may be done twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from torus_actors.errors import Corruption, TorusError
 from torus_actors.model.checksums import Buffer
 from torus_actors.runtime import BlockingActor, ChildSpec, expose
+from torus_actors.storage.scrub_place import ScrubPlace
 from torus_actors.storage.store import BlockStore, FlushBatch, Location, Ticket
 
 READERS = ("disk_reader", "disk_reader_2")
@@ -73,6 +75,14 @@ class DiskWorker(BlockingActor):
                     batch.write()
                 except OSError as error:
                     raise Corruption(f"disk error: {error}") from error
+
+    @expose(idempotent=True)
+    def keep_place(self, place: ScrubPlace, kind: int, slot: int) -> None:
+        """Write down where the scrubber has come to."""
+        try:
+            place.save(kind, slot)
+        except OSError as error:
+            raise Corruption(f"disk error: {error}") from error
 
 
 def disk_workers(stores: list[BlockStore]) -> list[ChildSpec]:

@@ -2,8 +2,8 @@
 
 Walks the stored blocks slowly, has each verified byte by byte, and replaces a damaged copy by a
 good one from another peer; if none has one just now it tries again every few minutes. Messages in:
-``start_pass``, ``status``; out: to the block store here and to the replicator. Its death costs the
-place it had come to.
+``start_pass``, ``status``; out: to the block store here, to the replicator and to a disk worker.
+Its death costs nothing; that of the process, what was read in the last minute.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torus_actors.actors.block_messages import (
 from torus_actors.errors import DeadlineExceeded, TorusError
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import LoopActor, expose
+from torus_actors.storage.scrub_place import ScrubPlace
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ PAUSE_S = 3600.0
 FIRST_PASS_AFTER_S = 60.0
 """A node that has just started has better things to do."""
 
+SAVE_S = 60.0
+"""How often the place that it has come to is written down for the next process."""
+
 MEND_S = 30.0
 MEND_S_MAX = 600.0
 """Pause before what could not be repaired is tried again: whoever has a good copy may be back, and
@@ -56,12 +60,19 @@ class Scrubber(LoopActor):
         block_size: bytes of a data block.
         rate_bytes_s: what it may read, bytes a second.
         pause_s: between passes.
+        place: where the one before had come to.
     """
 
     def __init__(
-        self, block_size: int, rate_bytes_s: int = RATE_BYTES_S, pause_s: float = PAUSE_S
+        self,
+        block_size: int,
+        rate_bytes_s: int = RATE_BYTES_S,
+        pause_s: float = PAUSE_S,
+        place: ScrubPlace | None = None,
     ) -> None:
         super().__init__()
+        self._place = place or ScrubPlace()
+        self._saved_at = 0.0
         self._block_size = block_size
         self._rate = rate_bytes_s
         self._pause_s = pause_s
@@ -77,6 +88,7 @@ class Scrubber(LoopActor):
 
     async def setup(self) -> None:
         """Start scrubbing."""
+        self._saved_at = self.system.loop.time()
         self.spawn(self._work())
         self.spawn(self._mend())
 
@@ -122,29 +134,47 @@ class Scrubber(LoopActor):
                 self._passing = False
 
     async def _pass(self) -> None:
+        """Read every block, beginning where the last pass that was cut off had come to."""
         store = self.system.actor("block_store")
         stats = await store.stats.remote()
         self._seen = 0
         self._total = stats["blocks"]["used"] + stats["inodes"]["used"]
-        for kind in (0, 1):
-            slot: int | None = 0
-            while slot is not None:
+        for kind, first, end in _ways_round(self._place.kind, self._place.slot):
+            slot: int | None = first
+            while slot is not None and (end is None or slot < end):
+                await self._come_to(kind, slot)
                 packed, slot = await store.list_blocks.remote(kind, slot, BATCH)
-                if not packed:
-                    continue
-                refs = list(split_refs(packed))
-                statuses = await self._check(refs)
-                self._seen += len(refs)
-                for ref, (status, root) in zip(refs, statuses, strict=True):
-                    if status == Status.FAILED:
-                        self._counts["failed"] += 1
-                        self._counts["unread"] += 1
-                        continue
-                    self._counts["checked"] += 1
-                    if status == Status.CORRUPT:
-                        await self._found_damaged(ref, root)
-                if not self._hurry:
-                    await asyncio.sleep(len(refs) * self._block_size / self._rate)
+                if packed:
+                    await self._scrub(list(split_refs(packed)))
+        self._place.kind, self._place.slot = 0, 0
+
+    async def _come_to(self, kind: int, slot: int) -> None:
+        """Take note that the pass has come so far."""
+        self._place.kind, self._place.slot = kind, slot
+        now = self.system.loop.time()
+        if now < self._saved_at + SAVE_S:
+            return
+        self._saved_at = now
+        try:
+            # By that worker: a disk that hangs would hold up no reader.
+            flusher = self.system.actor("disk_flusher")
+            await flusher.keep_place.remote(self._place, kind, slot)
+        except TorusError as error:
+            log.debug("writing down where the scrubber is: %s", error)
+
+    async def _scrub(self, refs: list[BlockRef]) -> None:
+        statuses = await self._check(refs)
+        self._seen += len(refs)
+        for ref, (status, root) in zip(refs, statuses, strict=True):
+            if status == Status.FAILED:
+                self._counts["failed"] += 1
+                self._counts["unread"] += 1
+                continue
+            self._counts["checked"] += 1
+            if status == Status.CORRUPT:
+                await self._found_damaged(ref, root)
+        if not self._hurry:
+            await asyncio.sleep(len(refs) * self._block_size / self._rate)
 
     async def _check(self, refs: list[BlockRef]) -> list[tuple[int, ...]]:
         """Status and root checksum of each.
@@ -201,3 +231,14 @@ class Scrubber(LoopActor):
                     await self._repair(ref, root)
                 elif status != Status.FAILED:
                     self._unrepaired.pop(ref, None)  # it was read and repaired, or deleted
+
+
+def _ways_round(kind: int, slot: int) -> list[tuple[int, int, int | None]]:
+    """Stretches of slots that are all slots of both stores, from one on round to it again.
+
+    Returns:
+        The store, the first slot, and the one to stop at, None for the last, of each.
+    """
+    kind = min(kind, 1)  # what another version wrote must not end every pass
+    other = 1 - kind
+    return [(kind, slot, None), (other, 0, None), (kind, 0, slot)]

@@ -349,6 +349,9 @@ async def wipe_leases(field: Field) -> None:
 SUMS_SHARE = 0.15
 """Of the blocks that rot it is their checksum list: a few bytes, which chance would never meet."""
 
+CACHED_SHARE = 0.3
+"""Of the blocks that rot the page cache has them right still: no read finds it."""
+
 
 async def rot(field: Field) -> None:
     """A byte of a stored block or record changes, always on the same node: one copy at most is bad.
@@ -371,7 +374,8 @@ async def rot(field: Field) -> None:
         path, at, what = found
         field.records_rotted |= area == "journal"
         field.say(f"a byte of {what} rots on {host.name}")
-        host.disks[f"/{host.name}/{area}"].rot(path, at)
+        cached = area != "journal" and field.rng_of("cached").random() < CACHED_SHARE
+        host.disks[f"/{host.name}/{area}"].rot(path, at, cached=cached)
 
 
 def _in_store(host: Host, area: str, rng: random.Random, sums: bool) -> tuple[str, int, str] | None:

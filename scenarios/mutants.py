@@ -116,6 +116,16 @@ _RING = (
         hunted_in=("bit_rot",),
     ),
     _mutant(
+        "cached_is_enough",
+        "Who verifies a copy reads what its disk has, not what the page cache has of it",
+        Edit(
+            "storage.mfile:MFileStore.check",
+            "self._data.read_medium(both, ",
+            "self._data.preadv([both], ",
+        ),
+        hunted_in=("bit_rot",),
+    ),
+    _mutant(
         "presence_is_enough",
         "The rebalancer drops its copy only after the owners have read and synced theirs",
         Edit("actors.rebalancer:Rebalancer._drop", "deep=True, durable=True", "deep=False"),

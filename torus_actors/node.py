@@ -89,6 +89,7 @@ from torus_actors.runtime import ActorSystem, ChildSpec, Strategy, SupervisorSpe
 from torus_actors.storage.disk import Disk
 from torus_actors.storage.journal_space import JournalLimits
 from torus_actors.storage.mfile_open import INDEX_PATH
+from torus_actors.storage.scrub_place import ScrubPlace
 from torus_actors.volume.session import CacheSizes
 from torus_actors.wire.hello import Identity, Role
 
@@ -490,7 +491,11 @@ class StorageNode(Process):
             # Each node of a machine has files of these names.
             raise type(error)(f"in {where}: {error}") from error
         self.journal = journal
+<<<<<<< HEAD
         watch = DiskWatch(self.system, stores, journal, config.machine.wall_clock)
+=======
+        scrub_place = ScrubPlace.load(config.machine.open_disk(config.data_dir))
+>>>>>>> disk
         if config.auto_join or (self.embedded and not view.ring.members):
             await self._join()
         storage = SupervisorSpec(
@@ -513,7 +518,7 @@ class StorageNode(Process):
                 *services[1:],
                 ChildSpec("rebalancer", lambda: Rebalancer(view, config.rebalance_rate_bytes_s)),
                 ChildSpec("collector", lambda: Collector(self.meta)),
-                ChildSpec("scrubber", lambda: Scrubber(view.block_size)),
+                ChildSpec("scrubber", lambda: Scrubber(view.block_size, place=scrub_place)),
                 ChildSpec(
                     "heartbeat",
                     lambda: Heartbeat(self.meta, self.peer_info, config.lease_ttl_s),

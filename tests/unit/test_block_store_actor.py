@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import random
 import shutil
@@ -40,6 +41,7 @@ from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.runtime import ChildSpec
 from torus_actors.storage.disk import Disk
+from torus_actors.storage.index import ENTRIES_OFFSET
 from torus_actors.storage.mfile import MFileStore
 from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
 from torus_actors.storage.simdisk import SimDisk
@@ -682,3 +684,77 @@ async def test_what_could_not_be_flushed_is_flushed_later() -> None:
         await asyncio.sleep(15.0)
         await node.restart()
         assert node.refs() == {ref_of(1)}
+
+
+@virtual
+async def test_index_entries_that_rotted_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Their blocks are missing from then on, and nothing else says why. Found by review."""
+    disks: dict[str, SimDisk] = {}
+
+    def open_disk(path: Path) -> SimDisk:
+        return disks.setdefault(path.name, SimDisk(random.Random(1)))
+
+    async with system_of() as system:
+        config = StoreConfig(Path("node"), 64 << 20, BLOCK, open_disk)
+        opened = OpenStores.open(system, config, random.Random(3))
+        opened.stores[DATA].put(ref_of(1), bytes(BLOCK))
+        opened.stores[DATA].flush()
+        opened.close()
+        assert not caplog.records
+        disks["blocks"].rot(INDEX_PATH, ENTRIES_OFFSET + 3)
+        OpenStores.open(system, config, random.Random(3)).close()
+        (told,) = caplog.records
+        assert "node/blocks: 1 " in told.getMessage()
+        caplog.clear()
+        OpenStores.open(system, config, random.Random(3)).close()
+        assert not caplog.records
+
+
+@virtual
+async def test_stores_are_closed_whatever_their_disks_say(caplog: pytest.LogCaptureFixture) -> None:
+    """A disk that fails in the last moment keeps neither the other store open nor the node up.
+
+    Found by review: a node that could not start for another reason told of this one instead.
+    """
+    disks: dict[str, SimDisk] = {}
+
+    def open_disk(path: Path) -> SimDisk:
+        return disks.setdefault(path.name, SimDisk(random.Random(1)))
+
+    async with system_of() as system:
+        config = StoreConfig(Path("node"), 64 << 20, BLOCK, open_disk)
+        opened = OpenStores.open(system, config, random.Random(3))
+        disks["blocks"].inject("sync", errno.EIO)
+        opened.close()
+        assert [store.failure for store in opened.stores] == ["closed", "closed"]
+        assert "cannot sync" in caplog.text
+
+
+@virtual
+@pytest.mark.parametrize("asked", [1, 2, 3])
+async def test_a_read_that_hangs_holds_up_no_other(asked: int) -> None:
+    """A drive tries a bad sector for minutes, for the scrubber say: there is a second reader.
+
+    Who asks for the same once more, as the scrubber does, waits for the answer to the first.
+    Found by review: reads went to both in turn, and each other one waited behind the first.
+    """
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        for n in range(12):
+            await put(node, ref_of(n), b"x" * BLOCK)
+        node.blocking_s["check"] = 300.0
+        location = node.stores[0].locate(ref_of(0))
+        verifying = []
+        for _ in range(asked):
+            verifying.append(asyncio.ensure_future(node.opened.verify(0, location)))
+            await asyncio.sleep(0.1)
+        node.disks[0].miss_percent = 100
+        async with asyncio.timeout(1.0):
+            for n in range(12):
+                assert await read(node, (ref_of(n), 0, 4096)) == [(Status.OK, b"x" * 4096)]
+        assert not any(each.done() for each in verifying)
+        verifying[0].cancel()
+        assert all(await asyncio.gather(*verifying[1:]))
+        await node.actor("block_store").delete_blocks.remote(ref_of(0))
+        await asyncio.sleep(300.0)
+        assert not node.stores[0]._pins and not node.opened._verifying

@@ -479,13 +479,27 @@ def test_damage_in_the_last_group_before_a_close(store: JournalStore, disk: SimD
         open_store(disk.crash()).read(1, 1, 1, 100)
 
 
+@pytest.mark.parametrize("rotten", HEADER_COPIES)
+def test_a_header_with_a_rotten_copy_has_two_again_when_it_was_opened(
+    store: JournalStore, disk: SimDisk, rotten: int
+) -> None:
+    """Else the next one that rots, years later, keeps the node from starting."""
+    put(store, 1, 1, 1, b"a")
+    for copy in 2 * sorted(HEADER_COPIES, key=lambda copy: copy != rotten):
+        disk.rot(segment_name(0), copy + 9)
+        disk = disk.crash()
+        assert tail(open_store(disk), 1, 1, 1) == {1: b"a"}
+        disk = disk.crash()
+
+
 def test_header_has_two_copies(store: JournalStore, disk: SimDisk) -> None:
     """One rotten copy of a segment's header does no harm, two are refused."""
     put(store, 1, 1, 1, b"x")
     disk.rot(segment_name(0), HEADER_COPIES[0] + 9)
     disk = disk.crash()
     assert tail(open_store(disk), 1, 1, 1) == {1: b"x"}
-    disk.rot(segment_name(0), HEADER_COPIES[1] + 9)
+    for copy in HEADER_COPIES:
+        disk.rot(segment_name(0), copy + 9)
     with pytest.raises(Corruption, match="header"):
         open_store(disk.crash())
 

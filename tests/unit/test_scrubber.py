@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import random
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from tests.fakes import Cluster, StorageNode, virtual
 from tests.unit.test_block_store_actor import BLOCK, put, ref_of
@@ -14,17 +19,24 @@ from torus_actors.actors.scrubber import (
     FIRST_PASS_AFTER_S,
     MEND_S_MAX,
     RATE_BYTES_S,
+    SAVE_S,
     Scrubber,
 )
+from torus_actors.model.refs import BlockType
 from torus_actors.runtime import ChildSpec
+from torus_actors.storage.scrub_place import PLACE_FILE, ScrubPlace
+from torus_actors.storage.simdisk import SimDisk
 
 
-async def start_scrubber(node: StorageNode, rate_bytes_s: int = RATE_BYTES_S) -> None:
+async def start_scrubber(
+    node: StorageNode, rate_bytes_s: int = RATE_BYTES_S, place: ScrubPlace | None = None
+) -> None:
     """Start a scrubber of this node."""
     replicator = ChildSpec(
         "replicator", lambda: Replicator(node.view, has_store=True), max_concurrency=9
     )
-    for spec in (replicator, ChildSpec("scrubber", lambda: Scrubber(BLOCK, rate_bytes_s))):
+    scrubber = ChildSpec("scrubber", lambda: Scrubber(BLOCK, rate_bytes_s, place=place))
+    for spec in (replicator, scrubber):
         await node.system.spawn(spec)
 
 
@@ -128,3 +140,104 @@ async def test_a_pass_that_is_asked_for_during_a_slow_one_is_fast() -> None:
         await scrubber.start_pass.remote()
         await asyncio.sleep(BATCH + 1.0)  # until the pause that it is in is over
         assert (await scrubber.status.remote())["passes"] == 2
+
+
+@virtual
+async def test_a_node_that_is_often_started_anew_scrubs_all_blocks() -> None:
+    """Each process goes on where the one before was, so that the last slots have their turn too.
+
+    Found by review: all began at the first one.
+    """
+    async with Cluster(nodes=2, replication=2) as cluster:
+        node = await with_blocks(cluster, 6 * BATCH)
+        last = ref_of(6 * BATCH)
+        node.rot(last, 100)
+        disk = SimDisk(random.Random(1))
+        # Half a minute a batch, so that no process reads more than three.
+        uptime_s = FIRST_PASS_AFTER_S + SAVE_S + 1.0
+        for _ in range(3):
+            await start_scrubber(node, BATCH * BLOCK * 2 // int(SAVE_S), ScrubPlace.load(disk))
+            await asyncio.sleep(uptime_s)
+            status = await node.actor("scrubber").status.remote()
+            assert not status["passes"]
+            for name in ("scrubber", "replicator"):
+                await node.system.remove(name)
+            disk = disk.kill()
+        assert status["repaired"] == 1
+        assert node.stores[0].get(last) == bytes([6 * BATCH]) * BLOCK
+
+
+@virtual
+@pytest.mark.parametrize("kind", [0, 1])
+async def test_a_pass_is_whole_wherever_it_begins(kind: int) -> None:
+    """Whoever asks for one wants all blocks read: data and INode pages, before the place too."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        node = await with_blocks(cluster, 3 * BATCH)
+        for n in range(3 * BATCH):
+            await put(node, ref_of(n, BlockType.INODE), b"page")
+        disk = SimDisk(random.Random(1))
+        ScrubPlace(disk).save(kind, BATCH)
+        place = ScrubPlace.load(disk)
+        await start_scrubber(node, place=place)
+        await asyncio.sleep(FIRST_PASS_AFTER_S + 1.0)
+        status = await node.actor("scrubber").status.remote()
+        assert (status["passes"], status["checked"]) == (1, 6 * BATCH)
+        assert (place.kind, place.slot) == (0, 0)
+
+
+@virtual
+async def test_a_scrubber_that_died_goes_on_where_it_was() -> None:
+    """What holds for the process does for the actor."""
+    async with Cluster(nodes=1, replication=1) as cluster:
+        node = cluster.node(0)
+        for n in range(1, 3 * BATCH + 1):
+            await put(node, ref_of(n), bytes([n]) * BLOCK)
+        place = ScrubPlace()
+        await start_scrubber(node, BLOCK, place)
+        await asyncio.sleep(FIRST_PASS_AFTER_S + BATCH + 1.0)
+        assert place.slot == BATCH
+        await node.system.remove("scrubber")
+        await node.system.spawn(ChildSpec("scrubber", lambda: Scrubber(BLOCK, place=place)))
+        assert place.slot == BATCH
+        await asyncio.sleep(FIRST_PASS_AFTER_S + 1.0)
+        assert (await node.actor("scrubber").status.remote())["checked"] == 3 * BATCH
+
+
+def _with_rot(disk: SimDisk) -> None:
+    disk.rot(PLACE_FILE, 9)
+
+
+def _cut_short(disk: SimDisk) -> None:
+    disk.open(PLACE_FILE).truncate(11)
+
+
+def _unreadable(disk: SimDisk) -> None:
+    disk.make_unreadable(PLACE_FILE, 0)
+
+
+@pytest.mark.parametrize("damage", [_with_rot, _cut_short, _unreadable, SimDisk.crash])
+def test_a_place_that_was_lost_is_the_first_slot(damage: Callable[[SimDisk], Any]) -> None:
+    """It is a hint: no damage to it keeps a node from its start."""
+    disk = SimDisk(random.Random(4))
+    place = ScrubPlace.load(disk)
+    place.save(1, 7)
+    assert (ScrubPlace.load(disk).kind, ScrubPlace.load(disk).slot) == (1, 7)
+    after = damage(disk) or disk
+    assert (ScrubPlace.load(after).kind, ScrubPlace.load(after).slot) == (0, 0)
+
+
+@virtual
+async def test_a_pass_goes_on_where_its_place_cannot_be_written_down() -> None:
+    """On a disk that is full, say."""
+    async with Cluster(nodes=1, replication=1) as cluster:
+        node = cluster.node(0)
+        for n in range(1, 3 * BATCH + 1):
+            await put(node, ref_of(n), bytes([n]) * BLOCK)
+        disk = SimDisk(random.Random(1))
+        disk.inject("create", errno.EIO)
+        disk.inject("write", errno.ENOSPC, times=9)
+        await start_scrubber(node, BATCH * BLOCK // int(SAVE_S + 1), ScrubPlace.load(disk))
+        await asyncio.sleep(FIRST_PASS_AFTER_S + 4 * (SAVE_S + 2))
+        status = await node.actor("scrubber").status.remote()
+        assert (status["passes"], status["checked"]) == (1, 3 * BATCH)
+        assert disk.operations > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 from pathlib import Path
@@ -132,6 +133,61 @@ def test_direct_file_takes_any_memory(disk: Disk) -> None:
     file.close()
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_what_the_disk_has_is_read_whether_it_is_synced_or_not(disk: Disk, direct: bool) -> None:
+    """And where the page cache has it, too; short only at the end of the file."""
+    file = disk.open("f", create=True, size=4 * DIRECT_UNIT, direct=direct)
+    data = os.urandom(2 * DIRECT_UNIT)
+    file.pwrite(data, DIRECT_UNIT)
+    into = aligned(2 * DIRECT_UNIT)
+    for _ in range(2):
+        assert file.read_medium(into, DIRECT_UNIT) == len(into)
+        assert into == data == file.pread(len(data), DIRECT_UNIT)
+        file.fdatasync()
+    assert file.read_medium(into, 3 * DIRECT_UNIT) == DIRECT_UNIT
+    file.close()
+    with pytest.raises(Closed):
+        file.read_medium(into, 0)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_the_disk_has_is_read_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, refused: bool
+) -> None:
+    """Where the file system can do that; else as ever. No descriptor stays open."""
+    file = RealDisk(tmp_path).open("f", create=True, size=DIRECT_UNIT, direct=direct)
+    ways: list[bool] = []
+    real = os.preadv
+
+    def noted(fd: int, *args: Any) -> int:
+        ways.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        if ways[-1] and refused:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, *args)
+
+    monkeypatch.setattr(disk_module.os, "preadv", noted)
+    before = len(os.listdir("/proc/self/fd"))
+    assert file.read_medium(aligned(DIRECT_UNIT), 0) == DIRECT_UNIT
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert ways == ([True, False] if refused else [True])
+    file.close()
+
+
+def test_rot_under_the_cache() -> None:
+    """It shows where the medium is read, and after the power was lost, but in no other read."""
+    disk = sim()
+    file = disk.open("f")
+    disk.rot("f", 10, cached=True)
+    assert file.pread(8192, 0) == b"a" * 8192
+    into = aligned(4096)
+    assert file.read_medium(into, 0) == 4096
+    assert into[10] == 0xFF ^ ord("a")
+    disk = sim()
+    disk.rot("f", 10, cached=True)
+    assert disk.crash().open("f").pread(1, 10) != b"a"
+
+
 def test_direct_file_where_direct_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +264,28 @@ def test_names(disk: Disk) -> None:
         disk.rename("sub/deep/c", "c")
 
 
+@pytest.mark.parametrize("there", ["", "data", "data/node"])
+def test_directories_are_durable_before_anything_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    """Also those that a process made that was killed before it synced them, or could not.
+
+    Found by review: they were taken for durable because they were there. A power cut could take
+    them with all that was flushed in them since.
+    """
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    RealDisk(tmp_path / "data" / "node")
+    assert str(tmp_path / "data") in synced
+    if there != "data/node":
+        assert str(tmp_path) in synced
+    (tmp_path / "data" / "node" / "f").touch()
+    synced.clear()
+    RealDisk(tmp_path / "data" / "node")
+    assert not synced
+
+
 def test_missing_files(disk: Disk) -> None:
     """What needs a file that is not there says so by name."""
     for action in (
@@ -245,6 +323,33 @@ def test_lock_is_exclusive(disk: Disk) -> None:
     lock.release()
     lock.release()
     disk.lock().release()
+
+
+def test_a_directory_that_cannot_be_locked_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems know no locks; the file is not left open."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(disk_module.fcntl, "flock", fail)
+    disk = RealDisk(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match=r"cannot lock: No locks available: .*/lock"):
+        disk.lock()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_write_past_the_page_cache_is_whole_pages() -> None:
+    """The simulated disk insists on it: a real one goes through the cache from then on."""
+    disk = sim()
+    file = disk.open("f", direct=True)
+    file.pwritev([bytes(100), bytes(DIRECT_UNIT - 100)], DIRECT_UNIT)
+    for data, offset in ((bytes(100), 0), (bytes(DIRECT_UNIT), 512)):
+        with pytest.raises(AssertionError):
+            file.pwrite(data, offset)
+        disk.open("f").pwrite(data, offset)
 
 
 def test_lock_survives_a_late_release(disk: Disk) -> None:

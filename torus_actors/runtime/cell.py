@@ -123,6 +123,12 @@ class Cell:
         """Messages in the inbox."""
         return len(self.inbox.items)
 
+    def load(self) -> int:
+        """Messages in the inbox, and the one that a blocking actor is in."""
+        actor = self.actor
+        in_call = isinstance(actor, BlockingActor) and actor.call_under_way is not None
+        return self.waiting() + in_call
+
     async def room(self, timeout_s: float) -> None:
         """Wait until the inbox has room again.
 

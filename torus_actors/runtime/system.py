@@ -207,6 +207,11 @@ class ActorSystem:
             return ActorHandle(self, name, None)
         return ActorHandle(self, name, node)
 
+    def load(self, name: str) -> int:
+        """How many messages an actor here has to handle, the one that it is in included."""
+        cell = self.cells.get(name)
+        return 0 if cell is None else cell.load()
+
     def tree(self) -> list[dict[str, Any]]:
         """Every actor with depth, state, restarts and last cause of death."""
         return describe_tree(self.cells)

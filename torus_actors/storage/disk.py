@@ -82,6 +82,20 @@ class File(abc.ABC):
             cannot tell. Then the same read has to be made with `preadv` in a thread.
         """
 
+    @abc.abstractmethod
+    def read_medium(self, memory: memoryview, offset: int) -> int:
+        """Read what the disk has, also where the page cache has it too, if the system can do so.
+
+        What was written and not synced is read as well.
+
+        Args:
+            memory: begins on a page; whole pages.
+            offset: bytes, a whole page.
+
+        Returns:
+            Bytes read; fewer than asked only at the end of the file.
+        """
+
     @property
     def direct_fd(self) -> int:
         """The descriptor that passes the page cache by, for asynchronous reads; -1 for none."""
@@ -307,7 +321,7 @@ class RealFile(File):
         with _plain_errors(self._path, "read"):
             count = 0
             if self._direct_fd >= 0 and total >= DIRECT_READ_MIN and not keep:
-                count = self._preadv_direct(buffers, offset)
+                count = self._preadv_direct(self._direct_fd, buffers, offset)
             if count == total:
                 return count
             count = os.preadv(self._fd, buffers[:BUFFERS_MAX], offset)
@@ -318,10 +332,24 @@ class RealFile(File):
                 count += more
         return count
 
-    def _preadv_direct(self, buffers: Sequence[WriteBuffer], offset: int) -> int:
+    def read_medium(self, memory: memoryview, offset: int) -> int:
+        fd = self._direct_fd
+        with _plain_errors(self._path, "read"):
+            # One of its own where the page cache is used otherwise: this is rare.
+            own = _open_direct(self._path) if fd < 0 <= self._fd else -1
+            try:
+                count = self._preadv_direct(max(fd, own), [memory], offset)
+            finally:
+                if own >= 0:
+                    os.close(own)
+        return count if count == len(memory) else self.preadv([memory], offset, keep=True)
+
+    def _preadv_direct(self, fd: int, buffers: Sequence[WriteBuffer], offset: int) -> int:
         """Bytes read past the page cache; 0 where that is impossible."""
+        if fd < 0:
+            return 0
         try:
-            return os.preadv(self._direct_fd, buffers[:BUFFERS_MAX], offset)
+            return os.preadv(fd, buffers[:BUFFERS_MAX], offset)
         except OSError as error:
             if error.errno != errno.EINVAL:  # memory or a length that does not fit
                 raise
@@ -516,13 +544,17 @@ class RealDisk(Disk):
         with _plain_errors(full, "open"):
             fd = os.open(full, os.O_RDWR | os.O_CREAT, 0o640)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with _plain_errors(full, "lock"):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise Locked(
+                        f"data directory {self._root} is in use by another process; "
+                        "stop it or choose another directory"
+                    ) from None
+        except (OSError, TorusError):
             os.close(fd)
-            raise Locked(
-                f"data directory {self._root} is in use by another process; "
-                "stop it or choose another directory"
-            ) from None
+            raise
         return _FlockLock(fd)
 
     @staticmethod
@@ -531,6 +563,11 @@ class RealDisk(Disk):
         while not path.is_dir():
             missing.append(path)
             path = path.parent
+        # Who may not look there, or above it, has not made it.
+        with contextlib.suppress(PermissionError):
+            if not any(path.iterdir()):
+                # Whoever made it may have been killed before it was durable.
+                _fsync_path(path.parent)
         for directory in reversed(missing):
             with _plain_errors(str(directory), "make"), contextlib.suppress(FileExistsError):
                 directory.mkdir()

@@ -37,13 +37,14 @@ from torus_actors.storage.journal_format import (
     Position,
     begins_group,
     groups_of,
+    pack_segment_header,
     parse_segment_header,
     parse_table,
     seed_of,
     segment_name,
 )
 from torus_actors.storage.journal_index import Log, Run, Segment, Stored
-from torus_actors.storage.journal_steps import tell_count
+from torus_actors.storage.journal_steps import tell_count, write_header
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,9 @@ def open_journal(disk: Disk, rng: random.Random) -> Opened:
             if (header.segment, header.store_id, header.size) != (index, store_id, size):
                 raise Corruption(f"{name} does not belong to this journal")
             segment = Segment(index, file, size, header.generation, HEADER_SIZE)
+            if buffer[:HEADER_SIZE] != pack_segment_header(header):
+                # A copy has rotted, or the power went between the two: there is one left.
+                write_header(segment, header)
             groups = list(groups_of(buffer, seed_of(store_id, index), header.generation))
             each = _Found(segment, groups, unreadable=unreadable)
             each.hidden = _may_hide_group(each, buffer)

@@ -142,10 +142,11 @@ def tell_count(first: Segment, store_id: bytes, count: int) -> None:
     Its loss would show in no name, and what was acknowledged in it would be missing unnoticed.
     """
     header = SegmentHeader(first.index, store_id, first.generation, first.size, count)
-    _write_header(first, header)
+    write_header(first, header)
 
 
-def _write_header(segment: Segment, header: SegmentHeader) -> None:
+def write_header(segment: Segment, header: SegmentHeader) -> None:
+    """Write both copies of a header, durably."""
     # Each copy lies in one sector: wherever the power goes, both are whole, the old or the new one.
     segment.file.pwrite(pack_segment_header(header), 0)
     segment.file.fdatasync()
@@ -165,7 +166,7 @@ class Reuse(Step):
         self.header = header
 
     def _work(self) -> None:
-        _write_header(self.segment, self.header)
+        write_header(self.segment, self.header)
 
 
 class ReadRecords(Step):

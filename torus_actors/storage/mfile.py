@@ -59,6 +59,7 @@ from torus_actors.storage.store import (
     Location,
     StoreStats,
     Ticket,
+    check_block,
     check_put,
     check_range,
     check_ref,
@@ -98,6 +99,7 @@ class MFileBatch(Step, FlushBatch):
         index: the index file.
         puts: slot to index entry, of blocks whose data is written.
         zeros: slots whose entries are to be zeroed.
+        replaced: likewise, of bad copies: when the entries of those in their places are durable.
         lost: what the store's syncs failed with. After one did, none is tried any more, in this
             batch or a later one: the kernel reports success for pages that it has let go of.
     """
@@ -109,6 +111,7 @@ class MFileBatch(Step, FlushBatch):
         index: File,
         puts: dict[int, bytes],
         zeros: frozenset[int],
+        replaced: frozenset[int],
         lost: list[str],
     ) -> None:
         super().__init__(lock)
@@ -116,11 +119,12 @@ class MFileBatch(Step, FlushBatch):
         self._index = index
         self.puts = puts
         self.zeros = zeros
+        self.replaced = replaced
         self._lost = lost
 
     @property
     def empty(self) -> bool:
-        return not self.puts and not self.zeros
+        return not (self.puts or self.zeros or self.replaced)
 
     def write(self) -> None:
         self.run()
@@ -132,14 +136,21 @@ class MFileBatch(Step, FlushBatch):
             self.sync_data()
         self.write_index()
         self.sync_index()
+        if self.replaced:
+            # What of them is right may be so nowhere else, should the power go in between.
+            self._write(dict.fromkeys(self.replaced, ZERO_ENTRY))
+            self.sync_index()
 
     def sync_data(self) -> None:
         """Make the blocks durable: before any entry names them."""
         self._sync(self._data)
 
     def write_index(self) -> None:
-        """Write the entries, neighbours together."""
-        entries = dict.fromkeys(self.zeros, ZERO_ENTRY) | self.puts
+        """Write the entries of what is new and of what was deleted."""
+        self._write(dict.fromkeys(self.zeros, ZERO_ENTRY) | self.puts)
+
+    def _write(self, entries: dict[int, bytes]) -> None:
+        """Write entries, neighbours together."""
         run: list[bytes] = []
         start = 0
         for slot in sorted(entries):
@@ -191,6 +202,8 @@ class MFileStore(BlockStore):
         """Committed, to be entered by the next flush."""
         self._zeros: set[int] = set()
         """Deleted, to be zeroed by the next flush."""
+        self._replaced: set[int] = set()
+        """Bad copies, to be zeroed by the next flush when all else in it is durable."""
         self._touched: set[int] = set()
         """Slots of `_puts` whose entry a failed flush may have written already."""
         self._in_flight: MFileBatch | None = None
@@ -313,13 +326,14 @@ class MFileStore(BlockStore):
         if self._in_flight is not None:
             # Two at once could write the entries of one slot in the wrong order.
             raise Overloaded("a flush of the block store is under way")
-        zeros = frozenset(self._zeros)
+        zeros, replaced = frozenset(self._zeros), frozenset(self._replaced)
         batch = self.batch_class(
-            self._flushing, self._data, self._index, self._puts, zeros, self._lost
+            self._flushing, self._data, self._index, self._puts, zeros, replaced, self._lost
         )
         self._in_flight = batch
         self._puts = {}
         self._zeros = set()
+        self._replaced = set()
         return batch
 
     def end_flush(self, batch: FlushBatch) -> None:
@@ -335,10 +349,11 @@ class MFileStore(BlockStore):
         batch = self._landed(batch)
         for slot, entry in batch.puts.items():
             # A block deleted meanwhile waits to be zeroed; its entry must not come back.
-            if slot not in self._zeros:
+            if slot not in self._zeros and slot not in self._replaced:
                 self._puts[slot] = entry
                 self._touched.add(slot)
         self._zeros |= batch.zeros
+        self._replaced |= batch.replaced
         self._unsynced = True
         if self._lost:
             self._failure = f"failed ({self._lost[0]}); open it again"
@@ -454,6 +469,22 @@ class MFileStore(BlockStore):
             raise Corruption(f"slot {location.slot}: the data file ends before it")
         return result
 
+    def check(self, location: Location) -> memoryview:
+        # From the disk itself. What the page cache has is right for as long as it stays there, and
+        # nobody would hear that the disk has it no more: neither the scrubber, nor who drops a copy
+        # of his own because of this one.
+        room, length = self._layout.sums_room, location.length
+        both = self._pages.take(room + -(-length // PAGE_SIZE) * PAGE_SIZE)
+        try:
+            count = self._data.read_medium(both, self._layout.slot_offset(location.slot))
+        except OSError as error:
+            raise Corruption(f"slot {location.slot} cannot be read: {error}") from error
+        if count < len(both):
+            raise Corruption(f"slot {location.slot}: the data file ends before it")
+        data = both[room : room + length]
+        check_block(both[: sums_size(length)], location.root, data)
+        return data
+
     # Look.
 
     def has(self, ref: BlockRef) -> bool:
@@ -476,7 +507,7 @@ class MFileStore(BlockStore):
             limbo=limbo + draining,
             quarantined=quarantined,
             free=free,
-            pending=len(self._puts) + len(self._zeros),
+            pending=len(self._puts) + len(self._zeros) + len(self._replaced),
         )
 
     @property
@@ -527,7 +558,7 @@ class MFileStore(BlockStore):
                 self._release(slot)
             return
         self._touched.discard(slot)
-        self._zeros.add(slot)
+        (self._zeros if state == states.LIMBO else self._replaced).add(slot)
 
     def _release(self, slot: int) -> None:
         """Let a slot be used again that nothing on the disk names, once nobody reads it."""

@@ -9,6 +9,7 @@ It models what Linux and a disk with a volatile cache promise, and nothing above
 - A failed `fdatasync` loses any subset of what it covered, yet leaves it in the page cache, marked
   clean: a later successful one does not bring it back. (As ext4 and XFS do since Linux 4.13.) The
   kernel may let go of such pages at any time, so of some the old content is read from then on.
+- What rots on the medium may be right in the page cache for as long as that has it.
 
 Everything random comes from the injected generator, so a seed replays a run exactly.
 """
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 from torus_actors.errors import Closed, Locked, NotExist, OutOfSpace
 from torus_actors.storage.disk import (
+    DIRECT_UNIT,
     SECTOR_SIZE,
     Disk,
     DiskLock,
@@ -226,9 +228,23 @@ class _Inode:
             self._store_sector(write.start + at, write.data[at : at + SECTOR_SIZE])
         self.durable_size = max(self.durable_size, write.end)
 
-    def flip(self, offset: int) -> None:
-        """Change one byte where it lies, on the disk and in the cache."""
+    def forget_clean(self, offset: int, length: int) -> None:
+        """Have what is read there come from the disk, as far as the disk was told of it."""
+        if any(isinstance(change, int) for change in self.pending):
+            return  # where the file was cut the cache hides pages that are gone
+        for number in range(offset // PAGE, -(-(offset + length) // PAGE)):
+            if number not in self.dirty:
+                self.cache.pop(number, None)
+
+    def flip(self, offset: int, cached: bool) -> None:
+        """Change one byte where it lies, on the disk and, unless that has it ``cached``, there."""
         number, at = divmod(offset, PAGE)
+        if cached:
+            self.cache.setdefault(number, self.page(number))
+            page = bytearray(self.durable.get(number, _ZERO_PAGE))
+            page[at] ^= 0xFF
+            self.durable[number] = bytes(page)
+            return
         for pages in (self.durable, self.cache):
             if pages is self.durable or number in pages:
                 page = bytearray(pages.get(number, _ZERO_PAGE))
@@ -258,8 +274,9 @@ class _Inode:
 class SimFile(File):
     """An open file of a `SimDisk`."""
 
-    def __init__(self, disk: SimDisk, path: str, inode: _Inode) -> None:
+    def __init__(self, disk: SimDisk, path: str, inode: _Inode, direct: bool) -> None:
         self._disk = disk
+        self._direct = direct
         self._path = path
         self._inode = inode
         self._closed = False
@@ -274,8 +291,16 @@ class SimFile(File):
         self._begin("read")
         return self._read(buffers, offset)
 
+    def read_medium(self, memory: memoryview, offset: int) -> int:
+        self._begin("read")
+        self._inode.forget_clean(offset, len(memory))
+        return self._read([memory], offset)
+
     def pwritev(self, buffers: Sequence[ReadBuffer], offset: int) -> None:
         data = b"".join(buffers)
+        if self._direct:
+            # A real file would pass the page cache by no more, and nobody would notice.
+            assert not offset % DIRECT_UNIT and not len(data) % DIRECT_UNIT, (offset, len(data))
         try:
             self._begin("write")
         except OSError:
@@ -520,10 +545,17 @@ class SimDisk(Disk):
         """Take back the faults that have not happened yet."""
         self._faults.clear()
 
-    def rot(self, path: str, offset: int, count: int = 1) -> None:
-        """Flip the bits of ``count`` bytes at ``offset``, on the disk and in the cache."""
+    def rot(self, path: str, offset: int, count: int = 1, *, cached: bool = False) -> None:
+        """Flip the bits of ``count`` bytes at ``offset``, on the disk and in the cache.
+
+        Args:
+            path: of the file.
+            offset: bytes.
+            count: bytes.
+            cached: not in the cache: that goes on to have what was there.
+        """
         for at in range(offset, offset + count):
-            self._lookup(path, "rot").flip(at)
+            self._lookup(path, "rot").flip(at, cached)
 
     def make_unreadable(self, path: str, offset: int) -> None:
         """Have reads of the page that this byte is in fail until it is written again."""
@@ -582,7 +614,7 @@ class SimDisk(Disk):
                 raise NotExist(f"cannot open {path}: no such file")
             self.begin("create", path)
             self._change_names(os.path.dirname(path), {path: _Inode()})
-        file = SimFile(self, path, self._names[path])
+        file = SimFile(self, path, self._names[path], direct)
         if size > file.size():
             try:
                 file.allocate(size)
