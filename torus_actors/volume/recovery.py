@@ -75,8 +75,9 @@ async def recover(
         system: whose bridge reaches the members.
         volume_id: the volume.
         journal: its record, read after the head.
-        epoch: of the new session, already recorded: the older one can form no new ensemble. 0 for
-            a reader, which fences nobody.
+        epoch: of the new session, already recorded: the older one can form no new ensemble. A
+            reader, which fences nobody, gives 0, or a number that was recorded, if the members have
+            promised themselves to a session later than the journal's.
         head: the volume's, read after the epoch was recorded.
         patience_s: how long to ask again while no member can be read.
 
@@ -89,8 +90,8 @@ async def recover(
     identities = _identities(journal)
     end = system.loop.time() + patience_s
     backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
-    # A reader, of epoch 0, asks by the epoch that the members have promised already.
-    fence_epoch = epoch or journal.epoch
+    # A reader asks by the epoch that the members have promised already.
+    fence_epoch = max(epoch, journal.epoch)
     while True:
         tails: dict[str, _Tail] = {}
         failures: dict[str, TorusError] = {}
