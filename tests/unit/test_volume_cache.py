@@ -568,6 +568,31 @@ async def test_reads_are_never_stale_after_overwrites_and_discards() -> None:
 
 
 @virtual
+async def test_a_read_whose_block_is_collected_meanwhile_reads_what_took_its_place() -> None:
+    """A read waits for nodes that are cut off; when they are back they have collected the block.
+
+    It was in a head, and nobody discarded it: what was written over it is the volume's since.
+    """
+    async with Cluster(nodes=4, replication=2, collect_s=1.0) as cluster:
+        device = await cluster.volume(SIZE, read_bytes=0)
+        await device.write(0, b"1" * BLOCK, fua=True)
+        client = device.client
+        first = {ref for node in cluster.nodes.values() for ref in node.refs()}
+        having = [node for node in cluster.nodes.values() if node.refs()]
+        for node in having:
+            cluster.network.cut(client.node_id, node.node_id)
+        reading = asyncio.ensure_future(device.read(0, BLOCK))
+        await asyncio.sleep(0.1)
+        await device.write(0, b"2" * BLOCK, fua=True)
+        await client.actor("replicator").reclaim.remote()
+        for node in having:
+            await until(lambda node=node: not node.refs() & first)  # type: ignore[misc]
+        assert not reading.done()
+        cluster.network.heal()
+        assert await reading == b"2" * BLOCK
+
+
+@virtual
 async def test_what_a_client_says_it_will_read_is_fetched() -> None:
     """CACHE: what it names is in the read cache when it is answered, holes and all."""
     async with Cluster() as cluster:

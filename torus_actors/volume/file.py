@@ -77,9 +77,6 @@ WARN_EVERY_S = 5.0
 DISCARD_S = 0.25
 """Blocks overwritten before any head named them are discarded in batches this often."""
 
-DISCARDED_MAX = 4096
-"""Refs remembered after they were discarded, for reads that were under way."""
-
 CLEAR_RANGE_MIN = 64
 """Trims of this many whole blocks clear the map at once instead of block by block."""
 
@@ -575,9 +572,6 @@ class File(ReadSide):
 
     def _discard(self, ref: BlockRef, stored: Stored | None) -> None:
         """Have the peers drop a block that was overwritten before any head named it."""
-        self.discarded[ref] = None
-        if len(self.discarded) > DISCARDED_MAX:
-            del self.discarded[next(iter(self.discarded))]
         for peer, _ in stored.placed if stored is not None else ():
             self._discards.setdefault(peer, []).append(ref)
         self._discard_soon()
