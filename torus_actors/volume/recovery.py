@@ -133,13 +133,18 @@ async def recover(
             )
 
 
-async def lost_members(system: ActorSystem, volume_id: int, journal: Journal) -> list[str]:
-    """Members of a journal that do not answer, or have lost records; fences nobody."""
-    identities = _identities(journal)
-    # By the epoch that they have promised already, as a reader does.
-    asked = [
-        _fence(system, volume_id, member, journal.epoch, identities) for member in journal.ensemble
-    ]
+async def lost_members(
+    system: ActorSystem, volume_id: int, journal: Journal, newest: int
+) -> list[str]:
+    """Members of a journal that do not answer, or have lost records; fences nobody.
+
+    Args:
+        system: whose bridge reaches the members.
+        volume_id: the volume.
+        journal: its record.
+        newest: the newest epoch that was recorded since.
+    """
+    asked = [_ask(system, volume_id, member, journal, newest) for member in journal.ensemble]
     answers = await asyncio.gather(*asked, return_exceptions=True)
     lost = []
     for member, answer in zip(journal.ensemble, answers, strict=True):
@@ -156,6 +161,7 @@ async def unreadable_members(
     system: ActorSystem,
     volume_id: int,
     journal: Journal,
+    newest: int,
     head: Head | None,
     members: Sequence[str],
 ) -> list[str]:
@@ -163,11 +169,10 @@ async def unreadable_members(
 
     They are read one after the other, as much at a time as who opens the volume needs memory for.
     """
-    identities = _identities(journal)
     damaged = []
     for member in members:
         try:
-            tail = await _fence(system, volume_id, member, journal.epoch, identities)
+            tail = await _ask(system, volume_id, member, journal, newest)
             if tail.epoch == journal.epoch:
                 await _replay(system, volume_id, member, journal.epoch, tail, head)
         except Fenced:
@@ -204,6 +209,18 @@ async def _fence(
     if lost or identities.get(member) != identity:
         raise BlockUnavailable(f"peer {member[:8]} has lost records")
     return _Tail(newest, first, last)
+
+
+async def _ask(
+    system: ActorSystem, volume_id: int, member: str, journal: Journal, newest: int
+) -> _Tail:
+    """Ask a member by the epoch that it has promised already, as a reader does."""
+    identities = _identities(journal)
+    try:
+        return await _fence(system, volume_id, member, journal.epoch, identities)
+    except Fenced:
+        # To a session that has committed nothing yet; this fences none that is not over.
+        return await _fence(system, volume_id, member, max(newest, journal.epoch), identities)
 
 
 async def _replay(
