@@ -193,6 +193,26 @@ async def test_what_waits_for_room_hears_of_a_full_cluster() -> None:
 
 
 @virtual
+async def test_a_trim_behind_writes_that_find_no_room_is_not_refused() -> None:
+    """It is how room is made: it waits for its turn behind them, and they alone fail."""
+    async with Cluster(nodes=1, replication=1, blocks=4) as cluster:
+        device = await cluster.volume(SIZE, write_bytes=2 * BLOCK)
+        await device.write(0, b"x" * BLOCK, fua=True)
+        writes = [
+            asyncio.ensure_future(device.write(n * BLOCK, bytes([n]) * BLOCK)) for n in range(1, 60)
+        ]
+        await asyncio.sleep(0.5)
+        zeros = [device.trim(0, BLOCK), device.zero(BLOCK, SIZE - BLOCK)]
+        trims = await asyncio.gather(*zeros, return_exceptions=True)
+        assert trims == [None, None]
+        results = await asyncio.gather(*writes, return_exceptions=True)
+        assert any(isinstance(result, DeviceError) for result in results)
+        assert await device.read(0, SIZE) == bytes(SIZE)
+        await device.flush()
+        assert not device.in_flight
+
+
+@virtual
 async def test_tries_on_a_cluster_that_is_partly_full_leave_no_copies_behind() -> None:
     """One of two nodes is full: trying again and again does not fill the other one."""
     async with Cluster(nodes=2, replication=2, blocks=64) as cluster:

@@ -196,10 +196,22 @@ class File(ReadSide):
         self._announce_progress()
 
     def _refuse_waiting(self, error: TorusError) -> None:
-        """Nobody can say when there will be room: tell those who wait for it."""
+        """Nobody can say when there will be room: tell those who wait for it.
+
+        Where the cluster is full, zeros that waited behind writes are made, as those that come now.
+        """
         waiting, self._waiting = self._waiting, deque()
-        for _, _, _, done in waiting:
-            done(error, ())
+        full = self.failure is None and isinstance(self.put_error, OutOfSpace)
+        for offset, data, length, done in waiting:
+            refused: TorusError | None = error
+            if full and data is None:
+                try:
+                    if not self.zero_at(offset, length, False, done):
+                        continue
+                    refused = None
+                except TorusError as failed:
+                    refused = failed
+            done(refused, ())
 
     def close(self) -> None:
         """Let go of timers; flush before."""
