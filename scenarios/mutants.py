@@ -260,7 +260,7 @@ _SESSIONS = (
         "Opening a volume fences the journal of the session before",
         Edit(
             "volume.recovery:recover",
-            "fence_epoch = epoch or journal.epoch",
+            "fence_epoch = max(epoch, journal.epoch)",
             "fence_epoch = journal.epoch",
         ),
         hunted_in=("handover",),

@@ -193,6 +193,26 @@ async def test_what_waits_for_room_hears_of_a_full_cluster() -> None:
 
 
 @virtual
+async def test_a_trim_behind_writes_that_find_no_room_is_not_refused() -> None:
+    """It is how room is made: it waits for its turn behind them, and they alone fail."""
+    async with Cluster(nodes=1, replication=1, blocks=4) as cluster:
+        device = await cluster.volume(SIZE, write_bytes=2 * BLOCK)
+        await device.write(0, b"x" * BLOCK, fua=True)
+        writes = [
+            asyncio.ensure_future(device.write(n * BLOCK, bytes([n]) * BLOCK)) for n in range(1, 60)
+        ]
+        await asyncio.sleep(0.5)
+        zeros = [device.trim(0, BLOCK), device.zero(BLOCK, SIZE - BLOCK)]
+        trims = await asyncio.gather(*zeros, return_exceptions=True)
+        assert trims == [None, None]
+        results = await asyncio.gather(*writes, return_exceptions=True)
+        assert any(isinstance(result, DeviceError) for result in results)
+        assert await device.read(0, SIZE) == bytes(SIZE)
+        await device.flush()
+        assert not device.in_flight
+
+
+@virtual
 async def test_tries_on_a_cluster_that_is_partly_full_leave_no_copies_behind() -> None:
     """One of two nodes is full: trying again and again does not fill the other one."""
     async with Cluster(nodes=2, replication=2, blocks=64) as cluster:
@@ -565,6 +585,31 @@ async def test_reads_are_never_stale_after_overwrites_and_discards() -> None:
             reader.cancel()
         await asyncio.wait(readers)
         assert max(len(node.refs()) for node in cluster.nodes.values()) < 20
+
+
+@virtual
+async def test_a_read_whose_block_is_collected_meanwhile_reads_what_took_its_place() -> None:
+    """A read waits for nodes that are cut off; when they are back they have collected the block.
+
+    It was in a head, and nobody discarded it: what was written over it is the volume's since.
+    """
+    async with Cluster(nodes=4, replication=2, collect_s=1.0) as cluster:
+        device = await cluster.volume(SIZE, read_bytes=0)
+        await device.write(0, b"1" * BLOCK, fua=True)
+        client = device.client
+        first = {ref for node in cluster.nodes.values() for ref in node.refs()}
+        having = [node for node in cluster.nodes.values() if node.refs()]
+        for node in having:
+            cluster.network.cut(client.node_id, node.node_id)
+        reading = asyncio.ensure_future(device.read(0, BLOCK))
+        await asyncio.sleep(0.1)
+        await device.write(0, b"2" * BLOCK, fua=True)
+        await client.actor("replicator").reclaim.remote()
+        for node in having:
+            await until(lambda node=node: not node.refs() & first)  # type: ignore[misc]
+        assert not reading.done()
+        cluster.network.heal()
+        assert await reading == b"2" * BLOCK
 
 
 @virtual

@@ -633,14 +633,27 @@ async def test_an_audit_tells_whether_the_journal_can_be_had() -> None:
             await (await cluster.client()).open("v")
 
 
+@pytest.mark.parametrize("opened", [False, True])
 @virtual
-async def test_a_deep_audit_reads_the_journal() -> None:
-    """A member with a damaged record is not counted; opening the volume makes all good again."""
+async def test_a_deep_audit_reads_the_journal(opened: bool) -> None:
+    """A member with a damaged record is not counted; opening the volume makes all good again.
+
+    Also after somebody who opened it died before the first commit: the members have promised
+    themselves to that session.
+    """
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         text = b"late and flushed"
         device, audit = await flushed_late(cluster, text)
-        member = (await audit()).journal[0]
+        member, other = (await audit()).journal
         await device.client.crash()
+        if opened:
+            await asyncio.sleep(30)
+            lease = await cluster.meta.grant_lease(1)
+            epoch = await cluster.meta.attach(1, "who dies", lease)
+            node = cluster.nodes[other]
+            for each in (member, other):
+                await node.system.actor("journal", node=each).fence.remote(1, epoch)
+            await asyncio.sleep(5)
         assert (await audit(deep=True)).good
         disk = cluster.nodes[member].disks[2]
         for path in disk.listdir():

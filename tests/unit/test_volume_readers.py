@@ -40,9 +40,15 @@ async def reader(cluster: Cluster, between: Callable[[], Awaitable[None]], times
         return found
 
     meta.begin_reading = slowly  # type: ignore[method-assign]
+    return await opened(client, read_only=True)
+
+
+async def opened(client: Client, *, read_only: bool) -> Session:
+    """A session of ``v`` that no actor drives: it serves and commits nothing by itself."""
+    assert client.system is not None
     return await open_session(
         client.system,
-        meta,
+        client.meta,
         "v",
         holder="reader",
         block_size=BLOCK,
@@ -50,7 +56,7 @@ async def reader(cluster: Cluster, between: Callable[[], Awaitable[None]], times
         read_cache=ReadCache(1 << 20),
         write_cache_bytes=1 << 20,
         view=client.view,
-        read_only=True,
+        read_only=read_only,
     )
 
 
@@ -106,6 +112,30 @@ async def test_it_can_be_opened_beside_commits(times: int) -> None:
         session = await reader(cluster, between, times)
         assert await read(session, 5 * BLOCK, 7) == b"flushed"
         assert await read(session, 6 * BLOCK, 4) == b"next"
+
+
+@pytest.mark.parametrize("crashed", [True, False])
+@virtual
+async def test_it_can_be_opened_after_a_session_that_committed_nothing(crashed: bool) -> None:
+    """The journal has promised itself to a writer that died, or is at work, before its first head.
+
+    Nothing need change any more, so it must not wait for that.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        await device.write(5 * BLOCK, b"flushed")
+        await device.flush()
+        await device.client.crash()
+        await asyncio.sleep(10.0)
+        writer = await cluster.client()
+        session = await opened(writer, read_only=False)
+        if crashed:
+            session.close()
+            await writer.crash()
+        reading = await cluster.client(read_only=True)
+        found = await reading.open("v")
+        assert await found.read(5 * BLOCK, 7) == b"flushed"
+        session.close()
 
 
 @virtual

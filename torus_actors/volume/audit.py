@@ -179,10 +179,11 @@ async def _audit_journal(
     """Ask the journal's members for what they have of it."""
     for _ in range(ATTEMPTS):
         audit.journal = list(journal.ensemble)
-        lost = await lost_members(system, volume_id, journal)
+        _, newest_epoch = await meta.lock_status(volume_id)
+        lost = await lost_members(system, volume_id, journal, newest_epoch)
         if audit.deep:
             there = [each for each in journal.ensemble if each not in lost]
-            lost += await unreadable_members(system, volume_id, journal, head, there)
+            lost += await unreadable_members(system, volume_id, journal, newest_epoch, head, there)
         audit.journal_lost = [each for each in journal.ensemble if each in lost]
         if not audit.journal_lost:
             return

@@ -77,9 +77,6 @@ WARN_EVERY_S = 5.0
 DISCARD_S = 0.25
 """Blocks overwritten before any head named them are discarded in batches this often."""
 
-DISCARDED_MAX = 4096
-"""Refs remembered after they were discarded, for reads that were under way."""
-
 CLEAR_RANGE_MIN = 64
 """Trims of this many whole blocks clear the map at once instead of block by block."""
 
@@ -199,10 +196,22 @@ class File(ReadSide):
         self._announce_progress()
 
     def _refuse_waiting(self, error: TorusError) -> None:
-        """Nobody can say when there will be room: tell those who wait for it."""
+        """Nobody can say when there will be room: tell those who wait for it.
+
+        Where the cluster is full, zeros that waited behind writes are made, as those that come now.
+        """
         waiting, self._waiting = self._waiting, deque()
-        for _, _, _, done in waiting:
-            done(error, ())
+        full = self.failure is None and isinstance(self.put_error, OutOfSpace)
+        for offset, data, length, done in waiting:
+            refused: TorusError | None = error
+            if full and data is None:
+                try:
+                    if not self.zero_at(offset, length, False, done):
+                        continue
+                    refused = None
+                except TorusError as failed:
+                    refused = failed
+            done(refused, ())
 
     def close(self) -> None:
         """Let go of timers; flush before."""
@@ -575,9 +584,6 @@ class File(ReadSide):
 
     def _discard(self, ref: BlockRef, stored: Stored | None) -> None:
         """Have the peers drop a block that was overwritten before any head named it."""
-        self.discarded[ref] = None
-        if len(self.discarded) > DISCARDED_MAX:
-            del self.discarded[next(iter(self.discarded))]
         for peer, _ in stored.placed if stored is not None else ():
             self._discards.setdefault(peer, []).append(ref)
         self._discard_soon()

@@ -254,6 +254,7 @@ async def _read_newest(
     reader: Reader | None = None
     nonce = meta.new_nonce()
     begin = partial(meta.begin_reading, volume_id, holder, nonce=nonce)
+    promised = 0
     try:
         while True:
             lease = await system.actor("heartbeat").lease.remote(timeout_s=ATTACH_PATIENCE_S)
@@ -264,7 +265,7 @@ async def _read_newest(
                 record = await meta.volume_by_id(volume_id)
                 head = Head.decode(reader.head) if reader.head else None
                 journal, journal_revision = await meta.journal(volume_id)
-                replay = await recover(system, volume_id, journal, 0, head, patience_s=0.0)
+                replay = await recover(system, volume_id, journal, promised, head, patience_s=0.0)
                 _, head_now = await meta.head(volume_id)
                 _, journal_now = await meta.journal(volume_id)
                 if (head_now, journal_now) == (revision, journal_revision):
@@ -273,6 +274,10 @@ async def _read_newest(
                     return record, reader, lease, head, replay
             except (BlockUnavailable, Fenced, LeaseNotFound) as error:
                 failure = error  # also of records that a newer head has, or a newer session
+            if isinstance(failure, Fenced):
+                # A session that has committed nothing yet, and that may have died so. Whom its
+                # number fences is over: a member has promised itself to a later one.
+                _, promised = await meta.lock_status(volume_id)
             if not await backoff.wait(end):
                 raise failure or BlockUnavailable("the head changes faster than it is read")
     except BaseException:

@@ -30,7 +30,7 @@ WHOLE_READ_MIN = 128 << 10
 """Reads from this size on fetch and keep whole blocks."""
 
 REREADS_MAX = 5
-"""How often a read is started anew because its block was overwritten and discarded under it."""
+"""How often a read is started anew because its block was overwritten, and deleted, under it."""
 
 STREAMS_MAX = 16
 """Sequential readers told apart."""
@@ -57,12 +57,15 @@ RUN_BLOCKS = 64
 
 Done = Callable[[TorusError | None, Sequence[Piece]], None]
 
+_Missing = tuple[int, int, BlockRef, int, int, int]
+"""Which piece of a read, position of its block, ref, root checksum; offset and length in it."""
+
 
 class _ReadOp:
     """A read of which parts are still to come.
 
     ``done`` gets the error of a part, if there was one: the file may read again then, because the
-    block may have been overwritten and discarded meanwhile.
+    block may have been overwritten and deleted meanwhile.
     """
 
     __slots__ = ("done", "error", "left", "pieces")
@@ -117,8 +120,6 @@ class ReadSide:
         self.layers = layers
         self.unsynced: dict[BlockRef, Stored] = {}
         """Blocks in the map that no flush has made durable yet."""
-        self.discarded: dict[BlockRef, None] = {}
-        """Blocks discarded of late: a read that finds one gone reads again."""
         self._replicator = system.actor("replicator")
         self._fetching: dict[BlockRef, list[Callable[[Buffer | None, TorusError | None], None]]]
         self._fetching = {}
@@ -158,7 +159,7 @@ class ReadSide:
         """
         self._check_range(offset, length)
         pieces: list[Any] = []
-        missing: list[tuple[int, BlockRef, int, int, int]] = []
+        missing: list[_Missing] = []
         block_size = self.block_size
         position, end = offset, offset + length
         try:
@@ -168,29 +169,31 @@ class ReadSide:
                 self._plan(index, start, size, pieces, missing)
                 position += size
         except PageNeeded as need:
-            self.load_page(need, partial(self._read_again, offset, length, done))
+            self.load_page(need, partial(self._read_again, offset, length, done, attempt))
             return None
         sequential = self._note_stream(offset, end, length)
         if not missing:
             return pieces
         if attempt < REREADS_MAX:
-            again = partial(self._reread, offset, length, done, attempt, [m[1] for m in missing])
+            again = partial(self._reread, offset, length, done, attempt, missing)
             op = _ReadOp(pieces, len(missing), again)
         else:
             op = _ReadOp(pieces, len(missing), done)
         whole = sequential or length >= WHOLE_READ_MIN
-        for at, ref, root, start, size in missing:
+        for at, _, ref, root, start, size in missing:
             if whole:
                 self._fetch_whole(ref, root, partial(_slice_whole, op, at, start, size))
             else:
                 self._fetch_pages(ref, root, start, size, op, at)
         return None
 
-    def _read_again(self, offset: int, length: int, done: Done, error: TorusError | None) -> None:
+    def _read_again(
+        self, offset: int, length: int, done: Done, attempt: int, error: TorusError | None
+    ) -> None:
         if error is not None:
             done(error, ())
             return
-        pieces = self.read_at(offset, length, done)
+        pieces = self.read_at(offset, length, done, attempt)
         if pieces is not None:
             done(None, pieces)
 
@@ -200,17 +203,27 @@ class ReadSide:
         length: int,
         done: Done,
         attempt: int,
-        refs: list[BlockRef],
+        missing: list[_Missing],
         error: TorusError | None,
         pieces: Sequence[Piece],
     ) -> None:
         """End a read; where a block is gone because it was overwritten meanwhile, read again."""
-        if isinstance(error, BlockUnavailable) and any(ref in self.discarded for ref in refs):
+        if isinstance(error, BlockUnavailable) and not all(
+            self._is_named(index, ref) for _, index, ref, _, _, _ in missing
+        ):
             found = self.read_at(offset, length, done, attempt + 1)
             if found is not None:
                 done(None, found)
             return
         done(error, pieces)
+
+    def _is_named(self, index: int, ref: BlockRef) -> bool:
+        """Whether the map still has this block there; not, if that is not known."""
+        try:
+            entry = self.blockset.get(index)
+        except PageNeeded:
+            return False
+        return entry is not None and entry.ref == ref
 
     def _plan(
         self,
@@ -218,7 +231,7 @@ class ReadSide:
         start: int,
         size: int,
         pieces: list[Any],
-        missing: list[tuple[int, BlockRef, int, int, int]],
+        missing: list[_Missing],
     ) -> None:
         """Find a range of one block in the layers, then the map and the cache."""
         layers = self.layers
@@ -237,7 +250,7 @@ class ReadSide:
         start: int,
         size: int,
         pieces: list[Any],
-        missing: list[tuple[int, BlockRef, int, int, int]],
+        missing: list[_Missing],
     ) -> None:
         entry = self.blockset.get(index)
         if entry is None:
@@ -245,7 +258,7 @@ class ReadSide:
             return
         found = self.at_hand(entry.ref, start, size)
         if found is None:
-            missing.append((len(pieces), entry.ref, entry.root, start, size))
+            missing.append((len(pieces), index, entry.ref, entry.root, start, size))
         pieces.append(found)
 
     def at_hand(self, ref: BlockRef, start: int, size: int) -> Buffer | None:

@@ -75,8 +75,9 @@ async def recover(
         system: whose bridge reaches the members.
         volume_id: the volume.
         journal: its record, read after the head.
-        epoch: of the new session, already recorded: the older one can form no new ensemble. 0 for
-            a reader, which fences nobody.
+        epoch: of the new session, already recorded: the older one can form no new ensemble. A
+            reader, which fences nobody, gives 0, or a number that was recorded, if the members have
+            promised themselves to a session later than the journal's.
         head: the volume's, read after the epoch was recorded.
         patience_s: how long to ask again while no member can be read.
 
@@ -89,8 +90,8 @@ async def recover(
     identities = _identities(journal)
     end = system.loop.time() + patience_s
     backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
-    # A reader, of epoch 0, asks by the epoch that the members have promised already.
-    fence_epoch = epoch or journal.epoch
+    # A reader asks by the epoch that the members have promised already.
+    fence_epoch = max(epoch, journal.epoch)
     while True:
         tails: dict[str, _Tail] = {}
         failures: dict[str, TorusError] = {}
@@ -132,13 +133,18 @@ async def recover(
             )
 
 
-async def lost_members(system: ActorSystem, volume_id: int, journal: Journal) -> list[str]:
-    """Members of a journal that do not answer, or have lost records; fences nobody."""
-    identities = _identities(journal)
-    # By the epoch that they have promised already, as a reader does.
-    asked = [
-        _fence(system, volume_id, member, journal.epoch, identities) for member in journal.ensemble
-    ]
+async def lost_members(
+    system: ActorSystem, volume_id: int, journal: Journal, newest: int
+) -> list[str]:
+    """Members of a journal that do not answer, or have lost records; fences nobody.
+
+    Args:
+        system: whose bridge reaches the members.
+        volume_id: the volume.
+        journal: its record.
+        newest: the newest epoch that was recorded since.
+    """
+    asked = [_ask(system, volume_id, member, journal, newest) for member in journal.ensemble]
     answers = await asyncio.gather(*asked, return_exceptions=True)
     lost = []
     for member, answer in zip(journal.ensemble, answers, strict=True):
@@ -155,6 +161,7 @@ async def unreadable_members(
     system: ActorSystem,
     volume_id: int,
     journal: Journal,
+    newest: int,
     head: Head | None,
     members: Sequence[str],
 ) -> list[str]:
@@ -162,11 +169,10 @@ async def unreadable_members(
 
     They are read one after the other, as much at a time as who opens the volume needs memory for.
     """
-    identities = _identities(journal)
     damaged = []
     for member in members:
         try:
-            tail = await _fence(system, volume_id, member, journal.epoch, identities)
+            tail = await _ask(system, volume_id, member, journal, newest)
             if tail.epoch == journal.epoch:
                 await _replay(system, volume_id, member, journal.epoch, tail, head)
         except Fenced:
@@ -203,6 +209,18 @@ async def _fence(
     if lost or identities.get(member) != identity:
         raise BlockUnavailable(f"peer {member[:8]} has lost records")
     return _Tail(newest, first, last)
+
+
+async def _ask(
+    system: ActorSystem, volume_id: int, member: str, journal: Journal, newest: int
+) -> _Tail:
+    """Ask a member by the epoch that it has promised already, as a reader does."""
+    identities = _identities(journal)
+    try:
+        return await _fence(system, volume_id, member, journal.epoch, identities)
+    except Fenced:
+        # To a session that has committed nothing yet; this fences none that is not over.
+        return await _fence(system, volume_id, member, max(newest, journal.epoch), identities)
 
 
 async def _replay(
