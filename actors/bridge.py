@@ -169,7 +169,7 @@ class Bridge(LoopActor):
 
     @expose()
     def peers(self) -> list[dict[str, Any]]:
-        """Every known peer: whether it is connected, whether without TCP, why not, if it refused."""
+        """Every known peer, whether it is connected, whether without TCP, and why not."""
         return [
             {
                 "node": p.node,

@@ -491,11 +491,8 @@ class StorageNode(Process):
             # Each node of a machine has files of these names.
             raise type(error)(f"in {where}: {error}") from error
         self.journal = journal
-<<<<<<< HEAD
         watch = DiskWatch(self.system, stores, journal, config.machine.wall_clock)
-=======
         scrub_place = ScrubPlace.load(config.machine.open_disk(config.data_dir))
->>>>>>> disk
         if config.auto_join or (self.embedded and not view.ring.members):
             await self._join()
         storage = SupervisorSpec(
