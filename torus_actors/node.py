@@ -644,7 +644,7 @@ class Client(Process):
                 refusals = [peer["reason"] for peer in peers if peer["refused"]]
                 if refusals:
                     raise Unauthenticated(
-                        f"no node lets this process in: {refusals[0]}; give the --secret-file of "
+                        f"no node talks to this process: {refusals[0]}; give the --secret-file of "
                         "the nodes"
                     )
                 return  # they are down, and may be back before they are needed

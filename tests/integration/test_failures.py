@@ -442,3 +442,17 @@ def test_a_node_lost_for_good_is_healed_without_an_operator(tmp_path: Path) -> N
         assert members() == 3
         cluster.ctl("debug", "rebalance")
         assert whole()
+
+
+def test_a_client_that_no_node_lets_in_takes_no_volume(tmp_path: Path, etcd: EtcdServer) -> None:
+    """With etcd it can read the metadata without the secret, and so take the lock of a volume."""
+    with Cluster(tmp_path, f"etcd://{etcd.endpoint}", secret="correct horse battery") as cluster:
+        cluster.ctl("init")
+        cluster.start_nodes(1)
+        cluster.ctl("volume", "create", "vol", "16MiB")
+        (tmp_path / "secret").write_text("another secret of some length")
+        client = cluster.client("vol").launch()
+        assert client.wait() == 1
+        assert "give the --secret-file of the nodes" in client.output.splitlines()[-1]
+        (row,) = cluster.ctl_json("volume", "list")
+        assert not row["holder"]
