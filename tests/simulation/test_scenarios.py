@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 SEEDS = range(1, 201)
 """Seeds of the default run, each of which is one run; `explore` is for more."""
 
-SHARE = 0.25
+SHARE = 0.35
 """Of the time that a seed has faults strike, so that all of them take a few minutes."""
 
 EVERYTHING_GROUPS = 10
