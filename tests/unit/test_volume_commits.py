@@ -12,9 +12,16 @@ from tests.fakes import Cluster, Device, until, virtual
 from tests.unit.test_snapshots import shrink, snapshot
 from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.actors import nbd_server
-from torus_actors.errors import BlockUnavailable, DeadlineExceeded, OutOfSpace, TorusError
+from torus_actors.errors import (
+    BlockUnavailable,
+    DeadlineExceeded,
+    OutOfSpace,
+    Overloaded,
+    TorusError,
+)
 from torus_actors.metadata.records import Head
 from torus_actors.model.inode_tree_pages import FANOUT
+from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ChildSpec
 from torus_actors.volume import journal, read_side
 from torus_actors.volume.change_log import ChangeLog, Replay
@@ -537,6 +544,24 @@ async def test_a_block_that_a_record_names_is_not_discarded() -> None:
         await flush
         again = await reopened(device)
         assert await again.read(0, BLOCK) == b"1" * BLOCK
+
+
+@virtual
+async def test_a_replicator_without_room_for_hints_does_not_keep_a_lock() -> None:
+    """They say what is garbage, which collectors find all the same; closing goes on."""
+
+    class Full:
+        def tell(self, *_: Any) -> None:
+            raise Overloaded("its inbox is full")
+
+    async with Cluster(nodes=3, replication=2) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"1" * BLOCK)
+        session: Any = device.client.session("v")
+        session.file._replicator.discard_everywhere = Full()
+        session.file.discard_tried([BlockRef.of(1, 1, 1)])
+        await close_session(session, device.client.meta)
+        assert (await device.client.meta.lock_status(session.volume_id))[0] is None
 
 
 @virtual

@@ -23,6 +23,7 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Fenced,
+    Overloaded,
     Invalid,
     OutOfSpace,
     TorusError,
@@ -605,11 +606,13 @@ class File(ReadSide):
     def _send_discards(self) -> None:
         self._discard_timer = None
         tried, self._tried = self._tried, []
-        if tried:
-            self._replicator.discard_everywhere.tell(b"".join(tried))
         discards, self._discards = self._discards, {}
-        for peer, refs in discards.items():
-            self._replicator.discard.tell(peer, b"".join(refs))
+        # What nobody can be told now, the collectors find later.
+        with contextlib.suppress(Overloaded):
+            if tried:
+                self._replicator.discard_everywhere.tell(b"".join(tried))
+            for peer, refs in discards.items():
+                self._replicator.discard.tell(peer, b"".join(refs))
 
     async def _assemble(self, index: int, layer: ExtentMap) -> Buffer:
         """The whole content of a block: the layer over what is stored."""

@@ -13,6 +13,7 @@ silently, and a journal never waits for the metadata while its members live.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,8 +29,9 @@ from torus_actors.errors import (
     CompareFailed,
     DeadlineExceeded,
     Fenced,
-    OutcomeUnknown,
     OutOfSpace,
+    OutcomeUnknown,
+    Overloaded,
     TorusError,
 )
 from torus_actors.metadata.records import Journal
@@ -442,7 +444,9 @@ class SessionJournal:
         self._covered = upto_seq
         if upto_seq:
             for home in self._homes.values():
-                home.actor.cut.tell(self._volume_id, self._epoch, upto_seq)
+                # A member that is not told now is told by the next cut.
+                with contextlib.suppress(Overloaded):
+                    home.actor.cut.tell(self._volume_id, self._epoch, upto_seq)
         self.size -= size
         self.began_at = self._system.loop.time()
 
