@@ -23,9 +23,9 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Fenced,
-    Overloaded,
     Invalid,
     OutOfSpace,
+    Overloaded,
     TorusError,
     anew,
 )

@@ -29,8 +29,8 @@ from torus_actors.errors import (
     CompareFailed,
     DeadlineExceeded,
     Fenced,
-    OutOfSpace,
     OutcomeUnknown,
+    OutOfSpace,
     Overloaded,
     TorusError,
 )
