@@ -286,6 +286,24 @@ def test_directories_are_durable_before_anything_is_in_them(
     assert not synced
 
 
+def test_an_empty_directory_on_what_knows_no_sync_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount point below a read-only image or an automounter: there is nothing to make durable.
+
+    Found by review: a node whose new disk was mounted there did not start.
+    """
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(disk_module.os, "fsync", fail)
+    assert RealDisk(tmp_path / "data").listdir() == []
+    with pytest.raises(OSError, match="cannot sync"):
+        RealDisk(tmp_path / "data" / "node")
+
+
 def test_missing_files(disk: Disk) -> None:
     """What needs a file that is not there says so by name."""
     for action in (
