@@ -294,7 +294,7 @@ class OpenStores:
         return self.aio.ended if self.aio is not None and self.aio.busy else None
 
     def next_reader(self) -> ActorHandle:
-        """The worker that reads and has least to do: the other may be in a call for minutes."""
+        """The worker that reads and has least to do; none that may be in its call for minutes."""
         return self.system.actor(min(READERS, key=self.system.load))
 
     async def verify(self, kind: int, location: Location) -> bool:

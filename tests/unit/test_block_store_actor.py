@@ -736,7 +736,8 @@ async def test_a_read_that_hangs_holds_up_no_other(asked: int) -> None:
     """A drive tries a bad sector for minutes, for the scrubber say: there is a second reader.
 
     Who asks for the same once more, as the scrubber does, waits for the answer to the first.
-    Found by review: reads went to both in turn, and each other one waited behind the first.
+    Found by review: reads went to both in turn, and each other one waited behind the first; later
+    only those that came one at a time went by it.
     """
     async with Cluster(nodes=1) as cluster:
         node = cluster.node(0)
@@ -752,6 +753,8 @@ async def test_a_read_that_hangs_holds_up_no_other(asked: int) -> None:
         async with asyncio.timeout(1.0):
             for n in range(12):
                 assert await read(node, (ref_of(n), 0, 4096)) == [(Status.OK, b"x" * 4096)]
+            reading = [read(node, (ref_of(n), 4096, 4096)) for n in range(12)]
+            assert await asyncio.gather(*reading) == 12 * [[(Status.OK, b"x" * 4096)]]
         assert not any(each.done() for each in verifying)
         verifying[0].cancel()
         assert all(await asyncio.gather(*verifying[1:]))
