@@ -761,3 +761,22 @@ async def test_a_read_that_hangs_holds_up_no_other(asked: int) -> None:
         await node.actor("block_store").delete_blocks.remote(ref_of(0))
         await asyncio.sleep(300.0)
         assert not node.stores[0]._pins and not node.opened._verifying
+
+
+@virtual
+async def test_a_copy_that_only_the_page_cache_has_wrong_is_replaced() -> None:
+    """Who read it wrong says so, and would read it wrong again for as long as the cache has it.
+
+    Found by review: only what the disk has was looked at.
+    """
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1), b"x" * BLOCK)
+        await node.actor("block_store").flush.remote()
+        store, right = node.stores[0], [(Status.OK, b"x" * 4096)]
+        at = store._layout.slot_offset(store.locate(ref_of(1)).slot) + store._layout.sums_room
+        node.disks[0].rot(DATA_PATH, at, cached=True)
+        node.disks[0].rot(DATA_PATH, at)  # the disk has it right again, and the cache not any more
+        assert await read(node, (ref_of(1), 0, 4096)) != right
+        await put(node, ref_of(1), b"x" * BLOCK, replace=True)
+        assert await read(node, (ref_of(1), 0, 4096)) == right

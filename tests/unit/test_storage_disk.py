@@ -183,6 +183,7 @@ def test_rot_under_the_cache() -> None:
     into = aligned(4096)
     assert file.read_medium(into, 0) == 4096
     assert into[10] == 0xFF ^ ord("a")
+    assert file.pread(8192, 0) == b"a" * 8192
     disk = sim()
     disk.rot("f", 10, cached=True)
     assert disk.crash().open("f").pread(1, 10) != b"a"
