@@ -127,7 +127,7 @@ class OpenStores:
         self.stores = stores
         self.level = Level.OK
         self.aio = _make_aio(system, stores[DATA])
-        self._verifying: dict[tuple[int, Location], asyncio.Task[Any]] = {}
+        self._verifying: dict[tuple[int, Location, bool], asyncio.Task[Any]] = {}
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self.requests = 0
@@ -255,7 +255,8 @@ class OpenStores:
         instead: Location | None = None
         if replace and store.has(ref):
             location = store.locate(ref)
-            if not await self.verify(kind, location):
+            # Somebody may have read it wrong from the page cache, and the disk have it right.
+            if not await self.verify(kind, location, cached_too=True):
                 instead = location
         ticket = store.reserve(ref, root, instead)
         if ticket is None:
@@ -294,21 +295,21 @@ class OpenStores:
         return self.aio.ended if self.aio is not None and self.aio.busy else None
 
     def next_reader(self) -> ActorHandle:
-        """The worker that reads and has least to do: the other may be in a call for minutes."""
+        """The worker that reads and has least to do; none that may be in its call for minutes."""
         return self.system.actor(min(READERS, key=self.system.load))
 
-    async def verify(self, kind: int, location: Location) -> bool:
-        """Read a block and check every byte.
+    async def verify(self, kind: int, location: Location, cached_too: bool = False) -> bool:
+        """Read a block from the disk, or both from there and from the page cache; check every byte.
 
         One that is under way is waited for: the disk may be at it for minutes, and another worker
         would hang beside the first.
         """
-        key = kind, location
+        key = kind, location, cached_too
         task = self._verifying.get(key)
         if task is None:
             store = self.stores[kind]
             store.pin(location)
-            task = self._verifying[key] = self._begin(self._check(kind, location))
+            task = self._verifying[key] = self._begin(self._check(*key))
 
             def ended(_: asyncio.Task[Any]) -> None:
                 del self._verifying[key]
@@ -318,9 +319,9 @@ class OpenStores:
         right: bool = await asyncio.shield(task)
         return right
 
-    async def _check(self, kind: int, location: Location) -> bool:
+    async def _check(self, kind: int, location: Location, cached_too: bool) -> bool:
         right: bool = await self.next_reader().check.remote(
-            kind, location, timeout_s=DISK_PATIENCE_S
+            kind, location, cached_too, timeout_s=DISK_PATIENCE_S
         )
         return right
 

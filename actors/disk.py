@@ -58,10 +58,18 @@ class DiskWorker(BlockingActor):
         return answers
 
     @expose(idempotent=True)
-    def check(self, kind: int, location: Location) -> bool:
-        """Read a pinned block and verify every byte; whether it is right."""
+    def check(self, kind: int, location: Location, cached_too: bool) -> bool:
+        """Read a pinned block and verify every byte; whether it is right.
+
+        Args:
+            kind: number of the store.
+            location: of the block.
+            cached_too: what the page cache has of it as well.
+        """
         try:
             self._stores[kind].check(location)
+            if cached_too:
+                self._stores[kind].check(location, cached=True)
         except TorusError:
             return False
         return True

@@ -1,9 +1,9 @@
 """Which calls of a node's disk do not come back, and since when.
 
-A disk that hangs fails nothing: the node is up, and what it was asked waits. Clients pass it over
-(`peer_syncs`), and each of them knows of its own calls only. The node knows of all: those of its
-workers, and those that are under way without a thread. Nothing is decided here; it is told, to
-whoever asks the control actor, and in the log.
+A disk that hangs fails nothing: the node is up, and what it was asked waits. Where it is a sync
+clients pass the node over (`peer_syncs`), and each of them knows of its own calls only. The node
+knows of all: those of its workers, and those that are under way without a thread. Nothing is
+decided here; it is told, to whoever asks the control actor, and in the log.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOOK_S = 1.0
 """How often it is looked whether calls have come back."""
 
 HANGS_S = PATIENCE_S
-"""A call that takes longer is told: by then clients leave this node out."""
+"""A call that takes longer is told: for a sync clients wait no longer, if other nodes are well."""
 
 LATE_S_MAX = 1.0
 """Who looks later than this by more stood still, and not the disk."""
@@ -91,7 +91,7 @@ class DiskWatch:
         before, self._since = self._since, min(hanging.values(), default=None)
         if before is None and self._since is not None:
             log.warning(
-                "the disk has not answered for %.0f s (%s): clients pass this node over",
+                "the disk has not answered for %.0f s (%s)",
                 self._loop.time() - self._since,
                 ", ".join(hanging),
             )

@@ -616,7 +616,7 @@ class Client(Process):
         config = self.config
         await self.start_base(config.listen, store_opener(config.metadata))
         view = await self.load_view(patience_s)
-        await self._check_admitted(view)
+        await self._check_admitted(view, patience_s)
         await self.start_services(
             [
                 *self.common_services(config.read_level, config.write_level, False),
@@ -631,9 +631,13 @@ class Client(Process):
             ]
         )
 
-    async def _check_admitted(self, view: ClusterView) -> None:
+    async def _check_admitted(self, view: ClusterView, patience_s: float) -> None:
         """See that some node lets this process in, or says nothing of it, before it takes locks."""
         bridge, loop = self.system.actor("bridge"), self.system.loop
+        # A node need not be where it was when it entered the ring, and another cluster's may be.
+        with contextlib.suppress(Corruption):  # which the ring watcher tells
+            found = await patiently(self.meta.peers, give_up_s=patience_s, rng=self.system.rng)
+            view.peers = {info.peer_id: info for info in found}
         await bridge.set_peers.remote(view.addresses())
         end = loop.time() + ADMITTED_S_MAX
         while view.ring.members and loop.time() < end:

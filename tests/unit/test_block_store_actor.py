@@ -736,7 +736,8 @@ async def test_a_read_that_hangs_holds_up_no_other(asked: int) -> None:
     """A drive tries a bad sector for minutes, for the scrubber say: there is a second reader.
 
     Who asks for the same once more, as the scrubber does, waits for the answer to the first.
-    Found by review: reads went to both in turn, and each other one waited behind the first.
+    Found by review: reads went to both in turn, and each other one waited behind the first; later
+    only those that came one at a time went by it.
     """
     async with Cluster(nodes=1) as cluster:
         node = cluster.node(0)
@@ -752,9 +753,30 @@ async def test_a_read_that_hangs_holds_up_no_other(asked: int) -> None:
         async with asyncio.timeout(1.0):
             for n in range(12):
                 assert await read(node, (ref_of(n), 0, 4096)) == [(Status.OK, b"x" * 4096)]
+            reading = [read(node, (ref_of(n), 4096, 4096)) for n in range(12)]
+            assert await asyncio.gather(*reading) == 12 * [[(Status.OK, b"x" * 4096)]]
         assert not any(each.done() for each in verifying)
         verifying[0].cancel()
         assert all(await asyncio.gather(*verifying[1:]))
         await node.actor("block_store").delete_blocks.remote(ref_of(0))
         await asyncio.sleep(300.0)
         assert not node.stores[0]._pins and not node.opened._verifying
+
+
+@virtual
+async def test_a_copy_that_only_the_page_cache_has_wrong_is_replaced() -> None:
+    """Who read it wrong says so, and would read it wrong again for as long as the cache has it.
+
+    Found by review: only what the disk has was looked at.
+    """
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        await put(node, ref_of(1), b"x" * BLOCK)
+        await node.actor("block_store").flush.remote()
+        store, right = node.stores[0], [(Status.OK, b"x" * 4096)]
+        at = store._layout.slot_offset(store.locate(ref_of(1)).slot) + store._layout.sums_room
+        node.disks[0].rot(DATA_PATH, at, cached=True)
+        node.disks[0].rot(DATA_PATH, at)  # the disk has it right again, and the cache not any more
+        assert await read(node, (ref_of(1), 0, 4096)) != right
+        await put(node, ref_of(1), b"x" * BLOCK, replace=True)
+        assert await read(node, (ref_of(1), 0, 4096)) == right

@@ -112,3 +112,27 @@ def test_threads_share_a_pool() -> None:
         thread.join()
     assert not wrong
     assert pool.in_use == 0
+
+
+def test_a_size_may_come_while_others_are_let_go_of() -> None:
+    """By another thread, whenever this one is between two of them.
+
+    Found by review: what was let go of then was lost to the pool, with an error on standard error.
+    """
+    pool = BufferPool(4 * GRAIN_BYTES)
+
+    class Late(int):
+        """A size; while it is looked at another thread comes with a new one."""
+
+        __hash__ = int.__hash__
+
+        def __ne__(self, other: object) -> bool:
+            pool._idle.setdefault(GRAIN_BYTES * 100, [])
+            return int(self) != other
+
+    idle = pool.take(3 * GRAIN_BYTES)
+    del idle
+    pool._idle[Late(3 * GRAIN_BYTES)] = pool._idle.pop(3 * GRAIN_BYTES)
+    view = pool.take(2 * GRAIN_BYTES)
+    del view
+    assert pool.idle_bytes == 2 * GRAIN_BYTES

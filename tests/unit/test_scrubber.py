@@ -81,10 +81,10 @@ async def test_what_is_too_slow_to_be_read_hides_nothing_behind_it() -> None:
         verify = node.opened.verify
         slow = node.stores[0].locate(ref_of(3)).slot
 
-        async def verify_slowly(kind: int, location: Any) -> bool:
+        async def verify_slowly(kind: int, location: Any, cached_too: bool = False) -> bool:
             if kind == 0 and location.slot == slow:
                 await asyncio.sleep(CHECK_S + 10)
-            return await verify(kind, location)
+            return await verify(kind, location, cached_too)
 
         node.opened.verify = verify_slowly  # type: ignore[method-assign]
         status = await scrubbed(node)

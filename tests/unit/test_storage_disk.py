@@ -183,6 +183,7 @@ def test_rot_under_the_cache() -> None:
     into = aligned(4096)
     assert file.read_medium(into, 0) == 4096
     assert into[10] == 0xFF ^ ord("a")
+    assert file.pread(8192, 0) == b"a" * 8192
     disk = sim()
     disk.rot("f", 10, cached=True)
     assert disk.crash().open("f").pread(1, 10) != b"a"
@@ -284,6 +285,24 @@ def test_directories_are_durable_before_anything_is_in_them(
     synced.clear()
     RealDisk(tmp_path / "data" / "node")
     assert not synced
+
+
+def test_an_empty_directory_on_what_knows_no_sync_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount point below a read-only image or an automounter: there is nothing to make durable.
+
+    Found by review: a node whose new disk was mounted there did not start.
+    """
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(disk_module.os, "fsync", fail)
+    assert RealDisk(tmp_path / "data").listdir() == []
+    with pytest.raises(OSError, match="cannot sync"):
+        RealDisk(tmp_path / "data" / "node")
 
 
 def test_missing_files(disk: Disk) -> None:

@@ -95,7 +95,7 @@ class BufferPool:
         room = len(memory)
         if self.idle_bytes + room > self._idle_bytes_max:
             # It may be other sizes that lie idle: those that nobody asks for must not stay.
-            for size in [size for size in self._idle if size != room]:
+            for size in [size for size in list(self._idle) if size != room]:
                 self._idle.pop(size, None)
             if self.idle_bytes + room > self._idle_bytes_max:
                 return

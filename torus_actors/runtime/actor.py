@@ -320,6 +320,7 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         self._leaving = False
         self._current: Call | None = None
         self._calls = 0
+        self._taken_at = 0.0
         # Without a thread: how long a call takes, whether one is under way, and whether a turn is
         # scheduled.
         self._delay_s: BlockingDelay | None = None
@@ -357,6 +358,11 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
     def call_under_way(self) -> int | None:
         """The number of the call it is in, counted from its start; None while it waits for one."""
         return self._calls if self._current is not None else None
+
+    @property
+    def call_lasts_s(self) -> float:
+        """How long it has been in that call; 0 while it waits for one."""
+        return self.system.loop.time() - self._taken_at if self._current is not None else 0.0
 
     # -- the thread --------------------------------------------------------------------------
 
@@ -398,6 +404,7 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
     def _take(self) -> Any:
         envelope = cast(Inbox, self.actor_inbox).items.popleft()
         if type(envelope) is Call:
+            self._taken_at = self.system.loop.time()
             self._current = envelope
             self._calls += 1
         if self.cell.room_waiters:

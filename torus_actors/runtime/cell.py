@@ -35,6 +35,9 @@ CLEANUP_S_MIN = 1.0
 """Time for cleanup where ``shutdown_s`` is less: handlers may be cut off, but what the actor holds
 must be let go of, or its successor finds the port bound and the file locked."""
 
+LONG_CALL_S = 0.05
+"""One that has lasted longer may last for minutes: a disk that is well takes less for a block."""
+
 
 class Restart(enum.Enum):
     """When a child is started again after it ended."""
@@ -123,11 +126,18 @@ class Cell:
         """Messages in the inbox."""
         return len(self.inbox.items)
 
-    def load(self) -> int:
-        """Messages in the inbox, and the one that a blocking actor is in."""
+    def load(self) -> tuple[bool, int]:
+        """What says which of several actors has least to do.
+
+        Returns:
+            Whether a blocking actor has been in one call for longer than ``LONG_CALL_S``: who knows
+            how long that will take. Then how many messages there are, the one that it is in
+            included.
+        """
         actor = self.actor
-        in_call = isinstance(actor, BlockingActor) and actor.call_under_way is not None
-        return self.waiting() + in_call
+        if not isinstance(actor, BlockingActor) or actor.call_under_way is None:
+            return False, self.waiting()
+        return actor.call_lasts_s > LONG_CALL_S, self.waiting() + 1
 
     async def room(self, timeout_s: float) -> None:
         """Wait until the inbox has room again.

@@ -207,10 +207,10 @@ class ActorSystem:
             return ActorHandle(self, name, None)
         return ActorHandle(self, name, node)
 
-    def load(self, name: str) -> int:
-        """How many messages an actor here has to handle, the one that it is in included."""
+    def load(self, name: str) -> tuple[bool, int]:
+        """How much an actor here has to do; see `Cell.load`."""
         cell = self.cells.get(name)
-        return 0 if cell is None else cell.load()
+        return (False, 0) if cell is None else cell.load()
 
     def tree(self) -> list[dict[str, Any]]:
         """Every actor with depth, state, restarts and last cause of death."""

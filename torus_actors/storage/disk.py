@@ -563,11 +563,17 @@ class RealDisk(Disk):
         while not path.is_dir():
             missing.append(path)
             path = path.parent
-        # Who may not look there, or above it, has not made it.
-        with contextlib.suppress(PermissionError):
+        try:
             if not any(path.iterdir()):
                 # Whoever made it may have been killed before it was durable.
                 _fsync_path(path.parent)
+        except PermissionError:
+            pass  # who may not look there, or above it, has not made it
+        except OSError as error:
+            # What knows no sync, as a read-only image or an automounter with disks mounted in it,
+            # lets nobody make a directory that could be lost.
+            if error.errno != errno.EINVAL:
+                raise
         for directory in reversed(missing):
             with _plain_errors(str(directory), "make"), contextlib.suppress(FileExistsError):
                 directory.mkdir()

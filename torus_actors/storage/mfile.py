@@ -469,14 +469,18 @@ class MFileStore(BlockStore):
             raise Corruption(f"slot {location.slot}: the data file ends before it")
         return result
 
-    def check(self, location: Location) -> memoryview:
+    def check(self, location: Location, cached: bool = False) -> memoryview:
         # From the disk itself. What the page cache has is right for as long as it stays there, and
         # nobody would hear that the disk has it no more: neither the scrubber, nor who drops a copy
         # of his own because of this one.
         room, length = self._layout.sums_room, location.length
         both = self._pages.take(room + -(-length // PAGE_SIZE) * PAGE_SIZE)
         try:
-            count = self._data.read_medium(both, self._layout.slot_offset(location.slot))
+            start = self._layout.slot_offset(location.slot)
+            if cached:
+                count = self._data.preadv([both], start, keep=True)
+            else:
+                count = self._data.read_medium(both, start)
         except OSError as error:
             raise Corruption(f"slot {location.slot} cannot be read: {error}") from error
         if count < len(both):

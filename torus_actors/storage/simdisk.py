@@ -19,11 +19,12 @@ Everything random comes from the injected generator, so a seed replays a run exa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torus_actors.errors import Closed, Locked, NotExist, OutOfSpace
@@ -228,13 +229,18 @@ class _Inode:
             self._store_sector(write.start + at, write.data[at : at + SECTOR_SIZE])
         self.durable_size = max(self.durable_size, write.end)
 
-    def forget_clean(self, offset: int, length: int) -> None:
+    @contextlib.contextmanager
+    def without_clean(self, offset: int, length: int) -> Iterator[None]:
         """Have what is read there come from the disk, as far as the disk was told of it."""
+        pages = range(offset // PAGE, -(-(offset + length) // PAGE))
+        clean = [n for n in pages if n in self.cache and n not in self.dirty]
         if any(isinstance(change, int) for change in self.pending):
-            return  # where the file was cut the cache hides pages that are gone
-        for number in range(offset // PAGE, -(-(offset + length) // PAGE)):
-            if number not in self.dirty:
-                self.cache.pop(number, None)
+            clean = []  # where the file was cut the cache hides pages that are gone
+        hidden = {number: self.cache.pop(number) for number in clean}
+        try:
+            yield
+        finally:
+            self.cache.update(hidden)
 
     def flip(self, offset: int, cached: bool) -> None:
         """Change one byte where it lies, on the disk and, unless that has it ``cached``, there."""
@@ -293,8 +299,8 @@ class SimFile(File):
 
     def read_medium(self, memory: memoryview, offset: int) -> int:
         self._begin("read")
-        self._inode.forget_clean(offset, len(memory))
-        return self._read([memory], offset)
+        with self._inode.without_clean(offset, len(memory)):
+            return self._read([memory], offset)
 
     def pwritev(self, buffers: Sequence[ReadBuffer], offset: int) -> None:
         data = b"".join(buffers)

@@ -382,8 +382,12 @@ class BlockStore(abc.ABC):
         """
         return bytes(self.check(self.locate(ref)))
 
-    def check(self, location: Location) -> memoryview:
+    def check(self, location: Location, cached: bool = False) -> memoryview:
         """Read a whole block and verify every byte. In a worker, while pinned.
+
+        Args:
+            location: of the block.
+            cached: read it as who reads it often does, not from the disk in any case.
 
         Raises:
             Corruption: the copy is bad.
