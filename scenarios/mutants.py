@@ -73,7 +73,7 @@ _STORE = (
             "confirmed.get(peer) != incarnation",
             "peer not in confirmed",
         ),
-        hunted_in=("node_crash", "many_crashes"),
+        hunted_in=("many_crashes", "node_crash"),
         first_seed=5,
     ),
 )
@@ -104,6 +104,7 @@ _RING = (
         "A put with fewer copies than wanted, because a peer is full, is no success",
         Edit("actors.replicator:Replicator._put_copies", "if full is not None:", "if False:"),
         hunted_in=("disk_full",),
+        first_seed=3,
     ),
     _mutant(
         "checksums_not_verified",
@@ -114,6 +115,7 @@ _RING = (
             "pass",
         ),
         hunted_in=("bit_rot",),
+        first_seed=2,
     ),
     _mutant(
         "cached_is_enough",
@@ -183,7 +185,8 @@ _COLLECTOR = (
             "await journal.cut.remote(volume, newest, upto)",
             "pass",
         ),
-        hunted_in=("node_crash", "journal_members"),
+        hunted_in=("journal_members", "node_crash"),
+        first_seed=2,
     ),
     _mutant(
         "no_second_pass",
@@ -264,6 +267,7 @@ _SESSIONS = (
             "fence_epoch = journal.epoch",
         ),
         hunted_in=("handover",),
+        first_seed=2,
     ),
     _mutant(
         "fenced_session_flushes",
@@ -330,6 +334,7 @@ _JOURNAL = (
             ")",
         ),
         hunted_in=("journal_members",),
+        first_seed=2,
     ),
     _mutant(
         "journal_of_one",
@@ -340,7 +345,8 @@ _JOURNAL = (
             "if not wanted:",
         ),
         Edit("volume.journal:SessionJournal._gather", "if len(homes) < wanted:", "if not homes:"),
-        hunted_in=("crashes_everywhere", "many_crashes"),
+        hunted_in=("many_crashes", "crashes_everywhere"),
+        first_seed=2,
     ),
     _mutant(
         "direct_write_not_repeated",
@@ -402,7 +408,7 @@ _JOURNAL = (
             "changes.needs_commit = False",
         ),
         hunted_in=("flush_beside_commit",),
-        first_seed=26,
+        first_seed=30,
     ),
     _mutant(
         "cut_before_head",
@@ -440,6 +446,7 @@ _JOURNAL = (
             "            )\n",
         ),
         hunted_in=("journal_members",),
+        first_seed=2,
     ),
     _mutant(
         "lost_journal_is_empty",
@@ -475,12 +482,14 @@ _JOURNAL = (
             "replay is not None",
         ),
         hunted_in=("half_told",),
+        first_seed=3,
     ),
     _mutant(
         "old_journal_replayed",
         "A journal of a session that a newer one's head covers is not replayed",
         Edit("volume.recovery:is_unreplayed", " and journal.epoch >= head_epoch", ""),
-        hunted_in=("crashes_everywhere", "journal_replay"),
+        hunted_in=("journal_replay", "crashes_everywhere"),
+        first_seed=6,
     ),
     _mutant(
         "replay_lays_old_over_new",
@@ -512,6 +521,7 @@ _JOURNAL = (
             for method, indent in (("_end", 4), ("_appended", 8))
         ],
         hunted_in=("journal_replay",),
+        first_seed=2,
     ),
 )
 
@@ -557,6 +567,7 @@ _SNAPSHOTS = (
             "\n",
         ),
         hunted_in=("snapshots",),
+        first_seed=2,
     ),
     _mutant(
         "hasty_evictor",
@@ -577,6 +588,7 @@ _READERS = (
             "pass",
         ),
         hunted_in=("readers",),
+        first_seed=2,
     ),
     _mutant(
         "collector_forgets_what_journals_named",
@@ -587,6 +599,7 @@ _READERS = (
             "",
         ),
         hunted_in=("readers",),
+        first_seed=3,
     ),
     _mutant(
         "reader_keeps_too_little",
