@@ -345,7 +345,7 @@ _JOURNAL = (
             "if not wanted:",
         ),
         Edit("volume.journal:SessionJournal._gather", "if len(homes) < wanted:", "if not homes:"),
-        hunted_in=("many_crashes", "crashes_everywhere"),
+        hunted_in=("crashes_everywhere", "many_crashes"),
         first_seed=2,
     ),
     _mutant(
@@ -408,7 +408,7 @@ _JOURNAL = (
             "changes.needs_commit = False",
         ),
         hunted_in=("flush_beside_commit",),
-        first_seed=30,
+        first_seed=41,
     ),
     _mutant(
         "cut_before_head",
