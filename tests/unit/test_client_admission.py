@@ -1,0 +1,126 @@
+"""A client that starts: whether the nodes let it in, before it takes the lock of a volume."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.unit.runtime_harness import on_uvloop
+from torus_actors import node
+from torus_actors.errors import Unauthenticated
+from torus_actors.machine import REAL_MACHINE
+from torus_actors.metadata.memory import MemoryStore
+from torus_actors.metadata.records import PeerInfo
+from torus_actors.metadata.service import MetadataService
+from torus_actors.model import rings
+from torus_actors.model.peers import Peer
+from torus_actors.node import Client, ClientConfig, Process, new_global_metadata
+from torus_actors.wire.hello import Role
+
+SECRET = b"a secret of the cluster"
+OTHER = b"another secret, of one node"
+ELSEWHERE = dataclasses.replace(REAL_MACHINE, shortcut=False)
+"""Nodes on the client's own machine are found wherever they listen."""
+
+
+def node_id(number: int) -> str:
+    """The id of a node, in the order of the tests' addresses."""
+    return str(uuid.UUID(int=number + 1))
+
+
+@asynccontextmanager
+async def listening(number: int, secret: bytes) -> AsyncIterator[str]:
+    """The address of a node that does nothing but say who it is."""
+    process = Process(node_id(number), Role.NODE, "memory://", secret, random.Random(number))
+    await process.start_base(("127.0.0.1", 0), None)
+    _, port = await process.system.actor("bridge").listening.remote()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await process.stop()
+
+
+@asynccontextmanager
+async def taken(silent: bool) -> AsyncIterator[str]:
+    """An address where nobody answers: nobody listens, or who does is frozen."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        if silent:
+            sock.listen()
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+async def admit(addresses: list[str], moved: list[str] | None = None) -> None:
+    """See whether a client of a ring of these is let in; by now they may be somewhere else."""
+    store = MemoryStore()
+    meta = MetadataService(store, rng=random.Random(1), wall_clock=time.time)
+    peers = [Peer(node_id(number), 1, "", address) for number, address in enumerate(addresses)]
+    ring = rings.make_ring("mod", version=1, replication=1, peers=peers)
+    await meta.init(new_global_metadata(), rings.marshal(ring))
+    lease = await meta.grant_lease(60)
+    for number, address in enumerate(moved or []):
+        await meta.register_peer(PeerInfo(node_id(number), address), lease)
+
+    async def opened() -> MemoryStore:
+        return store
+
+    config = ClientConfig(metadata="memory://", secret=SECRET, machine=ELSEWHERE)
+    client = Client(config, random.Random(9))
+    await client.start_base(None, opened)
+    try:
+        await client._check_admitted(await client.load_view(1.0))
+    finally:
+        await client.stop()
+
+
+@on_uvloop
+async def test_one_node_that_lets_a_client_in_is_enough() -> None:
+    """Whatever the others say: its blocks are on that one, or will be."""
+    async with listening(0, OTHER) as other, listening(1, SECRET) as right:
+        await admit([other, right])
+
+
+@on_uvloop
+async def test_nodes_that_are_frozen_do_not_hide_that_the_others_let_nobody_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is powered off says nothing, and the secret is as wrong as without it.
+
+    Found by review: the client started, and held the lock of a volume that it could not read.
+    """
+    monkeypatch.setattr(node, "ADMITTED_S_MAX", 0.2)
+    async with listening(0, OTHER) as first, listening(1, OTHER) as second, taken(True) as frozen:
+        with pytest.raises(Unauthenticated, match="give the --secret-file of the nodes"):
+            await admit([first, second, frozen])
+
+
+@on_uvloop
+async def test_a_node_with_another_secret_keeps_no_client_out_while_the_others_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All machines were switched on together, and one of them has the wrong file."""
+    monkeypatch.setattr(node, "ADMITTED_S_MAX", 0.2)
+    async with listening(0, OTHER) as other, taken(False) as one, taken(False) as two:
+        await admit([other, one, two])
+
+
+@on_uvloop
+async def test_a_node_that_moved_is_asked_where_it_is_now() -> None:
+    """Where the ring has it may be another cluster's by now."""
+    async with listening(7, OTHER) as stranger, listening(0, SECRET) as moved:
+        await admit([stranger], [moved])
+
+
+@on_uvloop
+async def test_a_ring_without_members_keeps_no_client_out() -> None:
+    """Nor is there anybody to wait for."""
+    began = time.monotonic()
+    await admit([])
+    assert time.monotonic() - began < node.ADMITTED_S_MAX
