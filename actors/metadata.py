@@ -20,6 +20,7 @@ from torus_actors.errors import (
     Again,
     Compacted,
     DeadlineExceeded,
+    Invalid,
     NoPeer,
     OutcomeUnknown,
     Overloaded,
@@ -168,9 +169,18 @@ class ActorStore(kv.KeyValueStore):
         self, prefix: str, *, after: str = "", limit: int = 0
     ) -> tuple[list[kv.KeyValue], int]:
         """See KeyValueStore."""
-        # A node of an earlier version knows of no pages.
-        part = (after, limit) if after or limit else ()
-        ref = self._actor.kv_range.remote(prefix, *part, timeout_s=CALL_TIMEOUT_S)
+        kv.check_int64(limit)
+        if after or limit:
+            try:
+                return await self._range(prefix, after, limit)
+            except Invalid:
+                # A node of an earlier version knows of no pages: they are cut here.
+                found, revision = await self._range(prefix)
+                return [each for each in found if each.key > after][: limit or None], revision
+        return await self._range(prefix)
+
+    async def _range(self, prefix: str, *page: str | int) -> tuple[list[kv.KeyValue], int]:
+        ref = self._actor.kv_range.remote(prefix, *page, timeout_s=CALL_TIMEOUT_S)
         found, revision = _items(await self._ask(ref, False))
         return [kv.KeyValue.from_wire(each) for each in found], revision
 

@@ -632,27 +632,33 @@ class Client(Process):
         )
 
     async def _check_admitted(self, view: ClusterView, patience_s: float) -> None:
-        """See that some node lets this process in, or says nothing of it, before it takes locks."""
+        """See that the nodes let this process in, or say nothing of it, before it takes locks.
+
+        One that is connected is enough. Else it counts what most of them say: one that refuses may
+        be the one with the wrong secret, and those that are down may be on their way up.
+        """
         bridge, loop = self.system.actor("bridge"), self.system.loop
         # A node need not be where it was when it entered the ring, and another cluster's may be.
         with contextlib.suppress(Corruption):  # which the ring watcher tells
             found = await patiently(self.meta.peers, give_up_s=patience_s, rng=self.system.rng)
             view.peers = {info.peer_id: info for info in found}
         await bridge.set_peers.remote(view.addresses())
+        refusals: list[str] = []
+        others = 0
         end = loop.time() + ADMITTED_S_MAX
         while view.ring.members and loop.time() < end:
             peers = await bridge.peers.remote()
             if any(peer["up"] for peer in peers):
                 return
-            if all(peer["reason"] for peer in peers):
-                refusals = [peer["reason"] for peer in peers if peer["refused"]]
-                if refusals:
-                    raise Unauthenticated(
-                        f"no node talks to this process: {refusals[0]}; give the --secret-file of "
-                        "the nodes"
-                    )
-                return  # they are down, and may be back before they are needed
+            refusals = [peer["reason"] for peer in peers if peer["refused"]]
+            others = len(peers) - len(refusals)
+            if not others or not (refusals or any(not peer["reason"] for peer in peers)):
+                break  # all of them refuse, or all of them are down
             await asyncio.sleep(ADMITTED_LOOK_S)
+        if refusals and len(refusals) >= others:
+            raise Unauthenticated(
+                f"no node talks to this process: {refusals[0]}; give the --secret-file of the nodes"
+            )
 
 
 def store_opener(url: str) -> Callable[[], Awaitable[KeyValueStore]] | None:

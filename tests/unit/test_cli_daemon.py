@@ -89,6 +89,28 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatc
     asyncio.run(main())
 
 
+def test_who_keeps_asking_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C that is held down comes thirty times a second.
+
+    Found by review: each of them was taken for the one before it.
+    """
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        stop = Stop()
+        now = loop.time()
+        monkeypatch.setattr(loop, "time", lambda: now)
+        until = now + ONCE_S * 1.1
+        while not ended:
+            assert now < until
+            stop._signalled("SIGINT")
+            now += ONCE_S / 15
+
+    asyncio.run(main())
+
+
 def test_a_daemon_opens_as_many_files_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the usual 1024, NBD clients alone could take all that the journal and peers need."""
     monkeypatch.setattr(daemon, "set_up_logging", lambda *_, **__: None)

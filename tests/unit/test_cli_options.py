@@ -57,6 +57,7 @@ from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
 from torus_actors.scenarios.__main__ import main as scenarios
+from torus_actors.scenarios.processes import free_ports
 
 GIB = 1 << 30
 
@@ -591,6 +592,18 @@ def test_a_dev_cluster_that_cannot_serve_is_not_made(
     """Found by trying: all its nodes had been made, with their disks, when it said so."""
     with pytest.raises(Invalid, match=told):
         DevCluster(dev_config(tmp_path / "new", **changes), Settings()).check()
+
+
+@pytest.mark.parametrize("place", ["new", "."])
+def test_a_dev_cluster_may_have_its_socket_where_it_makes_a_directory(
+    place: str, tmp_path: Path
+) -> None:
+    """Found by review: --unix below --dir was refused at the first start only."""
+    unix = tmp_path / "not/there" / place / "socket"
+    port = free_ports(5)
+    nbd = "127.0.0.1", port + 4
+    config = dev_config(tmp_path / "not/there/new", unix_path=unix, port=port, nbd=nbd)
+    DevCluster(config, Settings()).check()
 
 
 @pytest.mark.parametrize(

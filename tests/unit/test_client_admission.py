@@ -1,123 +1,152 @@
-"""A client sees whether nodes let it in, before it takes locks; over real loopback TCP."""
+"""A client that starts: whether the nodes let it in, before it takes the lock of a volume."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import random
+import socket
+import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from contextlib import asynccontextmanager
 
 import pytest
 
 from tests.unit.runtime_harness import on_uvloop
-from tests.unit.test_bridge import SECRET, End, free_port
 from torus_actors import node
 from torus_actors.errors import Unauthenticated
+from torus_actors.machine import REAL_MACHINE
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
-from torus_actors.model.rings import Peer
+from torus_actors.model.peers import Peer
+from torus_actors.node import Client, ClientConfig, Process, new_global_metadata
+from torus_actors.wire.hello import Role
 
-OTHER_SECRET = b"a secret of another cluster"
+SECRET = b"a secret of the cluster"
+OTHER = b"another secret, of one node"
+ELSEWHERE = dataclasses.replace(REAL_MACHINE, shortcut=False)
+"""Nodes on the client's own machine are found wherever they listen."""
 
 
-class Fixture:
-    """Metadata of a cluster, and the nodes that take part in it."""
+def node_id(number: int) -> str:
+    """The id of a node, in the order of the tests' addresses."""
+    return str(uuid.UUID(int=number + 1))
 
-    def __init__(self) -> None:
-        self.store = MemoryStore()
-        self.meta = MetadataService(self.store, rng=random.Random(1))
-        self.gmd = node.new_global_metadata()
 
-    async def open(self) -> MemoryStore:
-        """What a client opens."""
-        return self.store
+@asynccontextmanager
+async def listening(number: int, secret: bytes) -> AsyncIterator[str]:
+    """The address of a node that does nothing but say who it is."""
+    process = Process(node_id(number), Role.NODE, "memory://", secret, random.Random(number))
+    await process.start_base(("127.0.0.1", 0), None)
+    _, port = await process.system.actor("bridge").listening.remote()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await process.stop()
 
-    async def init(self, *members: tuple[str, int]) -> None:
-        """Make the cluster, with the addresses that the nodes had when they entered the ring."""
-        peers = [Peer(name, 1, "", f"127.0.0.1:{port}") for name, port in members]
-        ring = rings.make_ring("ketama", version=1, replication=1, peers=peers)
-        await self.meta.init(self.gmd, rings.marshal(ring))
 
-    async def register(self, end: End) -> None:
-        """Say where a node is now."""
-        lease = await self.meta.grant_lease(30)
-        info = PeerInfo(end.node, f"127.0.0.1:{end.port}", "", 1, "test", 1)
-        await self.meta.register_peer(info, lease)
+@asynccontextmanager
+async def taken(silent: bool) -> AsyncIterator[str]:
+    """An address where nobody answers: nobody listens, or who does is frozen."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        if silent:
+            sock.listen()
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
 
-    @contextlib.asynccontextmanager
-    async def node_with(self, secret: bytes, cluster: str = "") -> AsyncIterator[End]:
-        """A node that listens."""
-        end = End(free_port(), secret, cluster or self.gmd.cluster_id)
-        await end.start()
-        try:
-            yield end
-        finally:
-            await end.system.stop()
 
-    async def start(self) -> None:
-        """Start a client, and stop it again."""
-        client = await node.start_client(
-            node.ClientConfig(metadata="memory://", secret=SECRET), random.Random(2)
-        )
+async def admit(addresses: list[str], moved: list[str] | None = None) -> None:
+    """See whether a client of a ring of these is let in; by now they may be somewhere else."""
+    store = MemoryStore()
+    meta = MetadataService(store, rng=random.Random(1), wall_clock=time.time)
+    peers = [Peer(node_id(number), 1, "", address) for number, address in enumerate(addresses)]
+    ring = rings.make_ring("mod", version=1, replication=1, peers=peers)
+    await meta.init(new_global_metadata(), rings.marshal(ring))
+    lease = await meta.grant_lease(60)
+    for number, address in enumerate(moved or []):
+        await meta.register_peer(PeerInfo(node_id(number), address), lease)
+
+    async def opened() -> MemoryStore:
+        return store
+
+    config = ClientConfig(metadata="memory://", secret=SECRET, machine=ELSEWHERE)
+    client = Client(config, random.Random(9))
+    await client.start_base(None, opened)
+    try:
+        await client._check_admitted(await client.load_view(1.0), 1.0)
+    finally:
         await client.stop()
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Fixture:
-    """A cluster whose metadata every client has."""
-    made = Fixture()
-    monkeypatch.setattr(node, "store_opener", lambda _: made.open)
-    return made
+@on_uvloop
+async def test_one_node_that_lets_a_client_in_is_enough() -> None:
+    """Whatever the others say: its blocks are on that one, or will be."""
+    async with listening(0, OTHER) as other, listening(1, SECRET) as right:
+        await admit([other, right])
 
 
 @on_uvloop
-async def test_who_is_let_in_by_one_node_starts(cluster: Any) -> None:
-    """Though another one does not know the secret of the cluster."""
-    async with cluster.node_with(SECRET) as good, cluster.node_with(OTHER_SECRET) as bad:
-        await cluster.init((good.node, good.port), (bad.node, bad.port))
-        await cluster.start()
+async def test_nodes_that_are_frozen_do_not_hide_that_the_others_let_nobody_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is powered off says nothing, and the secret is as wrong as without it.
+
+    Found by review: the client started, and held the lock of a volume that it could not read.
+    """
+    monkeypatch.setattr(node, "ADMITTED_S_MAX", 0.2)
+    async with listening(0, OTHER) as first, listening(1, OTHER) as second, taken(True) as frozen:
+        with pytest.raises(Unauthenticated, match="give the --secret-file of the nodes"):
+            await admit([first, second, frozen])
 
 
 @on_uvloop
-async def test_who_is_refused_by_all_does_not_start(cluster: Any) -> None:
+async def test_a_node_with_another_secret_keeps_no_client_out_while_the_others_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All machines were switched on together, and one of them has the wrong file."""
+    monkeypatch.setattr(node, "ADMITTED_S_MAX", 0.2)
+    async with listening(0, OTHER) as other, taken(False) as one, taken(False) as two:
+        await admit([other, one, two])
+
+
+@on_uvloop
+async def test_who_is_refused_by_all_is_not_let_in() -> None:
     """It could take locks, and serve what it cannot read."""
-    async with cluster.node_with(OTHER_SECRET) as bad:
-        await cluster.init((bad.node, bad.port))
-        with pytest.raises(Unauthenticated, match="secret-file"):
-            await cluster.start()
+    async with listening(0, OTHER) as first, listening(1, OTHER) as second:
+        with pytest.raises(Unauthenticated, match="give the --secret-file of the nodes"):
+            await admit([first, second])
 
 
 @on_uvloop
-async def test_nodes_that_are_down_keep_no_client_from_its_start(cluster: Any) -> None:
+async def test_nodes_that_are_down_keep_no_client_out() -> None:
     """They may be back before they are needed."""
-    await cluster.init((str(uuid.UUID(int=1)), free_port()))
-    await cluster.start()
+    async with taken(False) as one, taken(False) as two:
+        await admit([one, two])
 
 
-@pytest.mark.parametrize("where", ["another cluster", "nobody"])
+@pytest.mark.parametrize("strangers", [True, False])
 @pytest.mark.parametrize("admitted", [True, False])
 @on_uvloop
-async def test_a_node_that_moved_is_asked_where_it_is(
-    cluster: Any, where: str, admitted: bool
-) -> None:
-    """The ring has the address that it had when it entered.
+async def test_a_node_that_moved_is_asked_where_it_is_now(strangers: bool, admitted: bool) -> None:
+    """Where the ring has it is nobody by now, or a node of another cluster.
 
-    Found by review: nobody else was asked. Where another cluster had the old address no client
-    started any more; where nobody had it, those that no node lets in did.
+    Found by review: with strangers there no client started any more; with nobody there, those that
+    no node lets in did.
     """
-    secret = SECRET if admitted else OTHER_SECRET
-    async with (
-        cluster.node_with(secret) as moved,
-        cluster.node_with(OTHER_SECRET, "another") as stranger,
-    ):
-        old = stranger.port if where == "another cluster" else free_port()
-        await cluster.init((moved.node, old))
-        await cluster.register(moved)
+    before = listening(7, OTHER) if strangers else taken(False)
+    async with before as old, listening(0, SECRET if admitted else OTHER) as new:
         if admitted:
-            await cluster.start()
+            await admit([old], [new])
         else:
             with pytest.raises(Unauthenticated):
-                await cluster.start()
+                await admit([old], [new])
+
+
+@on_uvloop
+async def test_a_ring_without_members_keeps_no_client_out() -> None:
+    """Nor is there anybody to wait for."""
+    began = time.monotonic()
+    await admit([])
+    assert time.monotonic() - began < node.ADMITTED_S_MAX

@@ -63,6 +63,7 @@ from torus_actors.node import (
     start_node,
     store_opener,
 )
+from torus_actors.runtime import ChildSpec, LoopActor, expose
 from torus_actors.scenarios.processes import free_ports
 from torus_actors.storage.mfile_open import INDEX_PATH
 from torus_actors.wire.hello import Role
@@ -595,6 +596,53 @@ async def test_what_is_kept_in_memory_outlives_the_actor_that_serves_it() -> Non
     assert await ActorStore(second.system.actor("metadata")).get("a") is None
     for each in (first, second):
         await each.stop()
+
+
+class _NoPages(LoopActor):
+    """The metadata actor of an earlier version, as far as ranges go."""
+
+    def __init__(self, store: KeyValueStore) -> None:
+        super().__init__()
+        self._store = store
+
+    @expose(remote=True, idempotent=True)
+    async def kv_range(self, prefix: str) -> Any:
+        """All keys at once."""
+        found, revision = await self._store.range(prefix)
+        return [[item.to_wire() for item in found], revision]
+
+
+@on_uvloop
+async def test_a_node_that_knows_of_no_pages_is_read_in_pages_all_the_same() -> None:
+    """Nodes are upgraded one by one, and the one that keeps the metadata is not always the first.
+
+    Found by review: until it was, nobody could list volumes, and no other node collected garbage.
+    """
+    kept = MemoryStore()
+    now = (await kept.txn([], [Put(key, b"") for key in ("p/1", "p/2", "p/3", "q")])).revision
+    keeper = process()
+    await keeper.start_base(("127.0.0.1", 0), None)
+    await keeper.system.spawn(ChildSpec("metadata", lambda: _NoPages(kept)))
+    _, port = await keeper.system.actor("bridge").listening.remote()
+    url = f"torus://127.0.0.1:{port}"
+    other = Process(str(uuid.UUID(int=2)), Role.CLIENT, url, None, random.Random(2))
+    await other.start_base(None, None)
+    store = other.meta.store
+    try:
+        for after, limit, wanted in (
+            ("", 2, ["p/1", "p/2"]),
+            ("p/2", 2, ["p/3"]),
+            ("p/1", 0, ["p/2", "p/3"]),
+        ):
+            assert await store.range("p/", after=after, limit=limit) == (
+                [await kept.get(key) for key in wanted],
+                now,
+            )
+        with pytest.raises(Invalid):
+            await store.range("p/", limit=1 << 63)
+    finally:
+        await other.stop()
+        await keeper.stop()
 
 
 @on_uvloop

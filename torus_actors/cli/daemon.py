@@ -19,8 +19,8 @@ from torus_actors.cli.common import LIFECYCLE, Failed, Settings, one_line, set_u
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 ONCE_S = 0.5
-"""Signals closer to each other are one: timeout(1) passes the one that it gets to its child and to
-its group, in which the child is too, and sudo does likewise."""
+"""Signals closer to the first are one with it: timeout(1) passes the one that it gets to its child
+and to its group, in which the child is too, and sudo does likewise."""
 
 
 class Running(Protocol):
@@ -63,15 +63,15 @@ class Stop:
         await self._asked.wait()
 
     def _signalled(self, name: str) -> None:
-        before, self._signalled_at = self._signalled_at, self._loop.time()
         if self.asked:
-            if self._signalled_at - before < ONCE_S:
+            if self._loop.time() - self._signalled_at < ONCE_S:
                 return
             if self._on_second is not None:
                 self._on_second()
             print("stopped at once: asked twice", file=sys.stderr, flush=True)
             os._exit(1)
         LIFECYCLE.info("%s: stopping", name)
+        self._signalled_at = self._loop.time()
         self._asked.set()
 
     def _parent_spoke(self) -> None:

@@ -231,11 +231,11 @@ class DevCluster:
                 f"refusing to listen on {config.nbd[0]}: a dev cluster knows no TLS; give --nbd "
                 "127.0.0.1:PORT, and serve others with torusblk serve --tls-required"
             )
-        if config.unix_path is not None and not config.unix_path.parent.is_dir():
-            raise Invalid(
-                f"cannot listen on {config.unix_path}: there is no directory "
-                f"{config.unix_path.parent}"
-            )
+        if config.unix_path is not None:
+            place, directory = config.unix_path.parent, config.directory.absolute()
+            made = place.absolute() in (directory, *directory.parents)
+            if not (made or place.is_dir()):
+                raise Invalid(f"cannot listen on {config.unix_path}: there is no directory {place}")
         if config.directory.is_dir():
             found = sum(path.name.startswith("node-") for path in config.directory.iterdir())
             if found > config.nodes:
