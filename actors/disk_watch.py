@@ -26,12 +26,17 @@ LOOK_S = 1.0
 HANGS_S = PATIENCE_S
 """A call that takes longer is told: for a sync clients wait no longer, if other nodes are well."""
 
+READ_HANGS_S = 30.0
+"""A disk may try that long to read one bad sector, and do everything else meanwhile."""
+
 LATE_S_MAX = 1.0
 """Who looks later than this by more stood still, and not the disk."""
 
+READING = "reading blocks"
+
 WORKERS = {
     "disk_writer": "writing blocks",
-    **dict.fromkeys(READERS, "reading blocks"),
+    **dict.fromkeys(READERS, READING),
     "disk_flusher": "syncing blocks",
     "journal_disk": "the journal",
 }
@@ -62,7 +67,7 @@ class DiskWatch:
         self._wall_clock = wall_clock
         self._calls: list[tuple[str, UnderWay]] = [
             *((what, _call_of(system, name)) for name, what in WORKERS.items()),
-            ("reading blocks", lambda: stores.read_under_way),
+            (READING, lambda: stores.read_under_way),
             ("the journal", lambda: journal.write_under_way),
         ]
         self._seen: list[tuple[object, float] | None] = [None] * len(self._calls)
@@ -82,7 +87,8 @@ class DiskWatch:
             call, seen = under_way(), self._seen[number]
             since = now if seen is None or seen[0] != call else seen[1] + forgiven_s
             self._seen[number] = None if call is None else (call, since)
-            if call is not None and now - since > HANGS_S:
+            patience_s = READ_HANGS_S if what == READING else HANGS_S
+            if call is not None and now - since > patience_s:
                 hanging[what] = min(since, hanging.get(what, since))
         self._tell(hanging)
         return list(hanging)

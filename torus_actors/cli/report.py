@@ -217,7 +217,7 @@ def _disk_hangs(row: Row) -> str:
     leave = f", or take it out: torusctl peer remove {name}" if row["in_ring"] else ""
     return (
         f"the disk of node {name} has not answered for {format_seconds(disk['hangs_s'])}, since "
-        f"{format_moment(disk['since'])} ({', '.join(disk['calls'])}): clients pass it over; "
+        f"{format_moment(disk['since'])} ({', '.join(disk['calls'])}): "
         f"mend the disk and start the node again{leave}"
     )
 
