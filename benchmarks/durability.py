@@ -43,7 +43,8 @@ from rig import (
     uri_of,
 )
 
-from torus_actors.node import ClientConfig, NbdConfig, start_client
+from torus_actors.client import ClientConfig, start_client
+from torus_actors.process import NbdConfig
 from torus_actors.scenarios.nbd_client import NbdClient
 from torus_actors.volume.session import CacheSizes
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torus_actors.actors.evictor import REMOVE_AFTER_S
+from torus_actors.client import Client, ClientConfig, start_client
 from torus_actors.errors import Invalid, TorusError
 from torus_actors.machine import Machine
 from torus_actors.metadata import kv
@@ -24,16 +25,8 @@ from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
-from torus_actors.node import (
-    Client,
-    ClientConfig,
-    NbdConfig,
-    NodeConfig,
-    Process,
-    StorageNode,
-    start_client,
-    start_node,
-)
+from torus_actors.node import NodeConfig, StorageNode, start_node
+from torus_actors.process import NbdConfig, Process
 from torus_actors.scenarios.simloop import SimLoop, SimProcess
 from torus_actors.scenarios.simnet import SimNetwork
 from torus_actors.scenarios.trace import Trace

@@ -14,9 +14,9 @@ import pytest
 from torus_actors.cli import blk_nbd
 from torus_actors.cli.blk_nbd import AttachedClient
 from torus_actors.cli.common import Failed
+from torus_actors.client import Client
 from torus_actors.errors import ActorCrashed, TorusError
 from torus_actors.nbd.kernel import KernelDevice
-from torus_actors.node import Client
 
 WAIT_S = 10.0
 

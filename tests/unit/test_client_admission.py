@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.unit.runtime_harness import on_uvloop
-from torus_actors import node
+from torus_actors import client
+from torus_actors.client import Client, ClientConfig
 from torus_actors.errors import Unauthenticated
 from torus_actors.machine import REAL_MACHINE
 from torus_actors.metadata.memory import MemoryStore
@@ -21,7 +22,8 @@ from torus_actors.metadata.records import PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
-from torus_actors.node import Client, ClientConfig, Process, new_global_metadata
+from torus_actors.node import new_global_metadata
+from torus_actors.process import Process
 from torus_actors.wire.hello import Role
 
 SECRET = b"a secret of the cluster"
@@ -72,12 +74,12 @@ async def admit(addresses: list[str], moved: list[str] | None = None) -> None:
         return store
 
     config = ClientConfig(metadata="memory://", secret=SECRET, machine=ELSEWHERE)
-    client = Client(config, random.Random(9))
-    await client.start_base(None, opened)
+    joining = Client(config, random.Random(9))
+    await joining.start_base(None, opened)
     try:
-        await client._check_admitted(await client.load_view(1.0), 1.0)
+        await joining._check_admitted(await joining.load_view(1.0), 1.0)
     finally:
-        await client.stop()
+        await joining.stop()
 
 
 @on_uvloop
@@ -95,7 +97,7 @@ async def test_nodes_that_are_frozen_do_not_hide_that_the_others_let_nobody_in(
 
     Found by review: the client started, and held the lock of a volume that it could not read.
     """
-    monkeypatch.setattr(node, "ADMITTED_S_MAX", 0.2)
+    monkeypatch.setattr(client, "ADMITTED_S_MAX", 0.2)
     async with listening(0, OTHER) as first, listening(1, OTHER) as second, taken(True) as frozen:
         with pytest.raises(Unauthenticated, match="give the --secret-file of the nodes"):
             await admit([first, second, frozen])
@@ -106,7 +108,7 @@ async def test_a_node_with_another_secret_keeps_no_client_out_while_the_others_s
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All machines were switched on together, and one of them has the wrong file."""
-    monkeypatch.setattr(node, "ADMITTED_S_MAX", 0.2)
+    monkeypatch.setattr(client, "ADMITTED_S_MAX", 0.2)
     async with listening(0, OTHER) as other, taken(False) as one, taken(False) as two:
         await admit([other, one, two])
 
@@ -149,4 +151,4 @@ async def test_a_ring_without_members_keeps_no_client_out() -> None:
     """Nor is there anybody to wait for."""
     began = time.monotonic()
     await admit([])
-    assert time.monotonic() - began < node.ADMITTED_S_MAX
+    assert time.monotonic() - began < client.ADMITTED_S_MAX

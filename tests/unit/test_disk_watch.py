@@ -127,7 +127,7 @@ async def test_a_node_whose_disk_hangs_in_everything_answers_all_the_same() -> N
         assert status["disk"]["hangs_s"] > 18.0
         assert status["disk"]["calls"] == ["writing blocks", "syncing blocks"]
         (told,) = [each for each in problems_of(status) if each.startswith("disk")]
-        assert "has not answered for 19 s (writing blocks, reading" in told
+        assert "has not answered for 19 s (writing blocks, syncing" in told
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Collector(status, []))
         assert b"torus_disk_hangs_seconds 19" in generate_latest(registry)

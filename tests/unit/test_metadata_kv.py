@@ -54,15 +54,8 @@ from torus_actors.metadata.kv import (
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.sqlite import Database, SqliteStore
 from torus_actors.model.rings import make_ring
-from torus_actors.node import (
-    NodeConfig,
-    Process,
-    StorageNode,
-    claim_data_dir,
-    load_node_id,
-    start_node,
-    store_opener,
-)
+from torus_actors.node import NodeConfig, StorageNode, claim_data_dir, load_node_id, start_node
+from torus_actors.process import Process, store_opener
 from torus_actors.runtime import ChildSpec, LoopActor, expose
 from torus_actors.scenarios.processes import free_ports
 from torus_actors.storage.mfile_open import INDEX_PATH

@@ -40,7 +40,7 @@ from torus_actors.errors import Invalid, TorusError
 if TYPE_CHECKING:
     import ssl
 
-    from torus_actors.node import Client
+    from torus_actors.client import Client
     from torus_actors.runtime import ActorHandle
 
 
@@ -113,7 +113,7 @@ def serve(
     from torus_actors.actors.nbd_server import NbdAddress
     from torus_actors.cli.daemon import run_daemon, serve_until_stopped
     from torus_actors.nbd.connection import TlsSettings
-    from torus_actors.node import check_exposure
+    from torus_actors.process import check_exposure
 
     client = ClientOptions(**options)
     if snapshot is not None:

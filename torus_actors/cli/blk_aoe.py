@@ -23,7 +23,7 @@ from torus_actors.errors import Invalid, TorusError
 
 if TYPE_CHECKING:
     from torus_actors.aoe.port import PacketPort
-    from torus_actors.node import Client
+    from torus_actors.client import Client
     from torus_actors.runtime import ActorHandle
 
 OVER_POLL_S = 1.0
@@ -85,7 +85,7 @@ def aoe(
     """
     from torus_actors.actors.aoe_server import LOST
     from torus_actors.cli.daemon import run_daemon, serve_until_stopped
-    from torus_actors.node import AoeConfig
+    from torus_actors.process import AoeConfig
 
     client_options = ClientOptions(**options)
     client_options.check(settings, insecure)

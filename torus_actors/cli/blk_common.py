@@ -14,8 +14,9 @@ from torus_actors.cli.units import Address
 from torus_actors.errors import Again, Locked
 
 if TYPE_CHECKING:
+    from torus_actors.client import Client, ClientConfig
     from torus_actors.nbd.connection import TlsSettings
-    from torus_actors.node import AoeConfig, Client, ClientConfig, NbdConfig
+    from torus_actors.process import AoeConfig, NbdConfig
     from torus_actors.volume.session import CacheSizes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,7 +48,7 @@ class ClientOptions:
 
     def check(self, settings: Settings, insecure: bool) -> None:
         """Refuse to be asked by strangers; see `check_exposure`."""
-        from torus_actors.node import check_exposure
+        from torus_actors.process import check_exposure
 
         if self.listen is not None:
             check_exposure(self.listen, settings.secret() is not None, insecure)
@@ -72,7 +73,7 @@ class ClientOptions:
             read_only: take no lock, and refuse writes.
             tls: how connections are encrypted.
         """
-        from torus_actors.node import NbdConfig
+        from torus_actors.process import NbdConfig
 
         nbd = NbdConfig(
             listen,
@@ -96,7 +97,7 @@ class ClientOptions:
         """Configuration of a client that serves as said."""
         from torus_actors.actors.heartbeat import LEASE_TTL_S
         from torus_actors.actors.replicator import ReadLevel, WriteLevel
-        from torus_actors.node import ClientConfig
+        from torus_actors.client import ClientConfig
 
         return ClientConfig(
             metadata=settings.metadata_url(),
@@ -187,7 +188,7 @@ async def start_patiently(config: ClientConfig) -> Client:
         TorusError: it cannot start.
     """
     from torus_actors.cli.connect import unreachable
-    from torus_actors.node import start_client
+    from torus_actors.client import start_client
 
     try:
         return await start_client(config, patience_s=START_PATIENCE_S)

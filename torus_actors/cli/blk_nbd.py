@@ -25,8 +25,8 @@ from torus_actors.cli.common import LIFECYCLE, Command, Failed, Settings
 from torus_actors.errors import TorusError
 
 if TYPE_CHECKING:
+    from torus_actors.client import Client
     from torus_actors.nbd.kernel import KernelDevice
-    from torus_actors.node import Client
 
 USE_POLL_S = 1.0
 """A device that was let go of, and lives for so long, is in use."""

@@ -75,7 +75,7 @@ class Connection:
         children = [ChildSpec("bridge", lambda: Bridge(config))]
         if not self.url.startswith("torus://"):
             # Only here: it loads the whole node.
-            from torus_actors.node import store_opener
+            from torus_actors.process import store_opener
 
             opener = store_opener(self.url)
             assert opener is not None

@@ -222,7 +222,7 @@ class DevCluster:
                 no name, or there is no place for the socket.
         """
         from torus_actors.metadata.records import check_name
-        from torus_actors.node import is_loopback
+        from torus_actors.process import is_loopback
 
         config = self.config
         check_name(config.volume[0])

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 
 from torus_actors.cli.common import Settings
 from torus_actors.cli.connect import PATIENCE_S, unreachable
+from torus_actors.client import Client, ClientConfig, start_client
 from torus_actors.errors import Again
-from torus_actors.node import Client, ClientConfig, NbdConfig, start_client
+from torus_actors.process import NbdConfig
 
 OPEN_TIMEOUT_S = 60.0
 """For opening a volume, which may wait for its journal, and then for a commit of what that has."""

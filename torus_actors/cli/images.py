@@ -24,8 +24,8 @@ from torus_actors.cli.full import full_client
 from torus_actors.cli.output import open_stdout
 from torus_actors.cli.progress import Advance, progress_bar
 from torus_actors.cli.units import format_size
+from torus_actors.client import Client
 from torus_actors.errors import Invalid, NoPeer, NotExist
-from torus_actors.node import Client
 from torus_actors.runtime import ActorHandle, ObjectRef
 
 CHUNK = 2 << 20

@@ -218,7 +218,8 @@ def start(
     from torus_actors.actors.heartbeat import LEASE_TTL_S
     from torus_actors.actors.nbd_server import NbdAddress
     from torus_actors.cli.daemon import run_daemon, serve_until_stopped
-    from torus_actors.node import NbdConfig, NodeConfig, StorageNode, check_exposure, start_node
+    from torus_actors.node import NodeConfig, StorageNode, start_node
+    from torus_actors.process import NbdConfig, check_exposure
 
     secret = settings.secret()
     check_exposure(listen, secret is not None, insecure)

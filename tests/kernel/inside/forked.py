@@ -18,10 +18,17 @@ from typing import IO, Any, NoReturn
 import torus_actors.cli.blk
 import torus_actors.cli.daemon
 import torus_actors.cli.node
+import torus_actors.client
 import torus_actors.node
 from torus_actors.scenarios.processes import MODULES, POLL_S, Process
 
-IMPORTED = (torus_actors.cli.blk, torus_actors.cli.daemon, torus_actors.cli.node, torus_actors.node)
+IMPORTED = (
+    torus_actors.cli.blk,
+    torus_actors.cli.daemon,
+    torus_actors.cli.node,
+    torus_actors.client,
+    torus_actors.node,
+)
 
 
 class Fork:

@@ -1,0 +1,135 @@
+"""A client: a process that uses the cluster and stores nothing.
+
+Its tree is that of a storage node without what concerns stored blocks. One that serves a volume
+over AoE has an aoe_server in the place of the nbd_server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import uuid
+from dataclasses import dataclass
+
+from torus_actors.actors.control import Control
+from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
+from torus_actors.actors.replicator import ReadLevel, WriteLevel
+from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.errors import Corruption, Unauthenticated
+from torus_actors.machine import REAL_MACHINE, Machine
+from torus_actors.metadata.patience import patiently
+from torus_actors.process import DEFAULT_METADATA, Addr, AoeConfig, NbdConfig, Process, store_opener
+from torus_actors.runtime import ChildSpec
+from torus_actors.wire.hello import Role
+
+ADMITTED_S_MAX = 1.0
+"""How long a client waits to learn whether nodes let it in; one that answers is enough."""
+
+ADMITTED_LOOK_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """A process that uses the cluster and stores nothing.
+
+    Attributes:
+        metadata: URL.
+        listen: where ``torusctl`` may ask it; None for nowhere.
+        machine: what it runs on.
+    """
+
+    metadata: str = DEFAULT_METADATA
+    secret: bytes | None = None
+    nbd: NbdConfig | None = None
+    aoe: AoeConfig | None = None
+    listen: Addr | None = None
+    read_level: ReadLevel = ReadLevel.BLOCK
+    write_level: WriteLevel = WriteLevel.ALL
+    lease_ttl_s: int = LEASE_TTL_S
+    machine: Machine = REAL_MACHINE
+
+
+class Client(Process):
+    """A running client; made by ``start_client``."""
+
+    def __init__(self, config: ClientConfig, rng: random.Random) -> None:
+        self.config = config
+        node_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        super().__init__(node_id, Role.CLIENT, config.metadata, config.secret, rng, config.machine)
+
+    async def start(self, patience_s: float = 5.0) -> None:
+        """Start what a client needs.
+
+        Raises:
+            Again, NoGlobalMetadata: no cluster there in time.
+            Unauthenticated: its nodes do not let this process in.
+        """
+        config = self.config
+        await self.start_base(config.listen, store_opener(config.metadata))
+        view = await self.load_view(patience_s)
+        await self._check_admitted(view, patience_s)
+        await self.start_services(
+            [
+                *self.common_services(config.read_level, config.write_level, False),
+                ChildSpec(
+                    "heartbeat",
+                    lambda: Heartbeat(self.meta, None, config.lease_ttl_s),
+                    max_concurrency=64,
+                ),
+                ChildSpec("control", lambda: Control(view, "client"), max_concurrency=16),
+                *self.nbd_services(config.nbd),
+                *self.aoe_services(config.aoe),
+            ]
+        )
+
+    async def _check_admitted(self, view: ClusterView, patience_s: float) -> None:
+        """See that the nodes let this process in, or say nothing of it, before it takes locks.
+
+        One that is connected is enough. Else it counts what most of them say: one that refuses may
+        be the one with the wrong secret, and those that are down may be on their way up.
+        """
+        bridge, loop = self.system.actor("bridge"), self.system.loop
+        # A node need not be where it was when it entered the ring, and another cluster's may be.
+        with contextlib.suppress(Corruption):  # which the ring watcher tells
+            found = await patiently(self.meta.peers, give_up_s=patience_s, rng=self.system.rng)
+            view.peers = {info.peer_id: info for info in found}
+        await bridge.set_peers.remote(view.addresses())
+        refusals: list[str] = []
+        others = 0
+        end = loop.time() + ADMITTED_S_MAX
+        while view.ring.members and loop.time() < end:
+            peers = await bridge.peers.remote()
+            if any(peer["up"] for peer in peers):
+                return
+            refusals = [peer["reason"] for peer in peers if peer["refused"]]
+            others = len(peers) - len(refusals)
+            if not others or not (refusals or any(not peer["reason"] for peer in peers)):
+                break  # all of them refuse, or all of them are down
+            await asyncio.sleep(ADMITTED_LOOK_S)
+        if refusals and len(refusals) >= others:
+            raise Unauthenticated(
+                f"no node talks to this process: {refusals[0]}; give the --secret-file of the nodes"
+            )
+
+
+async def start_client(
+    config: ClientConfig, rng: random.Random | None = None, patience_s: float = 5.0
+) -> Client:
+    """Start a client on the running loop.
+
+    Args:
+        config: what it shall do.
+        rng: all its randomness.
+        patience_s: how long to wait for metadata that does not answer.
+
+    Raises:
+        TorusError: it cannot start; nothing keeps running.
+    """
+    client = Client(config, rng or random.Random())
+    try:
+        await client.start(patience_s)
+    except BaseException:
+        await client.stop()
+        raise
+    return client
