@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
+from torus_actors.scenarios.pool import worker_pool
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS, draw
 
@@ -67,9 +67,7 @@ def explore(
                 return
             done(run_safely(name, seed))
         return
-    # Not forked: what one process has set up must not be in another.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(cores, mp_context=context) as pool:
+    with worker_pool(cores) as pool:
         waiting: set[concurrent.futures.Future[Result]] = set()
         more = True
         while more or waiting:

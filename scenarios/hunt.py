@@ -7,13 +7,13 @@ run passes without it.
 from __future__ import annotations
 
 import concurrent.futures
-import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torus_actors.scenarios.mutants import MUTANTS
 from torus_actors.scenarios.mutation import Mutant, put_in
+from torus_actors.scenarios.pool import worker_pool
 from torus_actors.scenarios.run import Result, run
 from torus_actors.scenarios.spec import SCENARIOS
 
@@ -174,9 +174,7 @@ def hunt(
             over(each)
         return hunts
     open_hunts = list(hunts)
-    # Not forked: what one process has set up must not be in another.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(cores, mp_context=context) as pool:
+    with worker_pool(cores) as pool:
         flying: dict[concurrent.futures.Future[Try], tuple[Hunt, int]] = {}
         while open_hunts:
             while len(flying) < cores + WAITING_MAX:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -233,6 +234,31 @@ def test_exploring_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = done.output.splitlines()
     assert lines[:2] == ["1 runs, 0 failed so far", "2 runs, 0 failed so far"]
     assert lines[-1].startswith("2 runs, 0 failed; ")
+
+
+def test_workers_end_with_who_explores() -> None:
+    """Also where it is killed: else they would wait for ever for more to do."""
+    command = [sys.executable, "-m", "torus_actors.scenarios", "explore", "--jobs", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as exploring:
+        children = Path(f"/proc/{exploring.pid}/task/{exploring.pid}/children")
+        workers: list[str] = []
+        while len(workers) < 3:  # one of them only looks after shared resources
+            time.sleep(0.05)
+            workers = children.read_text().split()
+        exploring.kill()
+
+    def running(pid: str) -> bool:
+        try:
+            # Of a process that has ended, and that nobody has waited for, it is empty.
+            return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    end = time.monotonic() + 30.0
+    while any(map(running, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(running, workers))
 
 
 def test_a_failure_prints_the_command_that_replays_it() -> None:
