@@ -32,6 +32,7 @@ from rich.table import Table
 from rig import (
     Asker,
     Cluster,
+    Stolen,
     bare_flushes,
     fio,
     ping_pong,
@@ -505,7 +506,9 @@ def main() -> int:
             console.status(name),
             tempfile.TemporaryDirectory(prefix="torus-bench-") as folder,
         ):
+            stolen = Stolen()
             measured = part(Path(folder), arguments.rounds)
+            measured.append(Row(name, Stolen.TITLE, stolen.percent, "%"))
         show(measured, console)
         rows += measured
     if arguments.json:

@@ -29,7 +29,7 @@ from typing import Any
 import uvloop
 from rich.console import Console
 from rich.table import Table
-from rig import fio, nbdkit, ping_pong, plain_writes, resident
+from rig import Stolen, fio, nbdkit, ping_pong, plain_writes, resident
 
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.runtime import ActorSystem, ChildSpec, LoopActor, SupervisorSpec, expose, get
@@ -335,6 +335,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="names of jobs to run")
     arguments = parser.parse_args()
     console = Console()
+    stolen = Stolen()
     rows: list[dict[str, Any]] = []
     jobs = [job for job in JOBS if not arguments.only or job.name in arguments.only]
     with tempfile.TemporaryDirectory(prefix="torus-bench-") as name:
@@ -381,6 +382,7 @@ def main() -> int:
                     "met": rate >= floor,
                 }
             )
+    rows.append(yardstick(Stolen.TITLE, "%", stolen.percent))
     show(rows, console)
     for title, when in (("at the start", idle), ("at the end", used)):
         sizes = ", ".join(
