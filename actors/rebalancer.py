@@ -56,6 +56,9 @@ SHARED_SENDS_MAX = 1
 """And as many blocks are on their way then: several that come at once make a client wait for all of
 them."""
 
+CREDIT_S = 0.03
+"""So much time that went by without sending is made up for: disks are slow now and then."""
+
 SERVED_MIN_S = 10.0
 """Requests a second from which on clients count as at work."""
 
@@ -506,7 +509,8 @@ class Rebalancer(LoopActor):
             verify_range(sums, root, 0, data)
             loop = self.system.loop
             pause = self._next_send - loop.time()
-            self._next_send = max(self._next_send, loop.time()) + size / self._rate
+            # One that took long does not make the next one wait as long as if it had not.
+            self._next_send = max(self._next_send, loop.time() - CREDIT_S) + size / self._rate
             if pause > 0:
                 await asyncio.sleep(pause)
             try:

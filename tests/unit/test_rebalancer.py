@@ -426,6 +426,36 @@ async def test_the_rate_is_a_bound_and_the_time_left_is_told() -> None:
 
 
 @virtual
+async def test_a_block_that_takes_long_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other they come as fast as they may, though disks are slow now and then."""
+
+    async def busy(rebalancer: Rebalancer) -> None:
+        rebalancer._busy = True
+
+    monkeypatch.setattr(Rebalancer, "_give_way", busy)
+    async with Cluster(nodes=2, replication=2) as cluster:
+        source, target = cluster.node(0), cluster.node(1)
+        blocks = [Block(n) for n in range(81)]
+        for block in blocks:
+            source.stores[0].put(block.ref, block.data)
+        loop, came = asyncio.get_running_loop(), []
+
+        def trace(_: str, to: str, __: str, method: str) -> None:
+            if method == "put_block":
+                came.append(loop.time())
+                # Every other one takes 20 ms longer than the pause between them.
+                cluster.network.delay_s[to] = 0.0825 * (len(came) % 2)
+
+        cluster.network.trace = trace
+        assert source.system is not None
+        slow = ChildSpec("rebalancer", lambda: Rebalancer(source.view, 16 * BLOCK_SIZE))
+        await source.system.spawn(slow, "root")
+        await until(lambda: len(target.refs()) == len(blocks))
+        assert len(came) == len(blocks)
+        assert 80 / 16 - 0.1 < came[-1] - came[0] < 1.03 * 80 / 16
+
+
+@virtual
 async def test_a_busy_node_sends_slowly() -> None:
     """While clients read here, what is sent to heal others is held to the lower rate."""
     async with Cluster(nodes=3, replication=2) as cluster:
