@@ -156,20 +156,26 @@ async def test_a_node_that_stood_still_does_not_blame_its_disk(
 
 @on_uvloop
 async def test_a_thread_tells_which_call_it_is_in() -> None:
-    """A number that is another one for each call; none while it has nothing to do."""
+    """Another one for each call; none while it has nothing to do."""
     gate = threading.Event()
 
     class Waits(BlockingActor):
         @expose()
         def wait(self) -> None:
             gate.wait(10.0)
+            gate.clear()
 
     async with system_of(ChildSpec("waits", Waits)) as system:
         actor: Any = system.cells["waits"].actor
         assert actor.call_under_way is None
         asked = [system.actor("waits").wait.remote() for _ in range(2)]
         await until(lambda: actor.call_under_way is not None)
-        assert actor.call_under_way == 1
+        first = actor.call_under_way
+        assert first.method == "wait"
         gate.set()
-        await asyncio.gather(*asked)
+        await asked[0]
+        await until(lambda: actor.call_under_way is not None)
+        assert actor.call_under_way is not first
+        gate.set()
+        await asked[1]
         assert actor.call_under_way is None

@@ -93,14 +93,7 @@ class VolumeOperations(MetadataBase):
             if await self.store.get(self.keys.name(name)) is not None:
                 raise Exists(f"volume {name} exists already")
             key = self.keys.of(table.VOLUME, volume.id)
-            for taken in (key, self.keys.of(table.DELETED, volume.id)):
-                if await self.store.get(taken) is not None:
-                    if (await self._read(self.keys.volume_counter, Counter))[1] != revision:
-                        break  # by somebody who was faster
-                    raise Corruption(
-                        f"{self.keys.volume_counter} is {counter.last}, and there is {taken}: "
-                        "somebody has put it back; put it above all ids that were given out"
-                    )
+            used = (key, self.keys.of(table.DELETED, volume.id))
             then = [
                 Put(self.keys.volume_counter, Counter(volume.id).encode()),
                 Put(self.keys.name(name), VolumeName(volume.id).encode()),
@@ -118,11 +111,20 @@ class VolumeOperations(MetadataBase):
             compare = [
                 Compare(self.keys.volume_counter, mod_revision=revision),
                 Compare(self.keys.name(name), mod_revision=0),
+                *(Compare(each, mod_revision=0) for each in used),
             ]
             if origin is not None:
                 compare += await self._is_still(origin, size)
             if await self._settle(compare, then, mine) is not None:
                 return volume
+            for each in used:
+                if await self.store.get(each) is not None:
+                    if (await self._read(self.keys.volume_counter, Counter))[1] != revision:
+                        break  # by somebody who was faster
+                    raise Corruption(
+                        f"{self.keys.volume_counter} is {counter.last}, and there is {each}: "
+                        "somebody has put it back; put it above all ids that were given out"
+                    )
 
     async def _check_size(self, size: int) -> None:
         """Refuse what could never be opened; only what might be too large costs a question."""

@@ -319,7 +319,6 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         self._accepting = False
         self._leaving = False
         self._current: Call | None = None
-        self._calls = 0
         self._taken_at = 0.0
         # Without a thread: how long a call takes, whether one is under way, and whether a turn is
         # scheduled.
@@ -355,9 +354,9 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         """Let go of what the actor holds; also after a crash or a failed setup."""
 
     @property
-    def call_under_way(self) -> int | None:
-        """The number of the call it is in, counted from its start; None while it waits for one."""
-        return self._calls if self._current is not None else None
+    def call_under_way(self) -> Call | None:
+        """The call it is in; None while it waits for one."""
+        return self._current
 
     @property
     def call_lasts_s(self) -> float:
@@ -406,7 +405,6 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         if type(envelope) is Call:
             self._taken_at = self.system.loop.time()
             self._current = envelope
-            self._calls += 1
         if self.cell.room_waiters:
             self.system.on_loop(self.cell.room_made)
         return envelope
