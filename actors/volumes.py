@@ -21,6 +21,7 @@ from torus_actors.errors import Again, Fenced, NotExist, TorusError, WrongVolume
 from torus_actors.metadata.records import SnapshotRequest
 from torus_actors.metadata.service import MetadataService
 from torus_actors.runtime import Cell, ChildSpec, LoopActor, State, expose
+from torus_actors.volume.change_log import Replay
 from torus_actors.volume.opening import close_session, open_session
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.session import CacheSizes, Session
@@ -216,7 +217,8 @@ class Volumes(LoopActor):
 
         What was replayed and not all members of the last journal have is made the volume's version
         before anybody reads it. Where that cannot be done (a full cluster) the volume opens all the
-        same, for what was flushed must be readable; the old journal stays until a commit succeeds.
+        same, for what was flushed must be readable; the old journal stays until a commit succeeds,
+        and the metadata have which of its records were found.
 
         Raises:
             Fenced: another client has opened the volume; it is closed here again.
@@ -235,8 +237,18 @@ class Volumes(LoopActor):
         except TorusError as error:
             if replay is not None:
                 log.warning("volume %s: its journal cannot be folded in now: %s", name, error)
+                await self._settle_end(name, session, replay)
             else:
                 log.info("volume %s: it has no journal yet: %s", name, error)
+
+    async def _settle_end(self, name: str, session: Session, replay: Replay) -> None:
+        if session.lost_journal:
+            return  # it has no end that anybody could find
+        try:
+            async with asyncio.timeout(JOURNAL_S):
+                await session.journal.settle_end(replay.last)
+        except (TorusError, TimeoutError) as error:
+            log.warning("volume %s: what it was opened with is not recorded: %s", name, error)
 
     def _resolve(self, name: str) -> str:
         if not name:

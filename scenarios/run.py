@@ -102,13 +102,13 @@ def run(
         seed: decides everything random.
         trace_file: gets every event.
         drawn: instead of what the seed makes of the scenario.
-        seconds: faults strike no longer than this.
+        seconds: faults strike no longer than this, the first ones as much sooner.
         mutant: a bug that the production code has meanwhile.
         one_failure: stop at the first.
     """
     drawn = drawn or draw(scenario, seed)
-    if seconds is not None:
-        drawn = replace(drawn, duration_s=min(drawn.duration_s, seconds))
+    if seconds is not None and seconds < drawn.duration_s:
+        drawn = replace(drawn, duration_s=seconds, first_share=seconds / drawn.duration_s)
     with put_in(mutant), _collected_afterwards():
         result = _run(scenario, seed, trace_file, drawn, one_failure)
     result.seconds = seconds
@@ -245,8 +245,10 @@ class _Play:
         rng: random.Random = self.cluster.rng(f"fault/{kind}")
         fault = FAULTS[kind]
         under_way: list[asyncio.Task[None]] = []
+        share = self.drawn.first_share
         while True:
-            pause = min(rng.expovariate(1 / every_s), 4 * every_s)
+            pause = min(rng.expovariate(1 / every_s), 4 * every_s) * share
+            share = 1.0
             if self.loop.time() + pause >= end:
                 await asyncio.gather(*under_way)
                 return

@@ -117,7 +117,12 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a seed made of a scenario."""
+    """What a seed made of a scenario.
+
+    Attributes:
+        first_share: the first fault of each kind comes after this share of the pause that was drawn
+            for it: in a run that is cut short, as many kinds strike as in a whole one.
+    """
 
     shape: Shape
     duration_s: float
@@ -125,6 +130,7 @@ class Drawn:
     workload: Workload
     broken_max: int
     knobs: dict[str, Any] = field(default_factory=dict)
+    first_share: float = 1.0
 
     def describe(self) -> str:
         """In a few lines, for the start of a report."""

@@ -211,11 +211,16 @@ class Lock(Record):
 
 @dataclass(frozen=True, slots=True)
 class Journal(Record):
-    """Where the journal of a session is: the peers of its ensemble. ``extra`` is opaque here."""
+    """Where the journal of a session is: the peers of its ensemble. ``extra`` is opaque here.
+
+    ``end`` is the number of the last record that a later session found, if that has opened the
+    volume with it and could not put it into a head; -1 otherwise.
+    """
 
     epoch: int
     ensemble: tuple[str, ...]
     extra: bytes = b""
+    end: int = -1
 
     def __post_init__(self) -> None:
         for peer_id in self.ensemble:

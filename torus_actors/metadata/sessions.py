@@ -181,8 +181,11 @@ class SessionOperations(MetadataBase):
     async def set_journal(
         self, volume_id: int, epoch: int, expected_revision: int, journal: Journal
     ) -> int:
-        """Name the journal's ensemble. Arguments, result and errors are those of `commit_head`."""
-        if journal.epoch != epoch:
+        """Name the journal's ensemble, or the ``end`` of an earlier session's journal.
+
+        Arguments, result and errors are those of `commit_head`.
+        """
+        if journal.epoch > epoch or (journal.epoch < epoch and journal.end < 0):
             raise Invalid(f"a journal of epoch {journal.epoch} in a session of epoch {epoch}")
         key = self.keys.of(table.JOURNAL, volume_id)
         return await self._commit(volume_id, epoch, expected_revision, key, journal)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -182,6 +183,28 @@ class SessionJournal:
             self._revision = revision
             if found != record:
                 raise BlockUnavailable("the journal's record changed meanwhile") from None
+
+    async def settle_end(self, last: int) -> None:
+        """Record where the last session's journal ends, as this one has found it.
+
+        Its members may have more records or fewer, none of them acknowledged. Whoever replays it
+        next finds what this session has shown to its users.
+
+        Args:
+            last: number of the last record; 0 for none.
+
+        Raises:
+            TorusError: it could not be recorded.
+        """
+        found, revision = await self._meta.journal(self._volume_id)
+        if found is None or found.epoch >= self._epoch or not found.ensemble:
+            return  # this session has a journal of its own by now
+        ended = dataclasses.replace(found, end=last)
+        # Not by the revision that `_record` goes by: a commit may begin this session's own journal
+        # meanwhile, which must not be replaced by the old one.
+        now = await self._meta.set_journal(self._volume_id, self._epoch, revision, ended)
+        if self._revision == revision:
+            self._revision = now
 
     def _keep(self, was_active: bool, covered_seq: int) -> None:
         """Go on with the ensemble that the metadata still name, if it was active.

@@ -89,6 +89,7 @@ async def recover(
         return Replay()
     identities = _identities(journal)
     end = system.loop.time() + patience_s
+    end_found = system.loop.time() + RECOVER_PATIENCE_S
     backoff = Backoff(system.rng, first_s=0.05, max_s=1.0)
     # A reader asks by the epoch that the members have promised already.
     fence_epoch = max(epoch, journal.epoch)
@@ -101,12 +102,19 @@ async def recover(
         answers = await asyncio.gather(*fences, return_exceptions=True)
         for member, answer in zip(journal.ensemble, answers, strict=True):
             if isinstance(answer, _Tail):
-                tails[member] = answer if answer.epoch == journal.epoch else NO_TAIL
+                tails[member] = _ended(
+                    answer if answer.epoch == journal.epoch else NO_TAIL, journal
+                )
             elif isinstance(answer, TorusError) and not isinstance(answer, Fenced):
                 failures[member] = answer
                 log.warning("journal on peer %s: %s", member[:8], answer)
             else:
                 raise answer
+        if max((tail.last for tail in tails.values()), default=0) < journal.end:
+            # Whoever opened the volume before has shown what only the others have.
+            if await backoff.wait(end_found):
+                continue
+            log.warning("no member that answers has what was read last: what was flushed is there")
         # The longest first: a record that is damaged at the end of one looks as if it had never
         # been there.
         for member in sorted(tails, key=lambda each: -tails[each].last):
@@ -197,6 +205,11 @@ class _Tail(NamedTuple):
 
 
 NO_TAIL = _Tail(0, 0, 0)
+
+
+def _ended(tail: _Tail, journal: Journal) -> _Tail:
+    """Without records that were not there for who has opened the volume since."""
+    return tail if journal.end < 0 else tail._replace(last=min(tail.last, journal.end))
 
 
 async def _fence(

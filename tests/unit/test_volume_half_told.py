@@ -1,0 +1,101 @@
+"""Opening a volume on a full cluster, after a record that not all members of its journal have."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.fakes import Cluster, StorageNode, virtual
+from tests.unit.test_snapshots import content, pattern
+from tests.unit.test_volume_flush import SIZE
+from torus_actors.errors import OutOfSpace
+from torus_actors.volume.commit import Committer
+from torus_actors.volume.recovery import RECOVER_PATIENCE_S
+
+TOLD = b"one member alone has this"
+AT = 5000
+
+
+async def half_told(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> tuple[StorageNode, StorageNode]:
+    """Volume ``v``: flushed to, then written to; its client crashes as it flushes that.
+
+    Returns:
+        The node whose journal has the record, and the one whose has not, which is stopped. No
+        commit can be made from now on.
+    """
+    device = await cluster.volume(SIZE)
+    await device.write(0, pattern(1))
+    await device.flush()
+    journal, _ = await cluster.meta.journal(1)
+    assert journal is not None and len(journal.ensemble) == 2
+    has, lacks = (cluster.nodes[member] for member in journal.ensemble)
+
+    async def full(*_: object) -> None:
+        raise OutOfSpace("the cluster is full")
+
+    monkeypatch.setattr(Committer, "commit", full)
+    await lacks.stop()
+    await device.write(AT, TOLD)
+    with pytest.raises(Exception, match="full"):
+        await device.flush()
+    await device.client.crash()
+    await asyncio.sleep(30)
+    return has, lacks
+
+
+async def is_told(cluster: Cluster) -> bool:
+    """Whether who opens the volume, and crashes then, reads what was not flushed."""
+    device = await (await cluster.client()).open("v")
+    found = bytearray(await device.read(0, SIZE))
+    await device.client.crash()
+    await asyncio.sleep(30)
+    told = found[AT : AT + len(TOLD)] == TOLD
+    found[AT : AT + len(TOLD)] = pattern(1)[AT : AT + len(TOLD)]
+    assert found == pattern(1)
+    return told
+
+
+@virtual
+async def test_what_was_found_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next client waits for the member that has it."""
+    async with Cluster(journals=True) as cluster:
+        has, lacks = await half_told(cluster, monkeypatch)
+        assert await is_told(cluster)
+        await has.stop()
+        await lacks.start()
+        opening = asyncio.get_running_loop().create_task(is_told(cluster))
+        await asyncio.sleep(RECOVER_PATIENCE_S / 2)
+        await has.start()
+        assert await opening
+
+
+@virtual
+async def test_what_was_not_found_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The member that has the record is back: it was not there for who opened the volume first."""
+    async with Cluster(journals=True) as cluster:
+        has, lacks = await half_told(cluster, monkeypatch)
+        await has.stop()
+        await lacks.start()
+        assert not await is_told(cluster)
+        await has.start()
+        assert not await is_told(cluster)
+        monkeypatch.undo()
+        assert await content(cluster, "v") == pattern(1)
+
+
+@virtual
+async def test_what_was_flushed_is_there_without_what_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The member that has the record is lost for good: the volume opens, and stays as it is."""
+    async with Cluster(journals=True) as cluster:
+        has, lacks = await half_told(cluster, monkeypatch)
+        assert await is_told(cluster)
+        await has.stop()
+        await lacks.start()
+        assert not await is_told(cluster)
+        await has.start()
+        assert not await is_told(cluster)
