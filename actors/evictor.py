@@ -9,6 +9,7 @@ do it: whoever comes second finds another ring. No partition and no outage may e
   interrupts that begins all over;
 - a change of the ring begins all over too: two members leave at least ``remove_after_s`` apart;
 - most members must be registered, and as many must remain as there are copies of a block;
+- one whose registration cannot be read is not gone, nor does it count as registered;
 - the transaction itself demands that the member is still not registered.
 
 A node that joins by itself does so again when it comes back under a new lease and finds that it was
@@ -143,7 +144,8 @@ class Evictor(LoopActor):
         lease = await self._valid_lease()
         data, version = await self._meta.ring()
         ring = rings.unmarshal(data)
-        registered = {info.peer_id for info in await self._meta.peers()}
+        there = await self._meta.registrations()
+        registered = {info.peer_id for info in there.peers}
         me = self.system.node_id
         if me not in registered:
             # Whatever took the registration and left the lease: the others would count this node
@@ -162,7 +164,9 @@ class Evictor(LoopActor):
         self._looked_at = now = loop.time()
         self.system.heirlooms["was_ring_member"] = me in ring.members
         self._missing = {
-            peer: self._missing.get(peer, now) for peer in ring.members if peer not in registered
+            peer: self._missing.get(peer, now)
+            for peer in ring.members
+            if peer not in registered and peer not in there.unread
         }
         self._kept = self._why_kept(ring, registered)
         due = self._due(began)

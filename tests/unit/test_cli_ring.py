@@ -19,6 +19,7 @@ from torus_actors.cli.ctl_ring import (
     _still_needed,
 )
 from torus_actors.errors import PeerLost
+from torus_actors.metadata.cluster import Registrations
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
@@ -77,18 +78,21 @@ def test_who_removes_all_copies_of_a_block_is_told(
 @virtual
 async def test_who_removes_a_node_while_copies_are_lacking_is_told(said: Any, told: bool) -> None:
     """Two nodes that leave one after the other may have all copies of a block, as if together."""
-    leaving, staying = (str(uuid.UUID(int=number)) for number in (1, 2))
+    leaving, staying, unread = (str(uuid.UUID(int=number)) for number in (1, 2, 4))
     infos = [PeerInfo(each, f"10.0.0.{n}:1") for n, each in enumerate((leaving, staying))]
 
-    async def peers() -> list[PeerInfo]:
-        return infos
+    async def registrations() -> Registrations:
+        return Registrations(infos, {unread: "nonsense"}, {})
 
     async def ask_all(addresses: list[str], actor: str, method: str) -> list[Any]:
         assert (addresses, actor, method) == (["10.0.0.0:1"], "rebalancer", "status")
         return [said]
 
-    connection: Any = SimpleNamespace(meta=SimpleNamespace(peers=peers), ask_all=ask_all)
+    connection: Any = SimpleNamespace(
+        meta=SimpleNamespace(registrations=registrations), ask_all=ask_all
+    )
     gone = str(uuid.UUID(int=3))
     alone = await _may_be_alone(connection, [gone, leaving])
     assert alone == ([leaving] if told else [])
     assert bool(_still_needed(alone)) == told
+    assert await _may_be_alone(connection, [unread, gone, leaving]) == [*alone, unread]

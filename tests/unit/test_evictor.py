@@ -17,7 +17,7 @@ from torus_actors.actors.heartbeat import Heartbeat
 from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
 from torus_actors.errors import CompareFailed, TorusError
 from torus_actors.metadata.faulty import FaultyStore
-from torus_actors.metadata.kv import Delete
+from torus_actors.metadata.kv import Delete, Put
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.ring_changes import evict
@@ -303,6 +303,47 @@ async def test_a_minority_beside_the_metadata_takes_nobody_out() -> None:
             member.store.down = True
         await asyncio.sleep(20 * AFTER_S)
         assert len(await cluster.ids()) == 5
+
+
+@virtual
+async def test_a_registration_that_cannot_be_read_says_neither_gone_nor_there() -> None:
+    """One member's record is nonsense, and another is gone: that one leaves, and the first stays.
+
+    As long as most of those that can be read are registered.
+    """
+    async with running(5, 2) as cluster:
+        unread, lost = cluster.members[3], cluster.members[4]
+        await unread.stop()
+        key = cluster.meta.keys.peer(unread.id)
+        await cluster.store.txn([], [Put(key, b"nonsense")])
+        await asyncio.sleep(4 * AFTER_S)
+        assert len(await cluster.ids()) == 5
+        await lost.stop()
+        await asyncio.sleep(2 * AFTER_S)
+        assert await cluster.ids() == {each.id for each in cluster.members[:4]}
+        assert (await cluster.members[0].status())["missing_s"] == {}
+        await cluster.members[1].stop()
+        await asyncio.sleep(4 * AFTER_S)
+        assert len(await cluster.ids()) == 4
+
+
+@virtual
+async def test_a_node_whose_registration_cannot_be_read_has_a_lease_all_the_same() -> None:
+    """Volumes that it serves are locked under that; the record of another process is in the way."""
+    async with running(3, 2) as cluster:
+        node = cluster.members[2]
+        await node.stop()
+        await asyncio.sleep(2 * TTL_S)
+        theirs = await cluster.meta.grant_lease(10**6)
+        key = cluster.meta.keys.peer(node.id)
+        await cluster.store.txn([], [Put(key, b"nonsense", theirs)])
+        await node.start()
+        await asyncio.sleep(TTL_S)
+        assert node.system is not None
+        assert (await node.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(theirs)
+        await asyncio.sleep(TTL_S)
+        assert node.id in {each.peer_id for each in await cluster.meta.peers()}
 
 
 @virtual

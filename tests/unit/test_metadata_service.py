@@ -341,24 +341,59 @@ def test_watches_show_the_present_and_every_change(backend: Backend) -> None:
     run(backend, test)
 
 
-def test_a_record_that_cannot_be_read_is_passed_over_by_who_follows(backend: Backend) -> None:
-    """Or one bad value would end the ring watcher of every process."""
+def test_a_record_that_cannot_be_read_hides_no_other(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or one bad value would end the ring watcher of every process, or stop its news."""
 
     async def test(f: Fixture) -> None:
         service = f.service
         watch = service.peers_watch()
         lease = await service.grant_lease(60)
-        assert await anext(watch) == []
+        await service.register_peer(peer(1), lease)
         bad = service.keys.peer(peer(2).peer_id)
         await service.store.txn([], [Put(bad, b"nonsense")])
-        following = asyncio.ensure_future(anext(watch))
-        await asyncio.sleep(0.2)
-        assert not following.done()
+        assert await anext(watch) == [peer(1)]
+        await service.register_peer(peer(3), lease)
+        assert await anext(watch) == [peer(1), peer(3)]
+        # One that was known stays as it was, and what comes after it is told.
+        await service.store.txn([], [Put(service.keys.peer(peer(1).peer_id), b"[]")])
+        await service.unregister_peer(peer(3).peer_id)
+        while (seen := await anext(watch)) != [peer(1)]:
+            assert seen == [peer(1), peer(3)]
+        there = await service.registrations()
+        assert there.peers == await service.peers() == []
+        assert sorted(there.unread) == [peer(1).peer_id, peer(2).peer_id]
+        assert bad in there.unread[peer(2).peer_id]
+        assert there.revisions.keys() == there.unread.keys()
         await service.store.txn([], [Delete(bad)])
-        await service.register_peer(peer(), lease)
-        while (seen := await following) != [peer()]:
-            assert seen == []
-            following = asyncio.ensure_future(anext(watch))
+        assert await anext(watch) == [peer(1)]
+        told = [each for each in caplog.messages if bad in each]
+        assert len(told) == 1
+
+    run(backend, test)
+
+
+def test_a_node_takes_the_place_of_a_registration_that_nobody_keeps(backend: Backend) -> None:
+    """What cannot be read is another process's as long as it hangs on a lease; else it is a slip.
+
+    It would stand there for ever, and the node would never be registered.
+    """
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        mine, theirs = await service.grant_lease(60), await service.grant_lease(60)
+        key = service.keys.peer(peer().peer_id)
+        await service.store.txn([], [Put(key, b"nonsense", theirs)])
+        with pytest.raises(Corruption, match=key):
+            await service.register_peer(peer(), mine)
+        await service.revoke_lease(theirs)
+        await service.register_peer(peer(), mine)
+        await service.store.txn([], [Put(key, b"nonsense")])
+        await service.register_peer(peer(), mine)
+        assert await service.peers() == [peer()]
+        await service.revoke_lease(mine)
+        assert await service.peers() == []
 
     run(backend, test)
 

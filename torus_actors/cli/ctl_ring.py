@@ -69,14 +69,12 @@ def peer_list(settings: Settings, as_json: bool) -> None:
 
     async def work() -> list[dict[str, Any]]:
         from torus_actors.cli.connect import connect
-        from torus_actors.cli.report import add_disk, peer_row
+        from torus_actors.cli.report import add_disk, peer_rows
 
         async with connect(settings) as connection:
             _, present = await connection.cluster()
-            registered = {info.peer_id: info for info in await connection.meta.peers()}
-            members = {each.peer_id: each for each in present.peers}
-            ids = sorted({*members, *registered})
-            rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
+            rows = peer_rows(present, await connection.meta.registrations())
+            rows.sort(key=lambda row: row["id"])
             # Only a node itself knows whether its disk answers.
             asked = [row for row in rows if row["registered"]]
             addresses = [row["address"] for row in asked]
@@ -100,11 +98,17 @@ def peer_list(settings: Settings, as_json: bool) -> None:
                 row["zone"] or "-",
                 format_size(row["capacity_bytes"]),
                 "yes" if row["in_ring"] else "no",
-                "disk hangs" if "disk_hangs" in row else "up" if row["up"] else "down",
+                _state_of(row),
             )
             for row in rows
         ],
     )
+
+
+def _state_of(row: dict[str, Any]) -> str:
+    if "unreadable" in row:
+        return "not readable"
+    return "disk hangs" if "disk_hangs" in row else "up" if row["up"] else "down"
 
 
 @peer.command("add")
@@ -181,15 +185,17 @@ async def _may_be_alone(connection: Connection, leaving: Collection[str]) -> lis
     """
     from torus_actors.errors import TorusError
 
-    registered = {info.peer_id: info.address for info in await connection.meta.peers()}
+    there = await connection.meta.registrations()
+    registered = {info.peer_id: info.address for info in there.peers}
     asked = [each for each in sorted(leaving) if each in registered]
     addresses = [registered[each] for each in asked]
     answers = await connection.ask_all(addresses, "rebalancer", "status")
-    return [
+    alone = [
         each
         for each, said in zip(asked, answers, strict=True)
         if isinstance(said, TorusError) or said.get("waiting") or not said.get("settled", True)
     ]
+    return sorted([*alone, *(each for each in leaving if each in there.unread)])
 
 
 def _still_needed(alone: Collection[str]) -> str:

@@ -56,6 +56,20 @@ class ClusterState:
     deleted: dict[int, VolumeRecord]
 
 
+@dataclass(frozen=True, slots=True)
+class Registrations:
+    """Who is registered, read at one revision.
+
+    ``unread`` says by id what is wrong with a record that cannot be read, of another version for
+    one: that node may be up as well, and counts neither as gone nor as there. ``revisions`` are
+    those of all records.
+    """
+
+    peers: list[PeerInfo]
+    unread: dict[str, str]
+    revisions: dict[str, int]
+
+
 class ClusterOperations(MetadataBase):
     """Global metadata, ring and peers."""
 
@@ -171,13 +185,23 @@ class ClusterOperations(MetadataBase):
 
         Raises:
             Exists: a later incarnation of the node is registered: this process must not serve.
+            Corruption: some process keeps a record of the node that cannot be read here.
             LeaseNotFound: the lease has ended.
         """
         key = self.keys.peer(info.peer_id)
         attempts = self._attempts("register the peer")
         while True:
             await attempts.next()
-            stored, revision = await self._read(key, PeerInfo)
+            found = await self.store.get(key)
+            revision = 0 if found is None else found.mod_revision
+            stored = None
+            if found is not None:
+                try:
+                    stored = PeerInfo.decode(found.value, key)
+                except Corruption:
+                    if found.lease:
+                        raise
+                    # No process has written that, and none would ever take it away.
             if stored is not None and stored.incarnation > info.incarnation:
                 raise Exists(
                     f"peer {info.peer_id} runs already, started later, at {stored.address}: "
@@ -198,11 +222,28 @@ class ClusterOperations(MetadataBase):
         await self.store.txn([], [Delete(self.keys.peer(peer_id))])
 
     async def peers(self) -> list[PeerInfo]:
-        """Storage nodes that are up, by id."""
-        return await self._list(self.keys.under(table.PEER), PeerInfo)
+        """Storage nodes that are up, by id, of which the records can be read."""
+        return (await self.registrations()).peers
+
+    async def registrations(self) -> Registrations:
+        """The same, and which records cannot be read."""
+        under = self.keys.under(table.PEER)
+        found, _ = await self.store.range(under)
+        seen = Registrations([], {}, {})
+        for item in found:
+            peer_id = item.key.removeprefix(under)
+            seen.revisions[peer_id] = item.mod_revision
+            try:
+                seen.peers.append(PeerInfo.decode(item.value, item.key))
+            except Corruption as error:
+                seen.unread[peer_id] = str(error)
+        return seen
 
     def peers_watch(self) -> AsyncIterator[list[PeerInfo]]:
-        """Storage nodes that are up, by id: at present, then after every change."""
+        """Storage nodes that are up, by id: at present, then after every change.
+
+        One whose record cannot be read any more stays as it was.
+        """
         return Follow(self.watch(self.keys.under(table.PEER)), PeerInfo, list)
 
     async def state(self) -> ClusterState:
