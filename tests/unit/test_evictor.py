@@ -100,6 +100,10 @@ class Cluster:
         """Members of the ring."""
         return set((await self.ring()).members)
 
+    async def witness(self, member: Member) -> tuple[str, int]:
+        """Its id, and the revision of its registration."""
+        return member.id, (await self.meta.registrations()).revisions[member.id]
+
     async def suspended(self) -> Member:
         """One whose lease ended, and which was taken out of the ring, while it slept."""
         slept = self.members[0]
@@ -351,17 +355,77 @@ async def test_the_change_itself_demands_that_the_peer_is_not_registered() -> No
     """Between the decision and the change it registers, or the ring changes: nothing is done."""
     async with running(3, 2) as cluster:
         there, other = cluster.members[0], cluster.members[1]
-        assert await evict(cluster.meta, there.id, 1) is None
-        assert await evict(cluster.meta, other.id, 7) is None
+        witness = await cluster.witness(other)
+        assert await evict(cluster.meta, there.id, 1, witness) is None
+        assert await evict(cluster.meta, other.id, 7, witness) is None
         ring = (await cluster.ring()).without_peer(there.id)
         with pytest.raises(CompareFailed):
             await cluster.meta.set_ring(rings.marshal(ring), 2, absent=[there.id])
         await there.stop()
         await until(lambda: there.system is None)
         await asyncio.sleep(2 * TTL_S)
-        following = await evict(cluster.meta, there.id, 1)
+        assert await evict(cluster.meta, there.id, 1, (other.id, 3)) is None
+        following = await evict(cluster.meta, there.id, 1, witness)
         assert following is not None and there.id not in following.members
-        assert await evict(cluster.meta, there.id, 1) is None
+        assert await evict(cluster.meta, there.id, 1, witness) is None
+
+
+@virtual
+async def test_what_was_asked_while_a_node_was_gone_does_nothing_when_it_is_back() -> None:
+    """The request is stuck on its way, and is carried out when the member is away for a moment.
+
+    That was back meanwhile, and is no longer gone for long.
+    """
+    async with running(3, 2) as cluster:
+        lost, others = cluster.members[2], cluster.members[:2]
+        await lost.stop()
+        for other in others:
+            other.store.delay_requests = 1000
+        await until(lambda: any(other.store.delay_requests < 1000 for other in others), 2 * AFTER_S)
+        await asyncio.sleep(5)
+        for other in others:
+            other.store.delay_requests = 0
+        await lost.start()
+        await asyncio.sleep(AFTER_S)
+        await lost.stop()
+        await asyncio.sleep(2 * TTL_S)
+        assert lost.id not in {each.peer_id for each in await cluster.meta.peers()}
+        results = [each for other in others for each in await other.store.arrive()]
+        assert results and not any(each.succeeded for each in results)
+        assert len(await cluster.ids()) == 3
+        await asyncio.sleep(2 * AFTER_S)
+        assert lost.id not in await cluster.ids()
+
+
+@virtual
+async def test_who_stood_still_while_it_asked_takes_nobody_out() -> None:
+    """Its own lease ended before the change is made; the member was back, and is away again."""
+    async with running(3, 2) as cluster:
+        lost, asking = cluster.members[2], cluster.members[0]
+        await cluster.members[1].stop()
+        await cluster.members[1].start()  # it counts anew
+        await lost.stop()
+        txn, held = asking.store.txn, asyncio.Event()
+        stuck = asyncio.Event()
+
+        async def txn_that_waits(*args: Any) -> Any:
+            if not held.is_set():
+                stuck.set()
+                await held.wait()
+            return await txn(*args)
+
+        asking.store.txn = txn_that_waits  # type: ignore[method-assign]
+        await until(stuck.is_set, 2 * AFTER_S)
+        assert asking.system is not None
+        lease = (await asking.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(lease)
+        await lost.start()
+        await asyncio.sleep(TTL_S)
+        await lost.stop()
+        await asyncio.sleep(2 * TTL_S)
+        held.set()
+        await asyncio.sleep(TTL_S)
+        assert len(await cluster.ids()) == 3
 
 
 @virtual

@@ -140,17 +140,26 @@ class ClusterOperations(MetadataBase):
         stored, _ = await self._ring()
         return stored.data, stored.version
 
-    async def set_ring(self, data: bytes, version: int, *, absent: Sequence[str] = ()) -> None:
+    async def set_ring(
+        self,
+        data: bytes,
+        version: int,
+        *,
+        absent: Sequence[str] = (),
+        witnesses: Sequence[tuple[str, int]] = (),
+    ) -> None:
         """Replace the ring by its successor.
 
         Args:
             data: opaque.
             version: one more than the version that it was made from.
             absent: peers that must not be registered in the moment of the change.
+            witnesses: peers that must be, by the record of a revision.
 
         Raises:
             NonSequentialRing: the stored version is further behind.
-            CompareFailed: somebody else changed the ring first, or one of those is registered.
+            CompareFailed: somebody else changed the ring first, or one of those is registered, or
+                not.
         """
         new = RingRecord(version, data)
         stored, revision = await self._ring()
@@ -165,7 +174,8 @@ class ClusterOperations(MetadataBase):
             return at if now == new else None
 
         compare = [Compare(self.keys.ring, mod_revision=revision)]
-        compare += [Compare(self.keys.peer(each), mod_revision=0) for each in absent]
+        registered = [*((each, 0) for each in absent), *witnesses]
+        compare += [Compare(self.keys.peer(each), mod_revision=at) for each, at in registered]
         if await self._settle(compare, [Put(self.keys.ring, new.encode())], mine) is None:
             raise raced
 
@@ -234,7 +244,10 @@ class ClusterOperations(MetadataBase):
             peer_id = item.key.removeprefix(under)
             seen.revisions[peer_id] = item.mod_revision
             try:
-                seen.peers.append(PeerInfo.decode(item.value, item.key))
+                info = PeerInfo.decode(item.value, item.key)
+                if info.peer_id != peer_id:
+                    raise Corruption(f"{item.key}: stored PeerInfo is of {info.peer_id}")
+                seen.peers.append(info)
             except Corruption as error:
                 seen.unread[peer_id] = str(error)
         return seen
