@@ -43,7 +43,15 @@ from torus_actors.errors import (
 )
 from torus_actors.metadata import base, keys
 from torus_actors.metadata.faulty import FaultyStore
-from torus_actors.metadata.kv import Compare, Delete, KeyValue, Operation, Put, TxnResult
+from torus_actors.metadata.kv import (
+    Compare,
+    Delete,
+    KeyValue,
+    KeyValueStore,
+    Operation,
+    Put,
+    TxnResult,
+)
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.patience import patiently
 from torus_actors.metadata.records import (
@@ -173,6 +181,53 @@ def test_a_wipe_delayed_on_its_way_does_not_hit_the_next_cluster(backend: Backen
         assert await f.service.ring() == (b"new", 1)
 
     run(backend, test)
+
+
+class _SlowStore(FaultyStore):
+    """The first copy of each request is late."""
+
+    def __init__(self, inner: KeyValueStore) -> None:
+        super().__init__(inner)
+        self._seen: list[Any] = []
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
+        """As the store does, or raises OutcomeUnknown."""
+        request = [list(compare), list(then)]
+        self.delay_requests = int(request not in self._seen)
+        self._seen.append(request)
+        return await super().txn(compare, then)
+
+
+@pytest.mark.parametrize("anew", ["before", "after"])
+def test_a_late_init_does_not_make_a_wiped_cluster_again(backend: Backend, anew: str) -> None:
+    """It would have the id of the old one, whose nodes would be at work in it with all they have.
+
+    And a new cluster can be made, before its requests arrive and after.
+    """
+
+    async def test(f: Fixture) -> None:
+        slow = _SlowStore(f.store)
+        await MetadataService(slow, rng=random.Random(2), resolve_s=5.0).init(METADATA, b"ring 1")
+        old = MetadataService(f.store, rng=random.Random(3))
+        await old.bind()
+        await old.create_volume("demo", GIB)
+        await f.service.wipe()
+        other = dataclasses.replace(METADATA, cluster_id=str(uuid.UUID(int=8)))
+        if anew == "before":
+            await f.service.init(other, b"new")
+        assert await slow.arrive()
+        with pytest.raises((Fenced, NoGlobalMetadata)):
+            await old.create_volume("demo", GIB)
+        if anew == "after":
+            with pytest.raises(NoGlobalMetadata):
+                await f.service.global_metadata()
+            await f.service.init(other, b"new")
+        assert await f.service.global_metadata() == other
+        assert (await f.service.create_volume("demo", GIB)).id == 1
+        await f.service.wipe()
+        assert await f.service.dump() == []
+
+    run(backend, test, initialised=False)
 
 
 def test_who_belongs_to_a_cluster_that_was_wiped_does_nothing_in_the_next_one(

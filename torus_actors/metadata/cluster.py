@@ -95,8 +95,34 @@ class ClusterOperations(MetadataBase):
             stored, revision = await self._read(self.keys.global_, GlobalMetadata)
             return revision if stored == metadata else None
 
-        if await self._settle([Compare(self.keys.global_, mod_revision=0)], then, mine) is None:
+        attempts = self._attempts("make the cluster")
+        while await self.store.get(self.keys.global_) is None:
+            await attempts.next()
+            compare = [
+                Compare(self.keys.global_, mod_revision=0),
+                Compare(self.keys.before_global, mod_revision=await self._before_global()),
+            ]
+            if await self._settle(compare, then, mine) is not None:
+                return
+        if await mine() is None:
             raise Exists("the cluster is initialised already")
+
+    async def _before_global(self) -> int:
+        """The revision of the key that a cluster has all its life, and that is made before it.
+
+        Without it a copy of the request for a cluster that arrives when that one has been wiped
+        would make it again: with the same id, and no volumes, so that its nodes, which still have
+        blocks of those, would take new ones with the same refs.
+        """
+        key = self.keys.before_global
+
+        async def mine() -> int | None:
+            return (await self._read(key, Counter))[1] or None
+
+        while (revision := await mine()) is None:
+            put = Put(key, Counter(0).encode())
+            await self._settle([Compare(key, mod_revision=0)], [put], mine)
+        return revision
 
     async def wipe(self) -> None:
         """Remove everything of this cluster; fine if there is nothing (torus#267)."""
