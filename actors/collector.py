@@ -299,7 +299,7 @@ class Collector(LoopActor):
         for volume, journal in state.journals.items():
             unreplayed = is_unreplayed(journal, state.heads.get(volume))
             journals[volume] = journal.epoch, unreplayed and me in journal.ensemble
-        tombs = set(state.deleted) - set(state.volumes)
+        tombs = state.deleted - set(state.volumes)
         held = set(state.locks)
         return _Roots(oldest_open, tombs, heads, heads_read, read, journals, held)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torus_actors.errors import (
     CompareFailed,
@@ -35,6 +37,9 @@ from torus_actors.metadata.records import (
 )
 from torus_actors.metadata.watching import Follow
 
+if TYPE_CHECKING:
+    from pyroaring import BitMap64
+
 FIRST_RING_VERSION = 1
 
 BATCH = 256
@@ -43,7 +48,10 @@ BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """Everything that says which blocks are alive, read at one revision; maps are by volume id."""
+    """Everything that says which blocks are alive, read at one revision; maps are by volume id.
+
+    ``deleted`` are the ids of the volumes that have a marker.
+    """
 
     revision: int
     volumes: dict[int, VolumeRecord]
@@ -53,7 +61,7 @@ class ClusterState:
     journals: dict[int, Journal]
     snapshots: list[Snapshot]
     readers: list[Reader]
-    deleted: dict[int, VolumeRecord]
+    deleted: set[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,17 @@ class Registrations:
 
 class ClusterOperations(MetadataBase):
     """Global metadata, ring and peers."""
+
+    @functools.cached_property
+    def _markers_read(self) -> BitMap64:
+        """Deleted volumes whose markers have been read: they never change, and are ever more."""
+        from pyroaring import BitMap64  # commands need not load it
+
+        return BitMap64()
+
+    @functools.cached_property
+    def _deleted(self) -> str:
+        return self.keys.under(table.DELETED)
 
     async def init(self, metadata: GlobalMetadata, ring: bytes) -> None:
         """Make the cluster: its global metadata, and its first ring at version 1.
@@ -298,10 +317,14 @@ class ClusterOperations(MetadataBase):
         stored = next((item.value for item in items if item.key == self.keys.global_), None)
         if not self._is_ours(stored):
             raise Fenced("this is not the metadata of the cluster to which this process belongs")
-        state = ClusterState(revision, {}, {}, {}, {}, {}, [], [], {})
+        state = ClusterState(revision, {}, {}, {}, {}, {}, [], [], set())
         for number, item in enumerate(items, 1):
             if number % BATCH == 0:
                 await asyncio.sleep(0)
+            known = self._known_marker(item.key)
+            if known is not None:
+                state.deleted.add(known)
+                continue
             row = self.keys.row_of(item.key)
             if row is None:
                 raise Corruption(f"unknown metadata key {item.key}")
@@ -323,8 +346,21 @@ class ClusterOperations(MetadataBase):
                 case VolumeRecord() if row is table.VOLUME:
                     state.volumes[record.id] = record
                 case VolumeRecord():
-                    state.deleted[record.id] = record
+                    state.deleted.add(record.id)
+                    if record.id == int(volume_id, 16):
+                        self._markers_read.add(record.id)
         return state
+
+    def _known_marker(self, key: str) -> int | None:
+        """The volume of which that is the marker, if it has been read before."""
+        if not key.startswith(self._deleted):
+            return None
+        digits = key[len(self._deleted) :]
+        try:
+            volume = int(digits, 16)
+        except ValueError:
+            return None
+        return volume if f"{volume:010x}" == digits and volume in self._markers_read else None
 
     async def _everything(self) -> tuple[list[KeyValue], int]:
         """Every key, and the revision at which that is so.
