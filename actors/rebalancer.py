@@ -433,12 +433,16 @@ class Rebalancer(LoopActor):
         refs: Iterable[BlockRef],
         deep: bool = False,
         durable: bool = False,
+        by: int = 0,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> dict[BlockRef, int]:
-        """Root checksums of the blocks that a peer has, and when ``deep``, has right; or DEAD."""
+        """Root checksums of the blocks that a peer has, and when ``deep``, has right; or DEAD.
+
+        When ``durable``, it refuses if it knows a later ring than version ``by``.
+        """
         refs = list(refs)
         # An earlier version of this program takes no more than it must.
-        how = (deep, True, self._view.ring.version) if durable else (deep,)
+        how = (deep, True, by) if durable else (deep,)
         answer = await self.system.actor("block_store", node=peer).check_blocks.remote(
             b"".join(refs), *how, timeout_s=timeout_s
         )
@@ -537,10 +541,11 @@ class Rebalancer(LoopActor):
         loop = self.system.loop
         by_peer: dict[str, list[BlockRef]] = {}
         safe = []
+        version = self._view.ring.version
         for ref in refs:
             owners = self._owners(ref)
             enough = len(owners) >= min(self._view.replication, len(self._view.ring.members))
-            if ref not in roots or not enough:
+            if ref not in roots or not enough or self.system.node_id in owners:
                 continue
             if transport is None or not all(transport.is_up(peer) for peer in owners):
                 continue
@@ -554,9 +559,10 @@ class Rebalancer(LoopActor):
         unsure: dict[str, list[BlockRef]] = {}
         not_after = loop.time() + CONFIRMED_S
         for peer, candidates in by_peer.items():
+            left_s = not_after - loop.time()
             try:
                 there = await self._roots(
-                    peer, candidates, deep=True, durable=True, timeout_s=not_after - loop.time()
+                    peer, candidates, deep=True, durable=True, by=version, timeout_s=left_s
                 )
             except DeadlineExceeded as error:
                 log.debug("asking peer %s: %s", peer[:8], error)
@@ -575,8 +581,9 @@ class Rebalancer(LoopActor):
                 continue
             unsure[peer] = _missing(there, candidates, roots)
             confirmed.update((ref, False) for ref in candidates if there.get(ref) != roots[ref])
-        me = self.system.node_id
-        dead = [ref for ref, sure in confirmed.items() if sure and me not in self._owners(ref)]
+        if self._view.ring.version != version:
+            confirmed.clear()  # the next pass asks those that are owners now
+        dead = [ref for ref, sure in confirmed.items() if sure]
         if dead:
             try:
                 self._progress.dropped += await self.system.actor("block_store").drop_blocks.remote(

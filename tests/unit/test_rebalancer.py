@@ -385,6 +385,32 @@ async def test_a_copy_stays_that_becomes_an_owners_while_the_others_are_asked() 
         assert holders(cluster, block.ref) == {owner, extra.node_id}
 
 
+@virtual
+async def test_no_copy_goes_by_the_word_of_owners_of_different_rings() -> None:
+    """More copies are wanted from the moment on when the first owner has answered.
+
+    The second one knows of that, and was asked by the new ring: the new owner had nothing yet.
+    """
+    async with Cluster(nodes=4, replication=2) as cluster:
+        await started(cluster)
+        block = Block(1)
+        first, second, third, extra = (
+            cluster.nodes[each] for each in cluster.ring.permutation(block.ref)
+        )
+        for node in (first, second, extra):
+            node.stores[0].put(block.ref, block.data)
+        cluster.network.delay_s[first.node_id] = 2.0
+        await extra.actor("rebalancer").start_pass.remote()
+        await asyncio.sleep(3.0)
+        cluster.network.hanging.add(third.node_id)
+        cluster.set_ring(cluster.ring.with_replication(3))
+        for _ in range(200):
+            await asyncio.sleep(0.1)
+            assert extra.node_id in holders(cluster, block.ref)
+        cluster.network.heal()
+        await until(lambda: settled(cluster, [block]))
+
+
 @pytest.mark.parametrize("victim", ["rebalancer", "block_store", "disk_reader"])
 @virtual
 async def test_killed_in_the_middle_it_begins_anew(victim: str) -> None:
