@@ -360,6 +360,30 @@ def test_an_older_incarnation_of_a_peer_is_refused(backend: Backend) -> None:
     run(backend, test)
 
 
+def test_a_copy_of_a_node_does_not_take_its_name(backend: Backend) -> None:
+    """Both were started once on the same data, one at another address: the first one is the node.
+
+    It was the last one, and whoever lost its lease after that took the name back.
+    """
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        first = peer(incarnation=7)
+        copy = peer(incarnation=7, address="127.0.0.1:50001")
+        lease = await service.grant_lease(60)
+        await service.register_peer(first, lease)
+        with pytest.raises(Exists, match=first.address):
+            await service.register_peer(copy, await service.grant_lease(60))
+        await service.register_peer(first, await service.grant_lease(60))
+        assert await service.peers() == [first]
+        # Moved, and started again, it is at its new address.
+        moved = dataclasses.replace(copy, incarnation=8)
+        await service.register_peer(moved, lease)
+        assert await service.peers() == [moved]
+
+    run(backend, test)
+
+
 def test_watches_show_the_present_and_every_change(backend: Backend) -> None:
     """Each watch starts with the full state and then follows, also through lost history."""
 

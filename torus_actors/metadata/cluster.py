@@ -239,7 +239,8 @@ class ClusterOperations(MetadataBase):
         May be repeated under the same or another lease: above all after one was lost (torus#132).
 
         Raises:
-            Exists: a later incarnation of the node is registered: this process must not serve.
+            Exists: a later incarnation of the node is registered, or one of a copy of its data:
+                this process must not serve.
             Corruption: some process keeps a record of the node that cannot be read here.
             LeaseNotFound: the lease has ended.
         """
@@ -257,10 +258,10 @@ class ClusterOperations(MetadataBase):
                     if found.lease:
                         raise
                     # No process has written that, and none would ever take it away.
-            if stored is not None and stored.incarnation > info.incarnation:
+            if stored is not None and _is_another(stored, info):
                 raise Exists(
                     f"peer {info.peer_id} runs already, started later, at {stored.address}: "
-                    "two nodes must not share a data directory"
+                    "two nodes must not share a data directory, or have copies of one"
                 )
 
             async def mine() -> int | None:
@@ -400,3 +401,14 @@ class ClusterOperations(MetadataBase):
         if stored is None:
             raise NoGlobalMetadata("the cluster is not initialised: run torusctl init")
         return stored, revision
+
+
+def _is_another(stored: PeerInfo, info: PeerInfo) -> bool:
+    """Whether the process that is registered is not this one, nor one before it.
+
+    Each start of a node on its data has a higher incarnation than the one before. Two that have
+    copies of the same data have the same one.
+    """
+    if stored.incarnation == info.incarnation:
+        return stored.address != info.address
+    return stored.incarnation > info.incarnation
