@@ -144,12 +144,12 @@ def debug_rebalance(settings: Settings, timeout: float) -> None:
 async def _addresses(connection: Connection) -> tuple[dict[str, str], list[str]]:
     """Where the nodes that are up can be asked, and of which nobody knows whether they are."""
     there = await connection.meta.registrations()
-    if not there.peers:
-        raise Failed("no node is up: start one with torus-node start")
     unasked = [
         f"node {short(peer)} was not asked: its registration cannot be read: {error}"
         for peer, error in there.unread.items()
     ]
+    if not there.peers:
+        raise Failed("; ".join(unasked) or "no node is up: start one with torus-node start")
     return {info.peer_id: info.address for info in there.peers}, unasked
 
 
