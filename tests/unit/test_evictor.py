@@ -332,6 +332,19 @@ async def test_a_registration_that_cannot_be_read_says_neither_gone_nor_there() 
 
 
 @virtual
+async def test_a_registration_that_became_nonsense_is_made_anew() -> None:
+    """By the node itself, which sees that it is not registered, and under the lease that it has."""
+    async with running(3, 2) as cluster:
+        node = cluster.members[2]
+        assert node.system is not None
+        lease = (await node.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.store.txn([], [Put(cluster.meta.keys.peer(node.id), b"nonsense", lease)])
+        assert node.id in (await cluster.meta.registrations()).unread
+        await asyncio.sleep(AFTER_S / 2)
+        assert node.id in {each.peer_id for each in await cluster.meta.peers()}
+
+
+@virtual
 async def test_a_node_whose_registration_cannot_be_read_has_a_lease_all_the_same() -> None:
     """Volumes that it serves are locked under that; the record of another process is in the way."""
     async with running(3, 2) as cluster:

@@ -255,9 +255,10 @@ class ClusterOperations(MetadataBase):
                 try:
                     stored = PeerInfo.decode(found.value, key)
                 except Corruption:
-                    if found.lease:
+                    if found.lease not in (0, lease):
                         raise
-                    # No process has written that, and none would ever take it away.
+                    # It is what became of our own, or no process has written it: then none would
+                    # ever take it away.
             if stored is not None and _is_another(stored, info):
                 raise Exists(
                     f"peer {info.peer_id} runs already, started later, at {stored.address}: "
