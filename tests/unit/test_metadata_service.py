@@ -453,6 +453,10 @@ def test_a_record_that_cannot_be_read_hides_no_other(
             assert seen == [peer(1), peer(1)]
         told = [each for each in caplog.messages if bad in each]
         assert len(told) == 1
+        # Nor is one kept that was gone before, though both are heard of at once.
+        await service.store.txn([], [Delete(service.keys.peer(peer(1).peer_id))])
+        await service.store.txn([], [Put(service.keys.peer(peer(1).peer_id), b"[]")])
+        assert await anext(watch) == []
 
     run(backend, test)
 

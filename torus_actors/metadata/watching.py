@@ -131,14 +131,15 @@ class Follow(AsyncIterator[T], Generic[R, T]):
 
     def _take(self, update: Update) -> bool:
         """Take note of a step; False if there is nothing in it that counts and can be read."""
-        news: dict[str, bytes | None] = {}
+        news: list[tuple[str, bytes | None]] = []
         if update.full:
-            news = dict.fromkeys((*self._records, *self._unread))
-            news.update((item.key, item.value) for item in update.items)
+            there = {item.key for item in update.items}
+            news += [(key, None) for key in (*self._records, *self._unread) if key not in there]
+            news += [(item.key, item.value) for item in update.items]
         for event in update.events:
-            news[event.key] = event.value if event.kind is EventKind.PUT else None
+            news.append((event.key, event.value if event.kind is EventKind.PUT else None))
         counts = update.full
-        for key, value in news.items():
+        for key, value in news:
             if self._key in ("", key):
                 counts |= self._put(key, value)
         return counts
