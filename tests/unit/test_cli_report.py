@@ -416,7 +416,10 @@ def test_a_registration_that_cannot_be_read_is_told_and_hides_nobody() -> None:
     for made in rows[:2]:
         add_answer(made, answer(made["id"]))
     add_answer(rows[2], PeerLost("gone"))
-    told = "the registration of node 30000000 cannot be read: peers/3: nonsense"
+    told = (
+        "the registration of node 30000000 cannot be read: peers/3: nonsense; "
+        "torusctl peer remove 30000000 removes it"
+    )
     assert problems(at, rows) == ["node 30000000 does not answer", told]
     assert state_of(rows[2]) == "silent"
     del rows[2]["error"]

@@ -151,14 +151,19 @@ def peer_add(settings: Settings, peers: tuple[str, ...], everyone: bool) -> None
 @click.argument("peers", nargs=-1, required=True, metavar="PEER_ID...")
 @click.pass_obj
 def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
-    """Take nodes out of the ring; their blocks move to the others while they run."""
+    """Take nodes out of the ring; their blocks move to the others while they run.
+
+    A registration that cannot be read goes too; a node that runs makes it anew.
+    """
 
     async def work() -> None:
         from torus_actors.cli.connect import connect
 
         async with connect(settings) as connection:
             _, before = await connection.cluster()
-            ids = {pick(each, before.members, "node in the ring") for each in peers}
+            there = await connection.meta.registrations()
+            known = {*before.members, *there.unread}
+            ids = {pick(each, known, "node in the ring") for each in peers}
 
             def remove(present: Ring) -> Ring | None:
                 leaving = [each for each in ids if each in present.members]
@@ -169,11 +174,16 @@ def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
                     after = after.without_peer(each)
                 return None if after is present else _one_step(present, after)
 
-            alone = await _may_be_alone(connection, ids)
-            _told(await _change(connection, remove))
-            note = _all_copies_on(before, ids) or _still_needed(alone)
-            if note:
-                click.echo(note)
+            leaving = ids.intersection(before.members)
+            if leaving:
+                alone = await _may_be_alone(connection, leaving)
+                _told(await _change(connection, remove))
+                note = _all_copies_on(before, leaving) or _still_needed(alone)
+                if note:
+                    click.echo(note)
+            for each in sorted(ids.intersection(there.unread)):
+                await connection.meta.forget_peer(each, there.revisions[each])
+                click.echo(f"the registration of node {short(each)} is removed")
 
     run(settings, work())
 

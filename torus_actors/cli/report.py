@@ -196,7 +196,10 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
             if unreplayed:
                 found.append(f"node {name} must stay for now: {unreplayed_of(unreplayed)}")
         if "unreadable" in row:
-            found.append(f"the registration of node {name} cannot be read: {row['unreadable']}")
+            found.append(
+                f"the registration of node {name} cannot be read: {row['unreadable']}; "
+                f"torusctl peer remove {name} removes it"
+            )
         elif row["up"] and not row["registered"]:
             found.append(f"node {name} answers, but is not registered")
         for actor, error in row.get("silent_actors", {}).items():

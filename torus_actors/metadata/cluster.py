@@ -278,6 +278,14 @@ class ClusterOperations(MetadataBase):
         """Say that a storage node leaves in good order; fine if it is not registered."""
         await self.store.txn([], [Delete(self.keys.peer(peer_id))])
 
+    async def forget_peer(self, peer_id: str, revision: int) -> None:
+        """Remove a registration that cannot be read, if it still is the one of that revision.
+
+        Its node, if it runs, registers anew.
+        """
+        key = self.keys.peer(peer_id)
+        await self.store.txn([Compare(key, mod_revision=revision)], [Delete(key)])
+
     async def peers(self) -> list[PeerInfo]:
         """Storage nodes that are up, by id, of which the records can be read."""
         return (await self.registrations()).peers
