@@ -1,4 +1,4 @@
-"""How ``torusctl peer`` and ``torusctl ring`` change the ring."""
+"""How ``torusctl peer`` and ``torusctl ring`` change the ring, and how a cluster is wiped."""
 
 from __future__ import annotations
 
@@ -150,3 +150,32 @@ def test_a_registration_that_cannot_be_read_is_removed_by_hand(
     done = CliRunner().invoke(cli, ["peer", "remove", member[:8]], obj=Settings())
     assert done.output.endswith("the registration of node 00000001 is removed\n")
     assert asyncio.run(left()) == (set(), {fine}, {staying})
+
+
+@pytest.mark.parametrize("bad", ["global", "volumes/0000000001"])
+def test_metadata_that_cannot_be_read_can_be_wiped(
+    monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    """Nor could a cluster be made in their place."""
+    meta = MetadataService(MemoryStore(), rng=random.Random(1))
+
+    async def prepare() -> None:
+        await meta.init(GlobalMetadata(1 << 14, "crc,base", 1, str(uuid.UUID(int=9))), b"")
+        await meta.store.txn([], [Put(meta.keys.prefix + bad, b"nonsense")])
+
+    async def patiently(ask: Any) -> Any:
+        return await ask()
+
+    @contextlib.asynccontextmanager
+    async def connected(settings: Settings) -> AsyncIterator[Any]:
+        yield SimpleNamespace(meta=meta, patiently=patiently, url="memory://")
+
+    monkeypatch.setattr(connect, "connect", connected)
+    monkeypatch.setattr(common, "set_up_logging", lambda *_, **__: None)
+    asyncio.run(prepare())
+    done = CliRunner().invoke(cli, ["wipe"], obj=Settings())
+    assert isinstance(done.exception, Failed) and "nothing was done" in str(done.exception)
+    assert asyncio.run(meta.dump())
+    done = CliRunner().invoke(cli, ["wipe", "--yes-i-am-sure"], obj=Settings())
+    assert done.output.startswith("wiped "), done.exception
+    assert not asyncio.run(meta.dump())
