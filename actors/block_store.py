@@ -671,6 +671,7 @@ class BlockStoreActor(LoopActor):
         """Sizes, use and health of the stores."""
         answer: dict[str, Any] = {
             "incarnation": self._opened.incarnation,
+            "incarnation_id": self._opened.incarnation_id,
             "requests": self._opened.requests,
         }
         for name, store in zip(STORE_NAMES, self._stores, strict=True):

@@ -46,6 +46,9 @@ INTERVAL_S = 20.0
 BATCH = 2048
 """Blocks looked at in one turn of the loop: well under a millisecond each ten."""
 
+HEADS_BATCH = 256
+"""Heads decoded in one turn: a few milliseconds. There may be tens of thousands of snapshots."""
+
 PAGES_IN_AIR = 16
 """Pages fetched at once."""
 
@@ -286,7 +289,10 @@ class Collector(LoopActor):
             volume: head.inode for volume, head in state.heads.items() if volume in state.volumes
         }
         heads = list(state.heads.values())
-        heads += [Head.decode(each.head) for each in state.snapshots if each.head]
+        for number, snapshot in enumerate(state.snapshots, 1):
+            if number % HEADS_BATCH == 0:
+                await asyncio.sleep(0)
+            heads += [Head.decode(snapshot.head)] if snapshot.head else []
         heads_read: list[Head] = []
         read: dict[int, list[tuple[int, int]]] = {}
         for reader in state.readers:
@@ -299,7 +305,7 @@ class Collector(LoopActor):
         for volume, journal in state.journals.items():
             unreplayed = is_unreplayed(journal, state.heads.get(volume))
             journals[volume] = journal.epoch, unreplayed and me in journal.ensemble
-        tombs = set(state.deleted) - set(state.volumes)
+        tombs = state.deleted - set(state.volumes)
         held = set(state.locks)
         return _Roots(oldest_open, tombs, heads, heads_read, read, journals, held)
 
@@ -326,7 +332,9 @@ class Collector(LoopActor):
             seen: takes the pages.
         """
         todo: list[tuple[int, int, BlockRef, int]] = []
-        for head in heads:
+        for number, head in enumerate(heads, 1):
+            if number % HEADS_BATCH == 0:
+                await asyncio.sleep(0)
             root = unmarshal_blockset(head.extra).block_map.root
             if root.ref != ZERO_BLOCK:
                 todo.append((depth_of(root.nblocks) - 1, 0, root.ref, root.crc))

@@ -9,7 +9,11 @@ do it: whoever comes second finds another ring. No partition and no outage may e
   interrupts that begins all over;
 - a change of the ring begins all over too: two members leave at least ``remove_after_s`` apart;
 - most members must be registered, and as many must remain as there are copies of a block;
-- the transaction itself demands that the member is still not registered.
+- one whose registration cannot be read is not gone, nor does it count as registered;
+- the transaction itself demands that the member is still not registered, and that this node still
+  is, as it was at the look. So what is sent by a process that stood still does nothing; and this
+  node registers anew after each that was in vain, or a copy that is late might be carried out when
+  the member has come back, and is away for a moment.
 
 A node that joins by itself does so again when it comes back under a new lease and finds that it was
 taken out meanwhile. Taken out while it was there, it was by an operator, and stays out: so it looks
@@ -138,12 +142,17 @@ class Evictor(LoopActor):
 
     async def _look(self) -> None:
         loop = self.system.loop
+        if self.system.heirlooms.get("evicting"):
+            heartbeat = self.system.actor("heartbeat")
+            await heartbeat.reregister.remote(timeout_s=HEARTBEAT_TIMEOUT_S)
+            self.system.heirlooms["evicting"] = False
         began = loop.time()
         slept = began - self._looked_at > GAPS_MAX * self._look_s
         lease = await self._valid_lease()
         data, version = await self._meta.ring()
         ring = rings.unmarshal(data)
-        registered = {info.peer_id for info in await self._meta.peers()}
+        there = await self._meta.registrations()
+        registered = {info.peer_id for info in there.peers}
         me = self.system.node_id
         if me not in registered:
             # Whatever took the registration and left the lease: the others would count this node
@@ -162,15 +171,19 @@ class Evictor(LoopActor):
         self._looked_at = now = loop.time()
         self.system.heirlooms["was_ring_member"] = me in ring.members
         self._missing = {
-            peer: self._missing.get(peer, now) for peer in ring.members if peer not in registered
+            peer: self._missing.get(peer, now)
+            for peer in ring.members
+            if peer not in registered and peer not in there.unread
         }
         self._kept = self._why_kept(ring, registered)
         due = self._due(began)
         if due is None or await self._valid_lease() != lease:
             return
-        following = await evict(self._meta, due, version)
+        self.system.heirlooms["evicting"] = True
+        following = await evict(self._meta, due, version, (me, there.revisions[me]))
         self._missing.clear()
         if following is not None:
+            self.system.heirlooms["evicting"] = False
             self._evicted += 1
             log.warning(
                 "node %s was gone for %.0f s and is no longer in the ring (version %d): "

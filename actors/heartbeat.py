@@ -16,6 +16,7 @@ from typing import Any
 
 from torus_actors.errors import (
     Again,
+    Corruption,
     Exists,
     Fenced,
     LeaseNotFound,
@@ -170,7 +171,7 @@ class Heartbeat(LoopActor):
             return
         try:
             await self._meta.register_peer(self._peer_info(), lease)
-        except Exists as error:
+        except (Exists, Corruption) as error:
             if self._registered or not self._lease:
                 log.error("cannot register this node: %s", error)
             self._registered = False

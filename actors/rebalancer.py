@@ -296,6 +296,9 @@ class Rebalancer(LoopActor):
                     packed, slot = await store.list_blocks.remote(kind, slot, BATCH)
                     if packed:
                         await self._settle_batch(list(split_refs(packed)))
+            if p.waiting and len(self._situation()[1]) == len(self._view.ring.members):
+                # Whoever they waited for went and came within the pass, which no situation shows.
+                p.failed, p.waiting = p.failed + p.waiting, 0
         except TorusError as error:
             p.failed += 1
             log.warning("rebalancing: %s", error)
@@ -433,12 +436,16 @@ class Rebalancer(LoopActor):
         refs: Iterable[BlockRef],
         deep: bool = False,
         durable: bool = False,
+        by: int = 0,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> dict[BlockRef, int]:
-        """Root checksums of the blocks that a peer has, and when ``deep``, has right; or DEAD."""
+        """Root checksums of the blocks that a peer has, and when ``deep``, has right; or DEAD.
+
+        When ``durable``, it refuses if it knows a later ring than version ``by``.
+        """
         refs = list(refs)
         # An earlier version of this program takes no more than it must.
-        how = (deep, True, self._view.ring.version) if durable else (deep,)
+        how = (deep, True, by) if durable else (deep,)
         answer = await self.system.actor("block_store", node=peer).check_blocks.remote(
             b"".join(refs), *how, timeout_s=timeout_s
         )
@@ -453,7 +460,7 @@ class Rebalancer(LoopActor):
         """Root checksums of what each of these peers has, of those that answer."""
         peers = list(wanted)
         answers = await asyncio.gather(
-            *[self._roots(peer, wanted[peer]) for peer in peers], return_exceptions=True
+            *[self._ask(peer, wanted[peer]) for peer in peers], return_exceptions=True
         )
         there: dict[str, dict[BlockRef, int]] = {}
         for peer, answer in zip(peers, answers, strict=True):
@@ -468,6 +475,18 @@ class Rebalancer(LoopActor):
                 there[peer] = answer
                 self._relied.add(peer)
         return there
+
+    async def _ask(self, peer: str, refs: list[BlockRef]) -> dict[BlockRef, int]:
+        if peer in self._incarnations:
+            return await self._roots(peer, refs)
+        # What it says that it has need not be there any more when it flushes. Asked first, it is
+        # the store of before that answers, or the same.
+        stats = self.system.actor("block_store", node=peer).stats.remote(timeout_s=CALL_TIMEOUT_S)
+        roots = await self._roots(peer, refs)
+        found = await stats
+        if isinstance(found, dict) and isinstance(found.get("incarnation_id"), int):
+            self._incarnations.setdefault(peer, found["incarnation_id"])
+        return roots
 
     async def _send_all(
         self, peer: str, refs: list[BlockRef], roots: dict[BlockRef, int]
@@ -537,10 +556,11 @@ class Rebalancer(LoopActor):
         loop = self.system.loop
         by_peer: dict[str, list[BlockRef]] = {}
         safe = []
+        version = self._view.ring.version
         for ref in refs:
             owners = self._owners(ref)
             enough = len(owners) >= min(self._view.replication, len(self._view.ring.members))
-            if ref not in roots or not enough:
+            if ref not in roots or not enough or self.system.node_id in owners:
                 continue
             if transport is None or not all(transport.is_up(peer) for peer in owners):
                 continue
@@ -554,9 +574,10 @@ class Rebalancer(LoopActor):
         unsure: dict[str, list[BlockRef]] = {}
         not_after = loop.time() + CONFIRMED_S
         for peer, candidates in by_peer.items():
+            left_s = not_after - loop.time()
             try:
                 there = await self._roots(
-                    peer, candidates, deep=True, durable=True, timeout_s=not_after - loop.time()
+                    peer, candidates, deep=True, durable=True, by=version, timeout_s=left_s
                 )
             except DeadlineExceeded as error:
                 log.debug("asking peer %s: %s", peer[:8], error)
@@ -575,8 +596,9 @@ class Rebalancer(LoopActor):
                 continue
             unsure[peer] = _missing(there, candidates, roots)
             confirmed.update((ref, False) for ref in candidates if there.get(ref) != roots[ref])
-        me = self.system.node_id
-        dead = [ref for ref, sure in confirmed.items() if sure and me not in self._owners(ref)]
+        if self._view.ring.version != version:
+            confirmed.clear()  # the next pass asks those that are owners now
+        dead = [ref for ref, sure in confirmed.items() if sure]
         if dead:
             try:
                 self._progress.dropped += await self.system.actor("block_store").drop_blocks.remote(

@@ -173,7 +173,7 @@ class Replicator(LoopActor):
         self._stores: dict[str, Any] = {}
         self._syncs: PeerSyncs
         self._orders: dict[tuple[Any, int, int], list[str]] = {}
-        self._orders_of: tuple[Any, ...] = ()
+        self._orders_of: tuple[Any, Any, Any, int | None] = (None, None, None, None)
         self._queue: list[_Read] = []
         self._dispatching = False
         self._batches: dict[_Batch, None] = {}
@@ -391,14 +391,21 @@ class Replicator(LoopActor):
 
     def _read_order(self, ref: BlockRef) -> list[str]:
         """Peers in the order to ask them; the list is shared, not to be changed."""
-        view = self._view
-        permutation = view.ring.permutation(ref)
+        view, ring = self._view, self._view.ring
+        permutation = ring.permutation(ref)
         transport: Any = self.system.transport
         changes = None if transport is None else transport.changes
-        valid_for = (view.ring, view.peers, transport, changes)
-        if valid_for != self._orders_of:
+        of_ring, of_peers, of_transport, of_changes = self._orders_of
+        # Not whether they are equal: with a ring that was read again, as after each compaction of
+        # etcd, to find that out would cost every read from then on.
+        if (
+            ring is not of_ring
+            or view.peers is not of_peers
+            or transport is not of_transport
+            or changes != of_changes
+        ):
             self._orders.clear()
-            self._orders_of = valid_for
+            self._orders_of = (ring, view.peers, transport, changes)
         copies = min(self._copies(ref), len(permutation))
         first = ref[16] % copies if copies else 0
         key = (permutation, copies, first)

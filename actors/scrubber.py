@@ -15,6 +15,7 @@ from typing import Any
 
 from torus_actors.actors.block_messages import (
     CHECK_STATUS,
+    INODE_BLOCK_SIZE,
     Status,
     split_answer,
     split_refs,
@@ -145,7 +146,8 @@ class Scrubber(LoopActor):
                 await self._come_to(kind, slot)
                 packed, slot = await store.list_blocks.remote(kind, slot, BATCH)
                 if packed:
-                    await self._scrub(list(split_refs(packed)))
+                    block_size = INODE_BLOCK_SIZE if kind else self._block_size
+                    await self._scrub(list(split_refs(packed)), block_size)
         self._place.kind, self._place.slot = 0, 0
 
     async def _come_to(self, kind: int, slot: int) -> None:
@@ -162,7 +164,7 @@ class Scrubber(LoopActor):
         except TorusError as error:
             log.debug("writing down where the scrubber is: %s", error)
 
-    async def _scrub(self, refs: list[BlockRef]) -> None:
+    async def _scrub(self, refs: list[BlockRef], block_size: int) -> None:
         statuses = await self._check(refs)
         self._seen += len(refs)
         for ref, (status, root) in zip(refs, statuses, strict=True):
@@ -174,7 +176,7 @@ class Scrubber(LoopActor):
             if status == Status.CORRUPT:
                 await self._found_damaged(ref, root)
         if not self._hurry:
-            await asyncio.sleep(len(refs) * self._block_size / self._rate)
+            await asyncio.sleep(len(refs) * block_size / self._rate)
 
     async def _check(self, refs: list[BlockRef]) -> list[tuple[int, ...]]:
         """Status and root checksum of each.

@@ -563,8 +563,8 @@ _SNAPSHOTS = (
         "What a snapshot leads to is not garbage",
         Edit(
             "actors.collector:Collector._read_metadata",
-            "heads += [Head.decode(each.head) for each in state.snapshots if each.head]\n",
-            "\n",
+            "heads += [Head.decode(snapshot.head)] if snapshot.head else []\n",
+            "pass\n",
         ),
         hunted_in=("snapshots",),
         first_seed=2,

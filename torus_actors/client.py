@@ -7,7 +7,6 @@ over AoE has an aoe_server in the place of the nbd_server.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import uuid
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torus_actors.actors.control import Control
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
 from torus_actors.actors.replicator import ReadLevel, WriteLevel
 from torus_actors.actors.ring_watcher import ClusterView
-from torus_actors.errors import Corruption, Unauthenticated
+from torus_actors.errors import Unauthenticated
 from torus_actors.machine import REAL_MACHINE, Machine
 from torus_actors.metadata.patience import patiently
 from torus_actors.process import DEFAULT_METADATA, Addr, AoeConfig, NbdConfig, Process, store_opener
@@ -91,9 +90,8 @@ class Client(Process):
         """
         bridge, loop = self.system.actor("bridge"), self.system.loop
         # A node need not be where it was when it entered the ring, and another cluster's may be.
-        with contextlib.suppress(Corruption):  # which the ring watcher tells
-            found = await patiently(self.meta.peers, give_up_s=patience_s, rng=self.system.rng)
-            view.peers = {info.peer_id: info for info in found}
+        found = await patiently(self.meta.peers, give_up_s=patience_s, rng=self.system.rng)
+        view.peers = {info.peer_id: info for info in found}
         await bridge.set_peers.remote(view.addresses())
         refusals: list[str] = []
         others = 0

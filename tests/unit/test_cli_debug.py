@@ -23,6 +23,7 @@ from torus_actors.cli.ctl_debug import (
     debug,
 )
 from torus_actors.errors import DeadlineExceeded, TorusError
+from torus_actors.metadata.cluster import Registrations
 
 COUNTS = "seen total left damaged failed unread sent dropped waiting yielded"
 ZEROS = dict.fromkeys(COUNTS.split(), 0)
@@ -60,7 +61,13 @@ class Node:
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Node]:
+def unread() -> dict[str, str]:
+    """Of nodes whose registration cannot be read, what is wrong with it."""
+    return {}
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch, unread: dict[str, str]) -> dict[str, Node]:
     """Two nodes, the second of which does not answer some questions."""
     late = DeadlineExceeded("no answer within 2.5 s")
     made = {"a": Node(4, []), "b": Node(9, [late, None, late, late, None, None, late])}
@@ -77,7 +84,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Node]:
             async def peers() -> list[Any]:
                 return [SimpleNamespace(peer_id=name, address=name) for name in made]
 
-            return SimpleNamespace(peers=peers)
+            async def registrations() -> Registrations:
+                return Registrations(await peers(), unread, {})
+
+            return SimpleNamespace(peers=peers, registrations=registrations)
 
     @contextlib.asynccontextmanager
     async def connected(settings: Settings) -> AsyncIterator[Connection]:
@@ -161,6 +171,33 @@ def test_a_node_that_stays_silent_is_named(nodes: dict[str, Node], command: Any)
             await command(Settings(), 10 * SILENT_S_MAX)
 
     fails()
+
+
+@pytest.mark.parametrize("command", ["debug scrub", "debug rebalance"])
+def test_a_node_whose_registration_cannot_be_read_is_named(
+    nodes: dict[str, Node],
+    unread: dict[str, str],
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It may have blocks that are nowhere else, so all is not balanced for sure; others are asked.
+
+    Found by review: the command ended at once.
+    """
+    unread["c"] = "peers/c: nonsense"
+    told = "node c was not asked: its registration cannot be read: peers/c: nonsense"
+    if command == "debug scrub":
+        _scrubs()
+        assert capsys.readouterr().err == told + "\n"
+    else:
+        with pytest.raises(Failed, match=told):
+            _rebalances()
+    assert nodes["a"].passes > 4 and nodes["b"].passes > 9
+    monkeypatch.setattr(common, "set_up_logging", lambda *_, **__: None)
+    nodes.clear()
+    done = CliRunner().invoke(cli, command.split(), obj=Settings())
+    assert isinstance(done.exception, Failed) and str(done.exception) == told
 
 
 def looked(

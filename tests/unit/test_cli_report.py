@@ -19,12 +19,14 @@ from torus_actors.cli.report import (
     garbage_of,
     garbage_row,
     peer_row,
+    peer_rows,
     problems,
     rebalance_of,
     state_of,
     usage_of,
 )
 from torus_actors.errors import ActorNotFound, Again, PeerLost, Unauthenticated
+from torus_actors.metadata.cluster import Registrations
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
@@ -403,3 +405,23 @@ def test_lost_nodes_leave_the_ring_one_after_the_other() -> None:
     first, second = (text for text in problems(at, rows) if "leaves" in text)
     assert first.endswith("leaves the ring in 8m30s")
     assert second.endswith("leaves the ring in 18m30s")
+
+
+def test_a_registration_that_cannot_be_read_is_told_and_hides_nobody() -> None:
+    """Such a node may be up: its lease is not said to have ended."""
+    at = ring(3, 2)
+    others = [PeerInfo(each, f"10.0.0.{each[0]}:1") for each in IDS[:2]]
+    rows = peer_rows(at, Registrations(others, {IDS[2]: "peers/3: nonsense"}, {}))
+    assert [made["id"] for made in rows] == IDS[:3]
+    for made in rows[:2]:
+        add_answer(made, answer(made["id"]))
+    add_answer(rows[2], PeerLost("gone"))
+    told = (
+        "the registration of node 30000000 cannot be read: peers/3: nonsense; "
+        "torusctl peer remove 30000000 removes it"
+    )
+    assert problems(at, rows) == ["node 30000000 does not answer", told]
+    assert state_of(rows[2]) == "silent"
+    del rows[2]["error"]
+    add_answer(rows[2], answer(IDS[2]))
+    assert problems(at, rows) == [told]

@@ -7,6 +7,7 @@ import dataclasses
 import random
 import uuid
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from tests.fakes import Client, Cluster, Device, virtual
 from torus_actors.actors.collector import Collector
 from torus_actors.errors import DeadlineExceeded, Fenced
 from torus_actors.metadata import keys as table
+from torus_actors.metadata.cluster import ClusterState
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.kv import Delete, Put
-from torus_actors.metadata.records import Journal
+from torus_actors.metadata.records import Journal, Snapshot
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.refs import BlockRef
@@ -534,6 +536,41 @@ async def test_the_metadata_is_read_at_one_revision() -> None:
         status = await watched.status()
         assert status["passes"] == len(reads) and not status["failed_passes"]
         assert set(reads) == {cluster.meta.keys.prefix}
+
+
+@virtual
+async def test_many_snapshots_hold_up_nobody() -> None:
+    """Their heads are decoded a few at a time: 20,000 stopped a node for half a second a pass."""
+    async with one_node() as cluster:
+        collector: Any = cluster.node(0).system.cells["collector"].actor
+        device = await cluster.volume(SIZE)
+        await device.write(0, bytes(SIZE))
+        await commit(device)
+        state = await cluster.meta.state()
+        (head,) = state.heads.values()
+        snapshots = [Snapshot(1, f"s{number}", head.encode()) for number in range(3000)]
+
+        async def many() -> ClusterState:
+            return dataclasses.replace(state, snapshots=snapshots)
+
+        collector._meta = SimpleNamespace(state=many)
+        reading = asyncio.ensure_future(collector._read_metadata())
+        assert await turns_until(reading) > 3000 / 300
+        heads = (await reading).heads
+        assert len(heads) == 3001
+        await collector._reachable(heads, [])  # from now on it has the pages
+        walking = asyncio.ensure_future(collector._reachable(heads, []))
+        assert await turns_until(walking) > 3000 / 300
+        assert len(await walking) == COUNT + 1
+
+
+async def turns_until(ended: asyncio.Future[Any]) -> int:
+    """How often others had their turn until then."""
+    turns = 0
+    while not ended.done():
+        turns += 1
+        await asyncio.sleep(0)
+    return turns
 
 
 @virtual

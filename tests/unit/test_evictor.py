@@ -17,7 +17,7 @@ from torus_actors.actors.heartbeat import Heartbeat
 from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
 from torus_actors.errors import CompareFailed, TorusError
 from torus_actors.metadata.faulty import FaultyStore
-from torus_actors.metadata.kv import Delete
+from torus_actors.metadata.kv import Delete, Put
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.ring_changes import evict
@@ -99,6 +99,10 @@ class Cluster:
     async def ids(self) -> set[str]:
         """Members of the ring."""
         return set((await self.ring()).members)
+
+    async def witness(self, member: Member) -> tuple[str, int]:
+        """Its id, and the revision of its registration."""
+        return member.id, (await self.meta.registrations()).revisions[member.id]
 
     async def suspended(self) -> Member:
         """One whose lease ended, and which was taken out of the ring, while it slept."""
@@ -306,21 +310,135 @@ async def test_a_minority_beside_the_metadata_takes_nobody_out() -> None:
 
 
 @virtual
+async def test_a_registration_that_cannot_be_read_says_neither_gone_nor_there() -> None:
+    """One member's record is nonsense, and another is gone: that one leaves, and the first stays.
+
+    As long as most of those that can be read are registered.
+    """
+    async with running(5, 2) as cluster:
+        unread, lost = cluster.members[3], cluster.members[4]
+        await unread.stop()
+        key = cluster.meta.keys.peer(unread.id)
+        await cluster.store.txn([], [Put(key, b"nonsense")])
+        await asyncio.sleep(4 * AFTER_S)
+        assert len(await cluster.ids()) == 5
+        await lost.stop()
+        await asyncio.sleep(2 * AFTER_S)
+        assert await cluster.ids() == {each.id for each in cluster.members[:4]}
+        assert (await cluster.members[0].status())["missing_s"] == {}
+        await cluster.members[1].stop()
+        await asyncio.sleep(4 * AFTER_S)
+        assert len(await cluster.ids()) == 4
+
+
+@virtual
+async def test_a_registration_that_became_nonsense_is_made_anew() -> None:
+    """By the node itself, which sees that it is not registered, and under the lease that it has."""
+    async with running(3, 2) as cluster:
+        node = cluster.members[2]
+        assert node.system is not None
+        lease = (await node.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.store.txn([], [Put(cluster.meta.keys.peer(node.id), b"nonsense", lease)])
+        assert node.id in (await cluster.meta.registrations()).unread
+        await asyncio.sleep(AFTER_S / 2)
+        assert node.id in {each.peer_id for each in await cluster.meta.peers()}
+
+
+@virtual
+async def test_a_node_whose_registration_cannot_be_read_has_a_lease_all_the_same() -> None:
+    """Volumes that it serves are locked under that; the record of another process is in the way."""
+    async with running(3, 2) as cluster:
+        node = cluster.members[2]
+        await node.stop()
+        await asyncio.sleep(2 * TTL_S)
+        theirs = await cluster.meta.grant_lease(10**6)
+        key = cluster.meta.keys.peer(node.id)
+        await cluster.store.txn([], [Put(key, b"nonsense", theirs)])
+        await node.start()
+        await asyncio.sleep(TTL_S)
+        assert node.system is not None
+        assert (await node.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(theirs)
+        await asyncio.sleep(TTL_S)
+        assert node.id in {each.peer_id for each in await cluster.meta.peers()}
+
+
+@virtual
 async def test_the_change_itself_demands_that_the_peer_is_not_registered() -> None:
     """Between the decision and the change it registers, or the ring changes: nothing is done."""
     async with running(3, 2) as cluster:
         there, other = cluster.members[0], cluster.members[1]
-        assert await evict(cluster.meta, there.id, 1) is None
-        assert await evict(cluster.meta, other.id, 7) is None
+        witness = await cluster.witness(other)
+        assert await evict(cluster.meta, there.id, 1, witness) is None
+        assert await evict(cluster.meta, other.id, 7, witness) is None
         ring = (await cluster.ring()).without_peer(there.id)
         with pytest.raises(CompareFailed):
             await cluster.meta.set_ring(rings.marshal(ring), 2, absent=[there.id])
         await there.stop()
         await until(lambda: there.system is None)
         await asyncio.sleep(2 * TTL_S)
-        following = await evict(cluster.meta, there.id, 1)
+        assert await evict(cluster.meta, there.id, 1, (other.id, 3)) is None
+        following = await evict(cluster.meta, there.id, 1, witness)
         assert following is not None and there.id not in following.members
-        assert await evict(cluster.meta, there.id, 1) is None
+        assert await evict(cluster.meta, there.id, 1, witness) is None
+
+
+@virtual
+async def test_what_was_asked_while_a_node_was_gone_does_nothing_when_it_is_back() -> None:
+    """The request is stuck on its way, and is carried out when the member is away for a moment.
+
+    That was back meanwhile, and is no longer gone for long.
+    """
+    async with running(3, 2) as cluster:
+        lost, others = cluster.members[2], cluster.members[:2]
+        await lost.stop()
+        for other in others:
+            other.store.delay_requests = 1000
+        await until(lambda: any(other.store.delay_requests < 1000 for other in others), 2 * AFTER_S)
+        await asyncio.sleep(5)
+        for other in others:
+            other.store.delay_requests = 0
+        await lost.start()
+        await asyncio.sleep(AFTER_S)
+        await lost.stop()
+        await asyncio.sleep(2 * TTL_S)
+        assert lost.id not in {each.peer_id for each in await cluster.meta.peers()}
+        results = [each for other in others for each in await other.store.arrive()]
+        assert results and not any(each.succeeded for each in results)
+        assert len(await cluster.ids()) == 3
+        await asyncio.sleep(2 * AFTER_S)
+        assert lost.id not in await cluster.ids()
+
+
+@virtual
+async def test_who_stood_still_while_it_asked_takes_nobody_out() -> None:
+    """Its own lease ended before the change is made; the member was back, and is away again."""
+    async with running(3, 2) as cluster:
+        lost, asking = cluster.members[2], cluster.members[0]
+        await cluster.members[1].stop()
+        await cluster.members[1].start()  # it counts anew
+        await lost.stop()
+        txn, held = asking.store.txn, asyncio.Event()
+        stuck = asyncio.Event()
+
+        async def txn_that_waits(*args: Any) -> Any:
+            if not held.is_set():
+                stuck.set()
+                await held.wait()
+            return await txn(*args)
+
+        asking.store.txn = txn_that_waits  # type: ignore[method-assign]
+        await until(stuck.is_set, 2 * AFTER_S)
+        assert asking.system is not None
+        lease = (await asking.system.actor("heartbeat").status.remote())["lease"]
+        await cluster.meta.revoke_lease(lease)
+        await lost.start()
+        await asyncio.sleep(TTL_S)
+        await lost.stop()
+        await asyncio.sleep(2 * TTL_S)
+        held.set()
+        await asyncio.sleep(TTL_S)
+        assert len(await cluster.ids()) == 3
 
 
 @virtual

@@ -43,7 +43,15 @@ from torus_actors.errors import (
 )
 from torus_actors.metadata import base, keys
 from torus_actors.metadata.faulty import FaultyStore
-from torus_actors.metadata.kv import Compare, Delete, KeyValue, Operation, Put, TxnResult
+from torus_actors.metadata.kv import (
+    Compare,
+    Delete,
+    KeyValue,
+    KeyValueStore,
+    Operation,
+    Put,
+    TxnResult,
+)
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.patience import patiently
 from torus_actors.metadata.records import (
@@ -173,6 +181,53 @@ def test_a_wipe_delayed_on_its_way_does_not_hit_the_next_cluster(backend: Backen
         assert await f.service.ring() == (b"new", 1)
 
     run(backend, test)
+
+
+class _SlowStore(FaultyStore):
+    """The first copy of each request is late."""
+
+    def __init__(self, inner: KeyValueStore) -> None:
+        super().__init__(inner)
+        self._seen: list[Any] = []
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
+        """As the store does, or raises OutcomeUnknown."""
+        request = [list(compare), list(then)]
+        self.delay_requests = int(request not in self._seen)
+        self._seen.append(request)
+        return await super().txn(compare, then)
+
+
+@pytest.mark.parametrize("anew", ["before", "after"])
+def test_a_late_init_does_not_make_a_wiped_cluster_again(backend: Backend, anew: str) -> None:
+    """It would have the id of the old one, whose nodes would be at work in it with all they have.
+
+    And a new cluster can be made, before its requests arrive and after.
+    """
+
+    async def test(f: Fixture) -> None:
+        slow = _SlowStore(f.store)
+        await MetadataService(slow, rng=random.Random(2), resolve_s=5.0).init(METADATA, b"ring 1")
+        old = MetadataService(f.store, rng=random.Random(3))
+        await old.bind()
+        await old.create_volume("demo", GIB)
+        await f.service.wipe()
+        other = dataclasses.replace(METADATA, cluster_id=str(uuid.UUID(int=8)))
+        if anew == "before":
+            await f.service.init(other, b"new")
+        assert await slow.arrive()
+        with pytest.raises((Fenced, NoGlobalMetadata)):
+            await old.create_volume("demo", GIB)
+        if anew == "after":
+            with pytest.raises(NoGlobalMetadata):
+                await f.service.global_metadata()
+            await f.service.init(other, b"new")
+        assert await f.service.global_metadata() == other
+        assert (await f.service.create_volume("demo", GIB)).id == 1
+        await f.service.wipe()
+        assert await f.service.dump() == []
+
+    run(backend, test, initialised=False)
 
 
 def test_who_belongs_to_a_cluster_that_was_wiped_does_nothing_in_the_next_one(
@@ -305,6 +360,30 @@ def test_an_older_incarnation_of_a_peer_is_refused(backend: Backend) -> None:
     run(backend, test)
 
 
+def test_a_copy_of_a_node_does_not_take_its_name(backend: Backend) -> None:
+    """Both were started once on the same data, one at another address: the first one is the node.
+
+    It was the last one, and whoever lost its lease after that took the name back.
+    """
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        first = peer(incarnation=7)
+        copy = peer(incarnation=7, address="127.0.0.1:50001")
+        lease = await service.grant_lease(60)
+        await service.register_peer(first, lease)
+        with pytest.raises(Exists, match=first.address):
+            await service.register_peer(copy, await service.grant_lease(60))
+        await service.register_peer(first, await service.grant_lease(60))
+        assert await service.peers() == [first]
+        # Moved, and started again, it is at its new address.
+        moved = dataclasses.replace(copy, incarnation=8)
+        await service.register_peer(moved, lease)
+        assert await service.peers() == [moved]
+
+    run(backend, test)
+
+
 def test_watches_show_the_present_and_every_change(backend: Backend) -> None:
     """Each watch starts with the full state and then follows, also through lost history."""
 
@@ -341,24 +420,68 @@ def test_watches_show_the_present_and_every_change(backend: Backend) -> None:
     run(backend, test)
 
 
-def test_a_record_that_cannot_be_read_is_passed_over_by_who_follows(backend: Backend) -> None:
-    """Or one bad value would end the ring watcher of every process."""
+def test_a_record_that_cannot_be_read_hides_no_other(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or one bad value would end the ring watcher of every process, or stop its news."""
 
     async def test(f: Fixture) -> None:
         service = f.service
         watch = service.peers_watch()
         lease = await service.grant_lease(60)
-        assert await anext(watch) == []
+        await service.register_peer(peer(1), lease)
         bad = service.keys.peer(peer(2).peer_id)
         await service.store.txn([], [Put(bad, b"nonsense")])
-        following = asyncio.ensure_future(anext(watch))
-        await asyncio.sleep(0.2)
-        assert not following.done()
+        assert await anext(watch) == [peer(1)]
+        await service.register_peer(peer(3), lease)
+        assert await anext(watch) == [peer(1), peer(3)]
+        # One that was known stays as it was, and what comes after it is told.
+        await service.store.txn([], [Put(service.keys.peer(peer(1).peer_id), b"[]")])
+        await service.unregister_peer(peer(3).peer_id)
+        while (seen := await anext(watch)) != [peer(1)]:
+            assert seen == [peer(1), peer(3)]
+        there = await service.registrations()
+        assert there.peers == await service.peers() == []
+        assert sorted(there.unread) == [peer(1).peer_id, peer(2).peer_id]
+        assert bad in there.unread[peer(2).peer_id]
+        assert there.revisions.keys() == there.unread.keys()
+        await service.store.txn([], [Put(bad, peer(1).encode())])
+        assert peer(1).peer_id in (await service.registrations()).unread[peer(2).peer_id]
+        assert not await service.peers()
         await service.store.txn([], [Delete(bad)])
-        await service.register_peer(peer(), lease)
-        while (seen := await following) != [peer()]:
-            assert seen == []
-            following = asyncio.ensure_future(anext(watch))
+        while (seen := await anext(watch)) != [peer(1)]:
+            assert seen == [peer(1), peer(1)]
+        told = [each for each in caplog.messages if bad in each]
+        assert len(told) == 1
+        # Nor is one kept that was gone before, though both are heard of at once.
+        await service.store.txn([], [Delete(service.keys.peer(peer(1).peer_id))])
+        await service.store.txn([], [Put(service.keys.peer(peer(1).peer_id), b"[]")])
+        assert await anext(watch) == []
+
+    run(backend, test)
+
+
+def test_a_node_takes_the_place_of_a_registration_that_nobody_keeps(backend: Backend) -> None:
+    """What cannot be read is another process's as long as it hangs on a lease; else it is a slip.
+
+    It would stand there for ever, and the node would never be registered.
+    """
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        mine, theirs = await service.grant_lease(60), await service.grant_lease(60)
+        key = service.keys.peer(peer().peer_id)
+        await service.store.txn([], [Put(key, b"nonsense", theirs)])
+        with pytest.raises(Corruption, match=key):
+            await service.register_peer(peer(), mine)
+        await service.revoke_lease(theirs)
+        await service.register_peer(peer(), mine)
+        for lease in (0, mine):  # somebody's slip, or what became of its own
+            await service.store.txn([], [Put(key, b"nonsense", lease)])
+            await service.register_peer(peer(), mine)
+            assert await service.peers() == [peer()]
+        await service.revoke_lease(mine)
+        assert await service.peers() == []
 
     run(backend, test)
 
@@ -963,7 +1086,7 @@ def test_the_state_for_the_collector_is_complete_or_an_error(backend: Backend) -
         await service.request_snapshot(demo.id, "tuesday", lease)
         reader, _ = await service.begin_reading(demo.id, "vm2 pid 2", lease)
         state = await service.state()
-        assert state.volumes == {demo.id: demo} and state.deleted == {gone.id: gone}
+        assert state.volumes == {demo.id: demo} and state.deleted == {gone.id}
         assert state.heads == {demo.id: head_of(1, epoch)} and state.epochs == {demo.id: epoch}
         assert state.journals == {demo.id: journal} and state.snapshots == [snapshot]
         assert state.readers == [reader] and reader.head == head_of(1, epoch).encode()

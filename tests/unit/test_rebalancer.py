@@ -67,6 +67,13 @@ def failed(node: StorageNode) -> int:
     return count
 
 
+def seen(node: StorageNode) -> int:
+    """Blocks that a pass has looked at."""
+    rebalancer: Any = node.system.cells["rebalancer"].actor
+    count: int = rebalancer._progress.seen
+    return count
+
+
 def settles(node: StorageNode) -> bool:
     """Whether a rebalancer says that nothing is left to do."""
     rebalancer: Any = node.system.cells["rebalancer"].actor
@@ -139,6 +146,35 @@ async def test_a_returning_node_is_filled() -> None:
             await block.put(client)
         await cluster.node(0).start(rebalancer=True)
         await until(lambda: settled(cluster, blocks))
+
+
+@virtual
+async def test_a_node_that_went_and_came_within_a_pass_is_filled() -> None:
+    """It was up when the pass began, and when it ended: nothing waits for it any more.
+
+    But nobody had asked it for a part of the blocks, and that was seen a minute later only.
+    """
+    async with Cluster(nodes=3, replication=2) as cluster:
+        first, second, slow = map(cluster.node, range(3))
+        await first.stop()
+        await first.start(rebalancer=True)
+        cluster.network.delay_s[slow.node_id] = 5.0
+        for number, block in enumerate(map(Block, range(220))):
+            first.stores[0].put(block.ref, block.data)
+            owners = cluster.ring.owners(block.ref)
+            if slow.node_id in owners:
+                slow.stores[0].put(block.ref, block.data)
+            if second.node_id in owners and number < BATCH:
+                second.stores[0].put(block.ref, block.data)
+        await asyncio.sleep(4.0)  # of the first batch only what the slow one has is not known yet
+        had = second.refs()
+        cluster.network.cut(first.node_id, second.node_id)
+        await until(lambda: seen(first) == BATCH)
+        await asyncio.sleep(1.0)
+        cluster.network.heal()
+        await asyncio.sleep(25.0)
+        assert second.refs() > had
+        assert not (await status(first))["waiting"]
 
 
 @virtual
@@ -383,6 +419,32 @@ async def test_a_copy_stays_that_becomes_an_owners_while_the_others_are_asked() 
         extra.view.ring = cluster.ring.without_peer(owner)
         await asyncio.sleep(20.0)
         assert holders(cluster, block.ref) == {owner, extra.node_id}
+
+
+@virtual
+async def test_no_copy_goes_by_the_word_of_owners_of_different_rings() -> None:
+    """More copies are wanted from the moment on when the first owner has answered.
+
+    The second one knows of that, and was asked by the new ring: the new owner had nothing yet.
+    """
+    async with Cluster(nodes=4, replication=2) as cluster:
+        await started(cluster)
+        block = Block(1)
+        first, second, third, extra = (
+            cluster.nodes[each] for each in cluster.ring.permutation(block.ref)
+        )
+        for node in (first, second, extra):
+            node.stores[0].put(block.ref, block.data)
+        cluster.network.delay_s[first.node_id] = 2.0
+        await extra.actor("rebalancer").start_pass.remote()
+        await asyncio.sleep(3.0)
+        cluster.network.hanging.add(third.node_id)
+        cluster.set_ring(cluster.ring.with_replication(3))
+        for _ in range(200):
+            await asyncio.sleep(0.1)
+            assert extra.node_id in holders(cluster, block.ref)
+        cluster.network.heal()
+        await until(lambda: settled(cluster, [block]))
 
 
 @pytest.mark.parametrize("victim", ["rebalancer", "block_store", "disk_reader"])
@@ -797,6 +859,25 @@ async def test_a_node_that_restarts_unnoticed_has_what_it_was_sent() -> None:
         await others[0].restart()
         await asyncio.sleep(20.0)
         assert all(map(settles, others)) and settled(cluster, blocks)
+
+
+@virtual
+async def test_nobody_settles_on_what_was_lost_since_the_first_pass() -> None:
+    """A node restarts between the answer that it has a block, and the flush that makes it sure."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        first, second = cluster.node(0), cluster.node(1)
+        await first.stop()
+        await first.start(rebalancer=True)
+        block = Block(1)
+        for node in (first, second):
+            node.stores[0].put(block.ref, block.data)
+        rebalancer: Any = first.system.cells["rebalancer"].actor
+        await until(lambda: rebalancer.status()["passes"])
+        assert second.refs() == {block.ref}
+        await second.restart()
+        assert not second.refs()
+        await until(lambda: settles(first))
+        assert second.refs() == {block.ref}
 
 
 @virtual

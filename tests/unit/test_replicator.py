@@ -11,8 +11,10 @@ import pytest
 from tests.fakes import Client, Cluster, until, virtual
 from torus_actors.actors.replicator import REPAIR_PAUSE_S, ReadLevel, WriteLevel
 from torus_actors.errors import BlockUnavailable, Corruption, NoPeer, OutOfSpace, TorusError
+from torus_actors.model import rings
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
+from torus_actors.model.rings import Ring
 from torus_actors.storage.mfile_open import DATA_PATH
 
 BLOCK = 16 << 10
@@ -456,6 +458,45 @@ async def test_a_node_that_left_the_ring_is_asked_last() -> None:
             await block.read(client)
         client.view.peers = {owner: None}  # type: ignore[dict-item]
         assert await block.read(client) == block.data
+
+
+@virtual
+async def test_a_node_that_is_forgotten_is_asked_no_more() -> None:
+    """As the ring watcher says it: nothing else than who was there is another by then."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        (owner,) = await block.put(client)
+        cluster.set_ring(cluster.ring.without_peer(owner))
+        client.view.former = {owner: None}  # type: ignore[dict-item]
+        assert await block.read(client) == block.data
+        client.view.former = {}
+        client.view.peers = dict(client.view.peers)
+        with pytest.raises(BlockUnavailable):
+            await block.read(client)
+
+
+@virtual
+async def test_a_ring_that_was_read_again_costs_reads_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A watch begins anew, with the same ring: from then on each read compared all its members."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        client = await cluster.client()
+        block = Block(1)
+        await block.put(client)
+        assert await block.read(client) == block.data
+        cluster.set_ring(rings.unmarshal(rings.marshal(cluster.ring)))
+        assert await block.read(client) == block.data
+        compared: list[object] = []
+
+        def equal(self: object, other: object) -> bool:
+            compared.append(other)
+            return self is other
+
+        monkeypatch.setattr(Ring, "__eq__", equal)
+        assert await block.read(client) == block.data
+        assert not compared
 
 
 @virtual

@@ -93,7 +93,7 @@ def wipe(settings: Settings, yes_i_am_sure: bool) -> None:
 
     async def work() -> None:
         from torus_actors.cli.connect import connect
-        from torus_actors.errors import NoGlobalMetadata
+        from torus_actors.errors import Corruption, NoGlobalMetadata
 
         async with connect(settings) as connection:
             meta = connection.meta
@@ -102,10 +102,15 @@ def wipe(settings: Settings, yes_i_am_sure: bool) -> None:
                 named = f"cluster {gmd.cluster_id}"
             except NoGlobalMetadata:
                 named = ""
+            except Corruption:
+                named = "a cluster whose metadata cannot be read"  # a reason to wipe them
             if not yes_i_am_sure:
-                volumes = await connection.patiently(meta.volumes)
+                try:
+                    count = f"{len(await connection.patiently(meta.volumes))} volumes"
+                except Corruption:
+                    count = "its volumes"
                 raise Failed(
-                    f"wipe would remove {named or 'what is left'} with {len(volumes)} volumes from "
+                    f"wipe would remove {named or 'what is left'} with {count} from "
                     f"{connection.url}: nothing was done; give --yes-i-am-sure"
                 )
             await connection.patiently(meta.wipe)

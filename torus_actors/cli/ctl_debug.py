@@ -141,6 +141,18 @@ def debug_rebalance(settings: Settings, timeout: float) -> None:
     run(settings, _rebalance(settings, timeout))
 
 
+async def _addresses(connection: Connection) -> tuple[dict[str, str], list[str]]:
+    """Where the nodes that are up can be asked, and of which nobody knows whether they are."""
+    there = await connection.meta.registrations()
+    unasked = [
+        f"node {short(peer)} was not asked: its registration cannot be read: {error}"
+        for peer, error in there.unread.items()
+    ]
+    if not there.peers:
+        raise Failed("; ".join(unasked) or "no node is up: start one with torus-node start")
+    return {info.peer_id: info.address for info in there.peers}, unasked
+
+
 async def _rebalance(settings: Settings, timeout_s: float) -> None:
     from torus_actors.cli.connect import connect
 
@@ -177,9 +189,7 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
         async with asyncio.timeout(timeout_s), connect(settings) as connection:
             while True:
                 await connection.cluster()
-                addresses = {i.peer_id: i.address for i in await connection.meta.peers()}
-                if not addresses:
-                    raise Failed("no node is up: start one with torus-node start")
+                addresses, unasked = await _addresses(connection)
                 with progress_bar("rebalancing", None, "blocks") as advance:
                     result = await one_round(connection, addresses, advance)
                 total = {key: sum(each.get(key, 0) for each in result) for key in _COUNTS}
@@ -194,7 +204,7 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
                 click.echo(f"a pass ended: {left}", err=True)
                 await asyncio.sleep(POLL_S)
             left = "nothing, but for journals"
-            kept = await _journals_of_leavers(connection, addresses)
+            kept = [*unasked, *await _journals_of_leavers(connection, addresses)]
     except TimeoutError as error:
         raise Failed(f"not balanced within {timeout_s:g} s; last pass: {left}") from error
     click.echo(f"balanced: {moved['sent']} blocks sent, {moved['dropped']} dropped")
@@ -292,9 +302,9 @@ async def _scrub(settings: Settings, timeout_s: float) -> tuple[int, int, int]:
     try:
         async with asyncio.timeout(timeout_s), connect(settings) as connection:
             await connection.cluster()
-            addresses = {i.peer_id: i.address for i in await connection.meta.peers()}
-            if not addresses:
-                raise Failed("no node is up: start one with torus-node start")
+            addresses, unasked = await _addresses(connection)
+            for line in unasked:
+                click.echo(line, err=True)
             before = await _ask_all(connection, addresses, "scrubber", "status")
             wanted = [_after_a_pass(each) for each in before]
             ended: dict[int, dict[str, Any]] = {}

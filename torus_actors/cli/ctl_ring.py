@@ -69,14 +69,12 @@ def peer_list(settings: Settings, as_json: bool) -> None:
 
     async def work() -> list[dict[str, Any]]:
         from torus_actors.cli.connect import connect
-        from torus_actors.cli.report import add_disk, peer_row
+        from torus_actors.cli.report import add_disk, peer_rows
 
         async with connect(settings) as connection:
             _, present = await connection.cluster()
-            registered = {info.peer_id: info for info in await connection.meta.peers()}
-            members = {each.peer_id: each for each in present.peers}
-            ids = sorted({*members, *registered})
-            rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
+            rows = peer_rows(present, await connection.meta.registrations())
+            rows.sort(key=lambda row: row["id"])
             # Only a node itself knows whether its disk answers.
             asked = [row for row in rows if row["registered"]]
             addresses = [row["address"] for row in asked]
@@ -100,11 +98,17 @@ def peer_list(settings: Settings, as_json: bool) -> None:
                 row["zone"] or "-",
                 format_size(row["capacity_bytes"]),
                 "yes" if row["in_ring"] else "no",
-                "disk hangs" if "disk_hangs" in row else "up" if row["up"] else "down",
+                _state_of(row),
             )
             for row in rows
         ],
     )
+
+
+def _state_of(row: dict[str, Any]) -> str:
+    if "unreadable" in row:
+        return "not readable"
+    return "disk hangs" if "disk_hangs" in row else "up" if row["up"] else "down"
 
 
 @peer.command("add")
@@ -147,14 +151,19 @@ def peer_add(settings: Settings, peers: tuple[str, ...], everyone: bool) -> None
 @click.argument("peers", nargs=-1, required=True, metavar="PEER_ID...")
 @click.pass_obj
 def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
-    """Take nodes out of the ring; their blocks move to the others while they run."""
+    """Take nodes out of the ring; their blocks move to the others while they run.
+
+    A registration that cannot be read goes too; a node that runs makes it anew.
+    """
 
     async def work() -> None:
         from torus_actors.cli.connect import connect
 
         async with connect(settings) as connection:
             _, before = await connection.cluster()
-            ids = {pick(each, before.members, "node in the ring") for each in peers}
+            there = await connection.meta.registrations()
+            known = {*before.members, *there.unread}
+            ids = {pick(each, known, "node in the ring") for each in peers}
 
             def remove(present: Ring) -> Ring | None:
                 leaving = [each for each in ids if each in present.members]
@@ -165,11 +174,16 @@ def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
                     after = after.without_peer(each)
                 return None if after is present else _one_step(present, after)
 
-            alone = await _may_be_alone(connection, ids)
-            _told(await _change(connection, remove))
-            note = _all_copies_on(before, ids) or _still_needed(alone)
-            if note:
-                click.echo(note)
+            leaving = ids.intersection(before.members)
+            if leaving:
+                alone = await _may_be_alone(connection, leaving)
+                _told(await _change(connection, remove))
+                note = _all_copies_on(before, leaving) or _still_needed(alone)
+                if note:
+                    click.echo(note)
+            for each in sorted(ids.intersection(there.unread)):
+                await connection.meta.forget_peer(each, there.revisions[each])
+                click.echo(f"the registration of node {short(each)} is removed")
 
     run(settings, work())
 
@@ -181,15 +195,17 @@ async def _may_be_alone(connection: Connection, leaving: Collection[str]) -> lis
     """
     from torus_actors.errors import TorusError
 
-    registered = {info.peer_id: info.address for info in await connection.meta.peers()}
+    there = await connection.meta.registrations()
+    registered = {info.peer_id: info.address for info in there.peers}
     asked = [each for each in sorted(leaving) if each in registered]
     addresses = [registered[each] for each in asked]
     answers = await connection.ask_all(addresses, "rebalancer", "status")
-    return [
+    alone = [
         each
         for each, said in zip(asked, answers, strict=True)
         if isinstance(said, TorusError) or said.get("waiting") or not said.get("settled", True)
     ]
+    return sorted([*alone, *(each for each in leaving if each in there.unread)])
 
 
 def _still_needed(alone: Collection[str]) -> str:

@@ -9,6 +9,7 @@ from torus_actors.cli.connect import Connection
 from torus_actors.cli.nodes import short
 from torus_actors.cli.units import format_moment, format_seconds, format_size
 from torus_actors.errors import TorusError, Unauthenticated
+from torus_actors.metadata.cluster import Registrations
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model.blocksets import create_blockset
 from torus_actors.model.rings import Peer, Ring
@@ -19,10 +20,7 @@ Row = dict[str, Any]
 async def cluster_report(connection: Connection) -> Row:
     """Everything ``torusctl status`` shows; each node is asked how it is."""
     gmd, ring = await connection.cluster()
-    registered: dict[str, PeerInfo] = {info.peer_id: info for info in await connection.meta.peers()}
-    members = {peer.peer_id: peer for peer in ring.peers}
-    ids = [*members, *(each for each in registered if each not in members)]
-    rows = [peer_row(each, members.get(each), registered.get(each)) for each in ids]
+    rows = peer_rows(ring, await connection.meta.registrations())
     asked = [row for row in rows if row["address"]]
     answers = await connection.ask_all([row["address"] for row in asked], "control", "status")
     check_not_refused(answers)
@@ -69,6 +67,19 @@ def garbage_row(rows: Sequence[Row]) -> Row:
         "garbage_bytes": sum(each["garbage_bytes"] for each in told),
         "reclaimed_bytes": sum(each["reclaimed_bytes"] for each in told),
     }
+
+
+def peer_rows(ring: Ring, there: Registrations) -> list[Row]:
+    """All nodes that the metadata speak of, members of the ring first."""
+    members = {peer.peer_id: peer for peer in ring.peers}
+    registered = {info.peer_id: info for info in there.peers}
+    rows = []
+    for each in dict.fromkeys((*members, *registered, *there.unread)):
+        row = peer_row(each, members.get(each), registered.get(each))
+        if each in there.unread:
+            row["unreadable"] = there.unread[each]
+        rows.append(row)
+    return rows
 
 
 def peer_row(peer_id: str, member: Peer | None, info: PeerInfo | None) -> Row:
@@ -173,7 +184,8 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
         if row.get("refused"):
             found.append(f"node {short(row['id'])} does not answer this command: {row['error']}")
         elif not row["up"]:
-            heard = "" if row["registered"] else " and its lease has ended"
+            known = row["registered"] or "unreadable" in row
+            heard = "" if known else " and its lease has ended"
             leaves = _leaves_in(row["id"], rows)
             found.append(f"node {short(row['id'])} does not answer{heard}{leaves}")
     for row in rows:
@@ -183,7 +195,12 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
             unreplayed = row.get("collector", {}).get("unreplayed")
             if unreplayed:
                 found.append(f"node {name} must stay for now: {unreplayed_of(unreplayed)}")
-        if row["up"] and not row["registered"]:
+        if "unreadable" in row:
+            found.append(
+                f"the registration of node {name} cannot be read: {row['unreadable']}; "
+                f"torusctl peer remove {name} removes it"
+            )
+        elif row["up"] and not row["registered"]:
             found.append(f"node {name} answers, but is not registered")
         for actor, error in row.get("silent_actors", {}).items():
             found.append(f"{actor} of node {name} does not answer: {error}")
@@ -290,7 +307,7 @@ def _blocks(count: int) -> str:
 def state_of(row: Row) -> str:
     """A node's state in a word."""
     if not row["up"]:
-        return "silent" if row["registered"] else "down"
+        return "silent" if row["registered"] or "unreadable" in row else "down"
     if "disk_hangs" in row:
         return "disk hangs"
     return "up" if row["in_ring"] else "up, out"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torus_actors.errors import (
     CompareFailed,
@@ -35,6 +37,9 @@ from torus_actors.metadata.records import (
 )
 from torus_actors.metadata.watching import Follow
 
+if TYPE_CHECKING:
+    from pyroaring import BitMap64
+
 FIRST_RING_VERSION = 1
 
 BATCH = 256
@@ -43,7 +48,10 @@ BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """Everything that says which blocks are alive, read at one revision; maps are by volume id."""
+    """Everything that says which blocks are alive, read at one revision; maps are by volume id.
+
+    ``deleted`` are the ids of the volumes that have a marker.
+    """
 
     revision: int
     volumes: dict[int, VolumeRecord]
@@ -53,11 +61,36 @@ class ClusterState:
     journals: dict[int, Journal]
     snapshots: list[Snapshot]
     readers: list[Reader]
-    deleted: dict[int, VolumeRecord]
+    deleted: set[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Registrations:
+    """Who is registered, read at one revision.
+
+    ``unread`` says by id what is wrong with a record that cannot be read, of another version for
+    one: that node may be up as well, and counts neither as gone nor as there. ``revisions`` are
+    those of all records.
+    """
+
+    peers: list[PeerInfo]
+    unread: dict[str, str]
+    revisions: dict[str, int]
 
 
 class ClusterOperations(MetadataBase):
     """Global metadata, ring and peers."""
+
+    @functools.cached_property
+    def _markers_read(self) -> BitMap64:
+        """Deleted volumes whose markers have been read: they never change, and are ever more."""
+        from pyroaring import BitMap64  # commands need not load it
+
+        return BitMap64()
+
+    @functools.cached_property
+    def _deleted(self) -> str:
+        return self.keys.under(table.DELETED)
 
     async def init(self, metadata: GlobalMetadata, ring: bytes) -> None:
         """Make the cluster: its global metadata, and its first ring at version 1.
@@ -81,8 +114,34 @@ class ClusterOperations(MetadataBase):
             stored, revision = await self._read(self.keys.global_, GlobalMetadata)
             return revision if stored == metadata else None
 
-        if await self._settle([Compare(self.keys.global_, mod_revision=0)], then, mine) is None:
+        attempts = self._attempts("make the cluster")
+        while await self.store.get(self.keys.global_) is None:
+            await attempts.next()
+            compare = [
+                Compare(self.keys.global_, mod_revision=0),
+                Compare(self.keys.before_global, mod_revision=await self._before_global()),
+            ]
+            if await self._settle(compare, then, mine) is not None:
+                return
+        if await mine() is None:
             raise Exists("the cluster is initialised already")
+
+    async def _before_global(self) -> int:
+        """The revision of the key that a cluster has all its life, and that is made before it.
+
+        Without it a copy of the request for a cluster that arrives when that one has been wiped
+        would make it again: with the same id, and no volumes, so that its nodes, which still have
+        blocks of those, would take new ones with the same refs.
+        """
+        key = self.keys.before_global
+
+        async def mine() -> int | None:
+            return (await self._read(key, Counter))[1] or None
+
+        while (revision := await mine()) is None:
+            put = Put(key, Counter(0).encode())
+            await self._settle([Compare(key, mod_revision=0)], [put], mine)
+        return revision
 
     async def wipe(self) -> None:
         """Remove everything of this cluster; fine if there is nothing (torus#267)."""
@@ -126,17 +185,26 @@ class ClusterOperations(MetadataBase):
         stored, _ = await self._ring()
         return stored.data, stored.version
 
-    async def set_ring(self, data: bytes, version: int, *, absent: Sequence[str] = ()) -> None:
+    async def set_ring(
+        self,
+        data: bytes,
+        version: int,
+        *,
+        absent: Sequence[str] = (),
+        witnesses: Sequence[tuple[str, int]] = (),
+    ) -> None:
         """Replace the ring by its successor.
 
         Args:
             data: opaque.
             version: one more than the version that it was made from.
             absent: peers that must not be registered in the moment of the change.
+            witnesses: peers that must be, by the record of a revision.
 
         Raises:
             NonSequentialRing: the stored version is further behind.
-            CompareFailed: somebody else changed the ring first, or one of those is registered.
+            CompareFailed: somebody else changed the ring first, or one of those is registered, or
+                not.
         """
         new = RingRecord(version, data)
         stored, revision = await self._ring()
@@ -151,7 +219,8 @@ class ClusterOperations(MetadataBase):
             return at if now == new else None
 
         compare = [Compare(self.keys.ring, mod_revision=revision)]
-        compare += [Compare(self.keys.peer(each), mod_revision=0) for each in absent]
+        registered = [*((each, 0) for each in absent), *witnesses]
+        compare += [Compare(self.keys.peer(each), mod_revision=at) for each, at in registered]
         if await self._settle(compare, [Put(self.keys.ring, new.encode())], mine) is None:
             raise raced
 
@@ -170,18 +239,30 @@ class ClusterOperations(MetadataBase):
         May be repeated under the same or another lease: above all after one was lost (torus#132).
 
         Raises:
-            Exists: a later incarnation of the node is registered: this process must not serve.
+            Exists: a later incarnation of the node is registered, or one of a copy of its data:
+                this process must not serve.
+            Corruption: some process keeps a record of the node that cannot be read here.
             LeaseNotFound: the lease has ended.
         """
         key = self.keys.peer(info.peer_id)
         attempts = self._attempts("register the peer")
         while True:
             await attempts.next()
-            stored, revision = await self._read(key, PeerInfo)
-            if stored is not None and stored.incarnation > info.incarnation:
+            found = await self.store.get(key)
+            revision = 0 if found is None else found.mod_revision
+            stored = None
+            if found is not None:
+                try:
+                    stored = PeerInfo.decode(found.value, key)
+                except Corruption:
+                    if found.lease not in (0, lease):
+                        raise
+                    # It is what became of our own, or no process has written it: then none would
+                    # ever take it away.
+            if stored is not None and _is_another(stored, info):
                 raise Exists(
                     f"peer {info.peer_id} runs already, started later, at {stored.address}: "
-                    "two nodes must not share a data directory"
+                    "two nodes must not share a data directory, or have copies of one"
                 )
 
             async def mine() -> int | None:
@@ -197,12 +278,40 @@ class ClusterOperations(MetadataBase):
         """Say that a storage node leaves in good order; fine if it is not registered."""
         await self.store.txn([], [Delete(self.keys.peer(peer_id))])
 
+    async def forget_peer(self, peer_id: str, revision: int) -> None:
+        """Remove a registration that cannot be read, if it still is the one of that revision.
+
+        Its node, if it runs, registers anew.
+        """
+        key = self.keys.peer(peer_id)
+        await self.store.txn([Compare(key, mod_revision=revision)], [Delete(key)])
+
     async def peers(self) -> list[PeerInfo]:
-        """Storage nodes that are up, by id."""
-        return await self._list(self.keys.under(table.PEER), PeerInfo)
+        """Storage nodes that are up, by id, of which the records can be read."""
+        return (await self.registrations()).peers
+
+    async def registrations(self) -> Registrations:
+        """The same, and which records cannot be read."""
+        under = self.keys.under(table.PEER)
+        found, _ = await self.store.range(under)
+        seen = Registrations([], {}, {})
+        for item in found:
+            peer_id = item.key.removeprefix(under)
+            seen.revisions[peer_id] = item.mod_revision
+            try:
+                info = PeerInfo.decode(item.value, item.key)
+                if info.peer_id != peer_id:
+                    raise Corruption(f"{item.key}: stored PeerInfo is of {info.peer_id}")
+                seen.peers.append(info)
+            except Corruption as error:
+                seen.unread[peer_id] = str(error)
+        return seen
 
     def peers_watch(self) -> AsyncIterator[list[PeerInfo]]:
-        """Storage nodes that are up, by id: at present, then after every change."""
+        """Storage nodes that are up, by id: at present, then after every change.
+
+        One whose record cannot be read any more stays as it was.
+        """
         return Follow(self.watch(self.keys.under(table.PEER)), PeerInfo, list)
 
     async def state(self) -> ClusterState:
@@ -218,10 +327,14 @@ class ClusterOperations(MetadataBase):
         stored = next((item.value for item in items if item.key == self.keys.global_), None)
         if not self._is_ours(stored):
             raise Fenced("this is not the metadata of the cluster to which this process belongs")
-        state = ClusterState(revision, {}, {}, {}, {}, {}, [], [], {})
+        state = ClusterState(revision, {}, {}, {}, {}, {}, [], [], set())
         for number, item in enumerate(items, 1):
             if number % BATCH == 0:
                 await asyncio.sleep(0)
+            known = self._known_marker(item.key)
+            if known is not None:
+                state.deleted.add(known)
+                continue
             row = self.keys.row_of(item.key)
             if row is None:
                 raise Corruption(f"unknown metadata key {item.key}")
@@ -243,8 +356,21 @@ class ClusterOperations(MetadataBase):
                 case VolumeRecord() if row is table.VOLUME:
                     state.volumes[record.id] = record
                 case VolumeRecord():
-                    state.deleted[record.id] = record
+                    state.deleted.add(record.id)
+                    if record.id == int(volume_id, 16):
+                        self._markers_read.add(record.id)
         return state
+
+    def _known_marker(self, key: str) -> int | None:
+        """The volume of which that is the marker, if it has been read before."""
+        if not key.startswith(self._deleted):
+            return None
+        digits = key[len(self._deleted) :]
+        try:
+            volume = int(digits, 16)
+        except ValueError:
+            return None
+        return volume if f"{volume:010x}" == digits and volume in self._markers_read else None
 
     async def _everything(self) -> tuple[list[KeyValue], int]:
         """Every key, and the revision at which that is so.
@@ -284,3 +410,14 @@ class ClusterOperations(MetadataBase):
         if stored is None:
             raise NoGlobalMetadata("the cluster is not initialised: run torusctl init")
         return stored, revision
+
+
+def _is_another(stored: PeerInfo, info: PeerInfo) -> bool:
+    """Whether the process that is registered is not this one, nor one before it.
+
+    Each start of a node on its data has a higher incarnation than the one before. Two that have
+    copies of the same data have the same one.
+    """
+    if stored.incarnation == info.incarnation:
+        return stored.address != info.address
+    return stored.incarnation > info.incarnation

@@ -56,7 +56,8 @@ MINT = Key(
     records.Counter,
     "the volume's sessions",
     False,
-    "Last INode number given out for the volume; never goes back",
+    "Last INode number given out for the volume; never goes back. That of no volume, 0, is made "
+    "before the cluster and goes with it: by it a late init makes no cluster again that was wiped",
 )
 HEAD = Key(
     "heads/ID",
@@ -137,6 +138,8 @@ class Keys:
         self.global_ = prefix + GLOBAL.pattern
         self.ring = prefix + RING.pattern
         self.volume_counter = prefix + VOLUME_COUNTER.pattern
+        self.before_global = self.of(MINT, 0)
+        """Of no volume. Who makes a cluster makes it first, and then compares its revision."""
         self.behind_deleted = self.under(DELETED)[:-1] + chr(ord("/") + 1)
         """No marker of a deleted volume comes after it, and no other family's key before."""
 

@@ -50,16 +50,22 @@ async def join_ring(
     )
 
 
-async def evict(meta: MetadataService, peer_id: str, version: int) -> rings.Ring | None:
+async def evict(
+    meta: MetadataService, peer_id: str, version: int, witness: tuple[str, int]
+) -> rings.Ring | None:
     """Take a member that is not registered out of the ring.
 
     Args:
         meta: the metadata service.
         peer_id: the member.
         version: of the ring on which that was decided.
+        witness: the peer that saw it gone, and the revision of its own registration then. As long
+            as that one stands it has not slept, and whoever asks again as it registers anew takes
+            back what he asked for.
 
     Returns:
-        The ring without it; None if the ring is another by now, or the peer is registered.
+        The ring without it; None if the ring or the witness's registration is another by now, or
+        the peer is registered.
 
     Raises:
         Again, OutcomeUnknown: the metadata cannot be reached.
@@ -70,7 +76,9 @@ async def evict(meta: MetadataService, peer_id: str, version: int) -> rings.Ring
         return None
     following = present.without_peer(peer_id)
     try:
-        await meta.set_ring(rings.marshal(following), following.version, absent=[peer_id])
+        await meta.set_ring(
+            rings.marshal(following), following.version, absent=[peer_id], witnesses=[witness]
+        )
     except CompareFailed:
         return None
     return following

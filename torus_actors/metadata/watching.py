@@ -94,7 +94,8 @@ class Watch(AsyncIterator[Update]):
 class Follow(AsyncIterator[T], Generic[R, T]):
     """The records under a prefix, all of them, at present and after every change.
 
-    A state that cannot be read is passed over, and said: who follows goes on with the last one.
+    A record that cannot be read is passed over, and said: who follows goes on with the last one
+    that was under its key, if there was one, and hears of all others.
 
     Args:
         watch: the watch to follow.
@@ -115,25 +116,45 @@ class Follow(AsyncIterator[T], Generic[R, T]):
         self._key = key
         self._record = record
         self._view = view
-        self._values: dict[str, bytes] = {}
+        self._records: dict[str, R] = {}
+        """The last that could be read of each key that is there."""
+        self._unread: dict[str, bytes] = {}
+        """What is stored instead, where it cannot be read."""
 
     async def __anext__(self) -> T:
         while True:
             update = await anext(self._watch)
-            if update.full:
-                self._values = {item.key: item.value for item in update.items}
-            for event in update.events:
-                if event.kind is EventKind.PUT:
-                    self._values[event.key] = event.value
-                else:
-                    self._values.pop(event.key, None)
-            counted = {self._key} & self._values.keys() if self._key else self._values.keys()
-            try:
-                seen = self._view(
-                    [self._record.decode(self._values[key], key) for key in sorted(counted)]
-                )
-            except Corruption as error:
+            if self._take(update):
+                seen = self._view([self._records[key] for key in sorted(self._records)])
+                if seen is not None:
+                    return seen
+
+    def _take(self, update: Update) -> bool:
+        """Take note of a step; False if there is nothing in it that counts and can be read."""
+        news: list[tuple[str, bytes | None]] = []
+        if update.full:
+            there = {item.key for item in update.items}
+            news += [(key, None) for key in (*self._records, *self._unread) if key not in there]
+            news += [(item.key, item.value) for item in update.items]
+        for event in update.events:
+            news.append((event.key, event.value if event.kind is EventKind.PUT else None))
+        counts = update.full
+        for key, value in news:
+            if self._key in ("", key):
+                counts |= self._put(key, value)
+        return counts
+
+    def _put(self, key: str, value: bytes | None) -> bool:
+        """Take note of what is under a key now; False if it cannot be read."""
+        told = self._unread.pop(key, None)
+        if value is None:
+            self._records.pop(key, None)
+            return True
+        try:
+            self._records[key] = self._record.decode(value, key)
+        except Corruption as error:
+            self._unread[key] = value
+            if value != told:
                 log.error("keeping what was known before: %s", error)
-                continue
-            if seen is not None:
-                return seen
+            return False
+        return True
