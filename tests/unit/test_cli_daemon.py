@@ -111,6 +111,45 @@ def test_who_keeps_asking_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
+def test_signals_are_for_the_process_that_started_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``systemctl stop`` sends them to both, and that one stops the others in order.
+
+    When that has happened, or it is gone, the first signal is not the second time of asking.
+    """
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        reader, writer = os.pipe()
+        kept = os.dup(0)
+        os.dup2(reader, 0)
+        try:
+            stop = Stop(with_parent=True)
+            now = loop.time()
+            monkeypatch.setattr(loop, "time", lambda: now)
+            for _ in range(3):
+                stop._signalled("SIGTERM")
+                now += ONCE_S * 2
+            assert not stop.asked and not ended
+            monkeypatch.undo()
+            monkeypatch.setattr(os, "_exit", ended.append)
+            os.close(writer)
+            await asyncio.wait_for(stop.wait(), 5.0)
+            stop._signalled("SIGTERM")
+            assert not ended
+            monkeypatch.setattr("torus_actors.cli.daemon.ONCE_S", 0.0)
+            stop._signalled("SIGTERM")
+            assert ended == [1]
+        finally:
+            loop.remove_reader(0)
+            os.dup2(kept, 0)
+            os.close(kept)
+            os.close(reader)
+
+    asyncio.run(main())
+
+
 def test_a_daemon_opens_as_many_files_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the usual 1024, NBD clients alone could take all that the journal and peers need."""
     monkeypatch.setattr(daemon, "set_up_logging", lambda *_, **__: None)

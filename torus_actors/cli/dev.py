@@ -1,9 +1,9 @@
 """``torus-node dev``: a cluster of real processes on this machine, kept running.
 
 The first node keeps the metadata; one more process serves volumes over NBD. A process that dies is
-started again, after a pause that grows as long as it keeps dying. They stop when this process
-does: in order if it can tell them, and by themselves, noticing that their standard input was
-closed, if it was killed.
+started again, after a pause that grows as long as it keeps dying. They stop when their standard
+input is closed: in order by this process when it stops, and all at once if it was killed. Signals
+they leave to it.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ class Child:
             start_new_session=True,
         )
         assert process.stdout is not None and process.stderr is not None
+        assert process.stdin is not None
         if self._stopped():
-            process.terminate()
+            process.stdin.close()
         await asyncio.gather(self._listen(process.stdout), self._relay(process.stderr))
         return await process.wait()
 
@@ -159,7 +160,8 @@ class Child:
             return
         process = self._process
         if process is not None and process.returncode is None:
-            process.terminate()
+            assert process.stdin is not None
+            process.stdin.close()
         else:
             self._keeper.cancel()
         done, _ = await asyncio.wait([self._keeper], timeout=patience_s)
