@@ -43,10 +43,8 @@ from torus_actors.cli.profile import (
     save_profiles,
 )
 from torus_actors.cli.units import (
-    format_address,
     format_seconds,
     format_size,
-    parse_address,
     parse_seconds,
     parse_size,
 )
@@ -55,6 +53,7 @@ from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
+from torus_actors.model.addresses import format_address, parse_address
 from torus_actors.model.peers import Peer
 from torus_actors.scenarios.__main__ import main as scenarios
 from torus_actors.scenarios.processes import free_ports
@@ -124,9 +123,20 @@ def test_localhost_has_one_spelling() -> None:
     assert parse_metadata_url("torus://localhost:5/") == "torus://127.0.0.1:5"
 
 
+@pytest.mark.parametrize("text", ["0:0:0:0:0:0:0:1", "0::1", "::0001"])
+def test_an_ipv6_address_has_one_spelling(text: str) -> None:
+    """For the same reason; and what is loopback, or everything, is known to be that."""
+    assert parse_address(f"[{text}]:5") == ("::1", 5)
+    assert parse_metadata_url(f"torus://[{text}]:5/") == "torus://[::1]:5"
+    assert parse_address("[FE80::A%eth0]:5") == ("fe80::a%eth0", 5)
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "host", ":1", "host:", "host:0", "host:65536", "::1:5", "a b:1", "a..b:1", "\udcff:1"],
+    [
+        *("", "host", ":1", "host:", "host:0", "host:65536", "a b:1", "a..b:1", "\udcff:1"),
+        *("::1:5", "[::1:5", "::1]:5", "[[::1]]:5", "[::g]:5", "[host]:5", "[]:5"),
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     """Also an IPv6 address without brackets, whose port nobody could tell."""

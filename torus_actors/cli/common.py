@@ -25,8 +25,9 @@ from torus_actors import __version__
 from torus_actors.aoe.protocol import parse_mac
 from torus_actors.cli.log_floods import FloodGate
 from torus_actors.cli.profile import expanded, profile_value
-from torus_actors.cli.units import parse_address, parse_size
+from torus_actors.cli.units import parse_size
 from torus_actors.errors import Invalid, TorusError
+from torus_actors.model.addresses import format_address, parse_address
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
@@ -148,10 +149,7 @@ def parse_metadata_url(text: str) -> str:
             f"{text!r} is no metadata URL: use torus://HOST:PORT or etcd://HOST:PORT[,HOST:PORT]"
         )
     rest = rest.removesuffix("/")
-    hosts = []
-    for endpoint in rest.split(","):
-        host, port = parse_address(endpoint)
-        hosts.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    hosts = [format_address(parse_address(endpoint)) for endpoint in rest.split(",")]
     if scheme == "torus" and len(hosts) != 1:
         raise ValueError(f"{text!r} must name one node")
     return f"{scheme}://{','.join(hosts)}"

@@ -25,8 +25,9 @@ import uvloop
 from torus_actors.cli.common import LIFECYCLE, Failed, Settings, set_up_logging
 from torus_actors.cli.connect import Connection
 from torus_actors.cli.daemon import Stop, fill_standard_streams
-from torus_actors.cli.units import Address, format_address, format_size
+from torus_actors.cli.units import format_size
 from torus_actors.errors import Again, Exists, Invalid, NoGlobalMetadata
+from torus_actors.model.addresses import Address, format_address
 from torus_actors.model.rings import Ring
 
 HOST = "127.0.0.1"
@@ -261,8 +262,8 @@ class DevCluster:
                     taken = error.errno == errno.EADDRINUSE
                     hint = "stop what listens there, or " if taken else ""
                     raise Exists(
-                        f"cannot listen on {host}:{port}: {error.strerror}; {hint}choose another "
-                        f"with {option}"
+                        f"cannot listen on {format_address((host, port))}: {error.strerror}; "
+                        f"{hint}choose another with {option}"
                     ) from error
 
     async def start(self) -> None:
