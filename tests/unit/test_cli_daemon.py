@@ -111,6 +111,36 @@ def test_who_keeps_asking_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
+def test_who_keeps_asking_is_heard_though_nobody_reads_what_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With ``2>&1 | tee log`` the first Ctrl-C ends tee too.
+
+    Found by review: what is said of the second had no reader, and the process did not end.
+    """
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        stop = Stop()
+        now = loop.time()
+        monkeypatch.setattr(loop, "time", lambda: now)
+        for _ in range(2):
+            stop._signalled("SIGINT")
+            now += ONCE_S * 1.1
+        monkeypatch.undo()
+
+    stderr = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    asyncio.run(main())
+    with pytest.raises(BrokenPipeError):
+        stderr.close()
+    assert ended == [1]
+
+
 def test_signals_are_for_the_process_that_started_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """``systemctl stop`` sends them to both, and that one stops the others in order.
 

@@ -74,7 +74,8 @@ class Stop:
                 return
             if self._on_second is not None:
                 self._on_second()
-            print("stopped at once: asked twice", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # who read it may be gone: Ctrl-C is for tee too
+                print("stopped at once: asked twice", file=sys.stderr, flush=True)
             os._exit(1)
         self._signalled_at = now
         if not self.asked:

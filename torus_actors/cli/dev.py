@@ -9,6 +9,7 @@ they leave to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -110,15 +111,17 @@ class Child:
         pause = BACKOFF_FIRST_S
         while not self._stopped():
             started = loop.time()
-            status = await self._run_once()
+            try:
+                how = _how(await self._run_once())
+            except OSError as error:
+                how = self._last_line = f"cannot be started: {error.strerror}"
             if self._stopped():
                 return
             if not self.ready.is_set():
-                self.failure = self._last_line or f"it ended with status {status}"
+                self.failure = self._last_line or f"it ended ({how})"
                 return
             if loop.time() - started > STEADY_S:
                 pause = BACKOFF_FIRST_S
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
             LIFECYCLE.warning("%s ended (%s): starting it again in %.1f s", self.name, how, pause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, BACKOFF_MAX_S)
@@ -152,7 +155,9 @@ class Child:
             if b" ready on " in line:
                 self.ready.set()
             if self.ready.is_set() and " info " not in text[:32]:
-                print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+                # If nobody reads it, or its disk is full, the process must not stand still for it.
+                with contextlib.suppress(OSError):
+                    print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
     async def stop(self, patience_s: float) -> None:
         """Have it stop in order; kill it if it does not."""
@@ -175,6 +180,11 @@ class Child:
         """End it now."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+
+
+def _how(status: int) -> str:
+    """How a process ended."""
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
 
 
 class DevCluster:
