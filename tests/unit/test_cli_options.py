@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
+import io
 import os
 import random
 import ssl
@@ -373,6 +374,28 @@ def test_a_closed_standard_output_is_a_failure_of_what_only_prints(
         with pytest.raises(SystemExit) as ended:
             run_main(ctl, "prog", command.split())
         assert (ended.value.code, capsys.readouterr().err) == closed
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("utf-8", "x\udcffy"), ("latin-1", "x\u6771y")])
+def test_what_standard_output_cannot_encode_is_shown_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, text: str
+) -> None:
+    """The name of a directory is any bytes, and that of a zone may be in any language.
+
+    Found by review: a dev cluster in such a directory was up, and ended in a traceback.
+    """
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+
+    @click.command()
+    def command() -> None:
+        click.echo(text)
+        print_table(("ZONE",), [(text,)])
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(command, "prog", [])
+    shown = text.encode("ascii", "backslashreplace")
+    assert ended.value.code == 0 and written.getvalue().count(shown) == 2
 
 
 def test_what_standard_output_fails_with_is_told_as_its_error() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import logging
 import math
 import os
@@ -347,6 +348,9 @@ def run_main(command: click.Command, program: str, args: Sequence[str] | None = 
         program: its name, for messages.
         args: instead of ``sys.argv[1:]``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error does: a path, or a zone's name, may have what it cannot encode.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command.main(
             list(args) if args is not None else None,
