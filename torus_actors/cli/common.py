@@ -16,7 +16,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +63,7 @@ class Settings:
     secret_file: str | None = None
     log_level: str | None = None
     verbose: int = 0
+    _read: tuple[str, bytes] | None = field(default=None, repr=False)
 
     def metadata_url(self, default: str = DEFAULT_METADATA) -> str:
         """Option, then environment, then profile, then the default.
@@ -89,7 +90,7 @@ class Settings:
         return level + ["-v"] * self.verbose
 
     def secret(self) -> bytes | None:
-        """The cluster secret, if a file with one is named anywhere.
+        """The cluster secret, if a file with one is named anywhere; read once: it may be a pipe.
 
         Raises:
             Invalid: the file holds none.
@@ -99,6 +100,8 @@ class Settings:
         if not path:
             return None
         path = str(expanded(path))
+        if self._read is not None and self._read[0] == path:
+            return self._read[1]
         with open(path, "rb") as file:
             secret = file.read(SECRET_FILE_BYTES_MAX).strip()
             more = "more than " if file.read(1) else ""
@@ -109,6 +112,7 @@ class Settings:
                 f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}; make one with: "
                 "(umask 077; openssl rand -hex 32 > FILE)"
             )
+        self._read = path, secret
         return secret
 
 
