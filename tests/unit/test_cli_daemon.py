@@ -180,6 +180,30 @@ def test_signals_are_for_the_process_that_started_this_one(monkeypatch: pytest.M
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed_stops_in_order(nohup: bool) -> None:
+    """Unless it was to go on without it.
+
+    Found by review: what a client of NBD had written and not flushed was lost with the terminal.
+    """
+    code = (
+        "import asyncio, os, signal\n"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if nohup else 'SIG_DFL'})\n"
+        "from torus_actors.cli.daemon import Stop\n"
+        "async def main():\n"
+        "    stop = Stop()\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    await asyncio.sleep(0.05)\n"
+        "    print(stop.asked)\n"
+        "asyncio.run(main())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, timeout=60, check=False, stdout=subprocess.PIPE
+    )
+    assert (done.returncode, done.stdout) == (0, b"%r\n" % (not nohup))
+
+
 def test_a_daemon_opens_as_many_files_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the usual 1024, NBD clients alone could take all that the journal and peers need."""
     monkeypatch.setattr(daemon, "set_up_logging", lambda *_, **__: None)

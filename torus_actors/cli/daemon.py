@@ -16,7 +16,8 @@ import uvloop
 
 from torus_actors.cli.common import LIFECYCLE, Failed, Settings, one_line, set_up_logging
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The last one comes when a terminal is closed, or an ssh connection ends."""
 
 ONCE_S = 0.5
 """Signals closer to the first are one with it: timeout(1) passes the one that it gets to its child
@@ -51,7 +52,9 @@ class Stop:
         self._signalled_at: float | None = None
         self._has_parent = with_parent
         for number in SIGNALS:
-            self._loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                # Ignored, it is to go on without the terminal: nohup.
+                self._loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
         if with_parent:
             self._loop.add_reader(0, self._parent_spoke)
 
