@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,31 @@ def test_a_process_goes_on_though_nobody_reads_what_it_logs(
     asyncio.run(main())
     with pytest.raises(BrokenPipeError):
         stderr.close()
+
+
+def test_modules_in_the_current_directory_are_not_taken_for_ours(tmp_path: Path) -> None:
+    """Unless it is from there that this program itself was started, by ``python -m``.
+
+    Found by review: a file ``queue.py`` in the directory in which root called ``torusblk nbd`` ran.
+    """
+    (tmp_path / "click.py").write_text("raise SystemExit('a stranger')")
+    (tmp_path / "other.py").write_text("print('ours')")
+    (tmp_path / "begin.py").write_text(
+        "import subprocess, sys\n"
+        "from torus_actors.machine import command_of\n"
+        "raise SystemExit(subprocess.run(command_of(sys.argv[1]) + sys.argv[2:]).returncode)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for cwd, command in (
+        (tmp_path, ["-P", str(tmp_path / "begin.py"), "torus_actors.cli.node", "--version"]),
+        (tmp_path / "checkout", ["-m", "begin", "other"]),
+    ):
+        if cwd != tmp_path:
+            cwd.mkdir()
+            for name in ("begin.py", "other.py"):
+                (tmp_path / name).rename(cwd / name)
+        done = subprocess.run([sys.executable, *command], cwd=cwd, env=env, timeout=60, check=False)
+        assert done.returncode == 0
 
 
 def test_a_process_that_cannot_be_started_is_tried_again(

@@ -28,6 +28,7 @@ from torus_actors.cli.connect import Connection
 from torus_actors.cli.daemon import Stop, fill_standard_streams
 from torus_actors.cli.units import format_size
 from torus_actors.errors import Again, Exists, Invalid, NoGlobalMetadata
+from torus_actors.machine import command_of
 from torus_actors.model.addresses import Address, format_address
 from torus_actors.model.rings import Ring
 
@@ -89,7 +90,7 @@ class Child:
 
     def __init__(self, name: str, module: str, arguments: list[str]) -> None:
         self.name = name
-        self._command = [sys.executable, "-m", module, *arguments, "--with-parent"]
+        self._command = [*command_of(module), *arguments, "--with-parent"]
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
         self._keeper: asyncio.Task[None] | None = None
