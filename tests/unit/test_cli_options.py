@@ -689,7 +689,9 @@ async def test_a_dev_cluster_whose_first_start_was_cut_off_has_its_copies() -> N
     await meta.close()
 
 
-def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:
+def test_the_banner_of_a_dev_cluster_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """URIs of both kinds, commands with the metadata URL where it is not the default."""
     unix = tmp_path / "a b.sock"
     cluster = DevCluster(dev_config(tmp_path, port=41000, unix_path=unix), Settings())
@@ -704,6 +706,13 @@ def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:
     cluster = DevCluster(dev_config(tmp_path), Settings())
     cluster.replication = 2
     assert "torusctl status" in cluster.banner()
+    # Found by review: what was pasted asked another cluster, or was not let in.
+    monkeypatch.setenv("TORUS_METADATA", "etcd://10.0.0.1:2379")
+    assert "torusctl -C torus://127.0.0.1:40000 status" in cluster.banner()
+    cluster = DevCluster(dev_config(tmp_path, port=41000, secret_file="my secret"), Settings())
+    cluster.replication = 2
+    shown = "torusctl -C torus://127.0.0.1:41000 --secret-file 'my secret' status"
+    assert shown in cluster.banner()
 
 
 @pytest.mark.parametrize(

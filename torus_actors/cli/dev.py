@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -344,12 +345,21 @@ class DevCluster:
         for child in (self.client, *self.nodes):
             child.kill()
 
+    def _is_default(self) -> bool:
+        """Whether commands that are not told otherwise use this cluster."""
+        try:
+            return self.settings.metadata_url() == self.url
+        except Invalid:
+            return False
+
     def banner(self) -> str:
         """What is running, and what to do with it."""
         config = self.config
         name, _ = config.volume
         uri = f"nbd://{format_address(config.nbd)}/{name}"
-        at = "" if config.port == 40000 else f" -C {self.url}"
+        at = "" if self._is_default() else f" -C {self.url}"
+        if config.secret_file is not None:
+            at += f" --secret-file {shlex.quote(config.secret_file)}"
         lines = [
             f"{config.nodes} nodes of {format_size(config.size_bytes)}, replication "
             f"{self.replication}, in {config.directory}",
