@@ -56,6 +56,25 @@ def test_a_process_goes_on_though_nobody_reads_what_it_logs(
         stderr.close()
 
 
+def test_a_process_that_is_killed_before_it_is_up_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a machine without memory. Found by review: told was what it had logged last."""
+    (tmp_path / "victim.py").write_text(
+        "import os, sys\nprint('info: all is well', file=sys.stderr, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    victim = Child("victim", "victim", [])
+
+    async def main() -> None:
+        victim.start()
+        await until(lambda: victim.failure, 20.0)
+
+    asyncio.run(main())
+    assert victim.failure == "killed by SIGKILL"
+
+
 def test_modules_in_the_current_directory_are_not_taken_for_ours(tmp_path: Path) -> None:
     """Unless it is from there that this program itself was started, by ``python -m``.
 

@@ -113,14 +113,18 @@ class Child:
         pause = BACKOFF_FIRST_S
         while not self._stopped():
             started = loop.time()
+            self._last_line = ""
             try:
-                how = _how(await self._run_once())
+                status = await self._run_once()
+                how = f"status {status}"
+                if status < 0:  # what it said before was not the reason
+                    how = self._last_line = f"killed by {signal.Signals(-status).name}"
             except OSError as error:
                 how = self._last_line = f"cannot be started: {error.strerror}"
             if self._stopped():
                 return
             if not self.ready.is_set():
-                self.failure = self._last_line or f"it ended ({how})"
+                self.failure = self._last_line or f"it ended with {how}"
                 return
             if loop.time() - started > STEADY_S:
                 pause = BACKOFF_FIRST_S
@@ -182,11 +186,6 @@ class Child:
         """End it now."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
-
-
-def _how(status: int) -> str:
-    """How a process ended."""
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
 
 
 class DevCluster:
