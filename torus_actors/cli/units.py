@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
 
 # Without ASCII, letters that are s or k in capitals only would do as units too.
@@ -59,7 +60,7 @@ def parse_seconds(text: str) -> float:
     """
     match = _DURATION.fullmatch(text.strip())
     seconds = 0.0 if match is None else float(match["number"]) * _SECONDS[match["unit"].lower()]
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise ValueError(f"{text!r} is no duration: write it as 90s, 10m, 2h or 1d")
     return seconds
 
