@@ -45,6 +45,7 @@ from torus_actors.model.checksums import Buffer, sums_size
 from torus_actors.model.ref_set import RefSet
 from torus_actors.model.refs import BLOCK_REF_SIZE, BlockRef, BlockType
 from torus_actors.runtime import ActorHandle, ActorSystem, LoopActor, Reply, expose
+from torus_actors.runtime.cell import LONG_CALL_S, Cell
 from torus_actors.storage.aio import READ, AioQueue, Transfer
 from torus_actors.storage.disk import Disk, RealDisk
 from torus_actors.storage.mfile import MFileStore
@@ -133,6 +134,7 @@ class OpenStores:
         self.requests = 0
         """Reads, and puts of new blocks, since the stores were opened: how busy clients are."""
         self._idle_flush: asyncio.TimerHandle | None = None
+        self._spreading: asyncio.TimerHandle | None = None
         self._changed_at = 0.0
         self._changed_since = 0.0
         self._vouched: dict[BlockRef, float] = {}
@@ -296,7 +298,21 @@ class OpenStores:
 
     def next_reader(self) -> ActorHandle:
         """The worker that reads and has least to do; none that may be in its call for minutes."""
-        return self.system.actor(min(READERS, key=self.system.load))
+        name = min(READERS, key=self.system.load)
+        if self._spreading is None and self.system.load(name)[1]:
+            self._spreading = self.system.loop.call_later(LONG_CALL_S, self._spread)
+        return self.system.actor(name)
+
+    def _spread(self) -> None:
+        """What waits for a call that has turned out to be long is for another worker."""
+        self._spreading = None
+        cells = [self.system.cells[name] for name in READERS if name in self.system.cells]
+        for cell in cells:
+            other = min(cells, key=Cell.load)
+            if cell.load()[0] and not other.load()[0]:
+                cell.pass_on(other)
+        if any(cell.waiting() for cell in cells):
+            self._spreading = self.system.loop.call_later(LONG_CALL_S, self._spread)
 
     async def verify(self, kind: int, location: Location, cached_too: bool = False) -> bool:
         """Read a block from the disk, or both from there and from the page cache; check every byte.

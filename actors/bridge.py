@@ -32,6 +32,7 @@ from torus_actors.errors import (
     TorusError,
     Unauthenticated,
 )
+from torus_actors.model.addresses import format_address
 from torus_actors.model.buffers import BufferPool
 from torus_actors.runtime import LoopActor, ObjectRef, expose
 from torus_actors.runtime.spinner import Spinner
@@ -118,7 +119,9 @@ class Bridge(LoopActor):
             except OSError as error:
                 # asyncio's own text repeats the address.
                 reason = os.strerror(error.errno).lower() if error.errno else str(error)
-                raise Invalid(f"cannot listen on {host}:{port}: {reason}") from error
+                raise Invalid(
+                    f"cannot listen on {format_address((host, port))}: {reason}"
+                ) from error
             self._servers.append(server)
             self._listening = server.sockets[0].getsockname()[:2]
         cluster = self.system.heirlooms.get("cluster_id")

@@ -18,6 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from torus_actors.errors import Invalid, TorusError
+from torus_actors.model.addresses import format_address
 from torus_actors.runtime import LoopActor, expose
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class HttpServer(LoopActor):
         except OSError as error:
             reason = os.strerror(error.errno).lower() if error.errno else str(error)
             raise Invalid(
-                f"cannot serve HTTP on {host}:{port}: {reason}; choose another --http"
+                f"cannot serve HTTP on {self.address()}: {reason}; choose another --http"
             ) from error
 
     async def cleanup(self) -> None:
@@ -88,8 +89,7 @@ class HttpServer(LoopActor):
     @expose()
     def address(self) -> str:
         """Where it listens."""
-        host, port = self._listen
-        return f"{host}:{port}"
+        return format_address(self._listen)
 
     async def _ask(self) -> dict[str, Any]:
         answer: dict[str, Any] = await self.system.actor("control").status.remote(

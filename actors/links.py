@@ -23,6 +23,7 @@ from torus_actors.errors import (
     ProtocolError,
     TorusError,
 )
+from torus_actors.model.addresses import format_address
 from torus_actors.model.buffers import BufferPool
 from torus_actors.runtime import ObjectRef, Reply
 from torus_actors.runtime.messages import Call
@@ -148,7 +149,7 @@ class Link(asyncio.BufferedProtocol):
         transport = self._transport
         name = transport.get_extra_info("peername") if transport is not None else None
         if isinstance(name, tuple):
-            return f"{name[0]}:{name[1]}"
+            return format_address(name[:2])
         return "?" if name is None else "this machine"
 
     # -- asyncio's callbacks ---------------------------------------------------------------------

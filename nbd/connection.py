@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torus_actors.errors import Closed, TorusError
+from torus_actors.model.addresses import format_address
 from torus_actors.model.buffers import BufferPool
 from torus_actors.nbd import handshake as hs
 from torus_actors.nbd.protocol import errno_of
@@ -222,7 +223,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         loop = asyncio.get_running_loop()
         self.lost = loop.create_future()
         peer = transport.get_extra_info("peername")
-        self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix socket"
+        self.peer = format_address(peer[:2]) if isinstance(peer, tuple) else "unix socket"
         if len(self._state.connections) >= CONNECTIONS_MAX and not self._state.make_room():
             log.warning("NBD client %s refused: %d connections", self.peer, CONNECTIONS_MAX)
             self._transport.abort()

@@ -15,15 +15,15 @@ import errno
 import os
 import re
 import socket
-import sys
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 
 from torus_actors.errors import Exists, Invalid, TorusError
+from torus_actors.machine import command_of
 from torus_actors.nbd import keeper
 from torus_actors.nbd.requests import ExportInfo
 
-KEEPER = (sys.executable, "-m", "torus_actors.nbd.keeper")
+KEEPER = tuple(command_of("torus_actors.nbd.keeper"))
 
 KEEPER_S_MAX = 5.0
 """The kernel ends a device at once."""

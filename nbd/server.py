@@ -11,6 +11,7 @@ import stat
 import weakref
 
 from torus_actors.errors import Exists, Invalid, TorusError
+from torus_actors.model.addresses import format_address
 from torus_actors.nbd.connection import NbdConnection, NbdState, TlsSettings
 from torus_actors.nbd.requests import Exports
 
@@ -127,8 +128,7 @@ async def serve(
         assert host is not None
         sock = await _bind_tcp(host, port)
         bound = sock.getsockname()
-        shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        listener = NbdListener(state, f"{shown}:{bound[1]}")
+        listener = NbdListener(state, format_address(bound[:2]))
     await listener._start(sock, tls)
     state.listeners.append(listener)
     return listener
@@ -139,7 +139,9 @@ async def _bind_tcp(host: str, port: int) -> socket.socket:
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        raise Invalid(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        raise Invalid(
+            f"cannot listen on {format_address((host, port))}: {error.strerror}"
+        ) from error
     family, kind, proto, _, address = found[0]
     sock = socket.socket(family, kind, proto)
     try:
@@ -151,7 +153,7 @@ async def _bind_tcp(host: str, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise _cannot_listen(f"{host}:{port}", error) from error
+        raise _cannot_listen(format_address((host, port)), error) from error
     return sock
 
 

@@ -15,12 +15,11 @@ from torus_actors.actors.control import Control
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
 from torus_actors.actors.replicator import ReadLevel, WriteLevel
 from torus_actors.actors.ring_watcher import ClusterView
-from torus_actors.errors import Unauthenticated
 from torus_actors.machine import REAL_MACHINE, Machine
 from torus_actors.metadata.patience import patiently
 from torus_actors.process import DEFAULT_METADATA, Addr, AoeConfig, NbdConfig, Process, store_opener
 from torus_actors.runtime import ChildSpec
-from torus_actors.wire.hello import Role
+from torus_actors.wire.hello import Role, shut_out
 
 ADMITTED_S_MAX = 1.0
 """How long a client waits to learn whether nodes let it in; one that answers is enough."""
@@ -106,9 +105,7 @@ class Client(Process):
                 break  # all of them refuse, or all of them are down
             await asyncio.sleep(ADMITTED_LOOK_S)
         if refusals and len(refusals) >= others:
-            raise Unauthenticated(
-                f"no node talks to this process: {refusals[0]}; give the --secret-file of the nodes"
-            )
+            raise shut_out("no node talks to this process", refusals)
 
 
 async def start_client(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,23 @@ from pathlib import Path
 from torus_actors.runtime.actor import BlockingDelay
 from torus_actors.runtime.spinner import SPIN_S
 from torus_actors.storage.disk import Disk, RealDisk
+
+
+def command_of(module: str) -> list[str]:
+    """The command that runs a module of this program in a process of its own.
+
+    It looks for modules where this one does. Python itself would first look in the current
+    directory, where anybody may have put a ``queue.py``; ``torusblk nbd`` is run by root.
+    """
+    return [sys.executable, *([] if _looks_here() else ["-P"]), "-m", module]
+
+
+def _looks_here() -> bool:
+    """Whether modules are taken from the current directory: python -m, in a checkout."""
+    try:
+        return not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]
+    except OSError:  # it was removed
+        return False
 
 
 def _process_name() -> str:

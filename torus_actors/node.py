@@ -58,6 +58,7 @@ from torus_actors.metadata.patience import patiently
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.ring_changes import join_ring
 from torus_actors.model import rings
+from torus_actors.model.addresses import format_address
 from torus_actors.model.peers import Peer
 from torus_actors.process import (
     DEFAULT_METADATA,
@@ -126,9 +127,7 @@ class NodeConfig:
 
 def is_embedded(metadata: str, listen: Addr) -> bool:
     """Whether a metadata URL names the node that listens there."""
-    host, port = listen
-    host = f"[{host}]" if ":" in host else host
-    return metadata in (f"torus://{host}:{port}", f"torus://{host}:{port}/")
+    return metadata.removesuffix("/") == f"torus://{format_address(listen)}"
 
 
 class StorageNode(Process):
@@ -145,10 +144,9 @@ class StorageNode(Process):
     def peer_info(self) -> PeerInfo:
         """This node as the others see it."""
         assert self.stores is not None
-        host, port = self.config.advertise or self.config.listen
         return PeerInfo(
             peer_id=self.system.node_id,
-            address=f"{host}:{port}",
+            address=format_address(self.config.advertise or self.config.listen),
             zone=self.config.zone,
             capacity_bytes=self.capacity_bytes,
             version=__version__,

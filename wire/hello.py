@@ -42,6 +42,9 @@ _LABELS: Final = {
     "dial": b"torus-actors hello: the dialing side\0",
     "accept": b"torus-actors hello: the accepting side\0",
 }
+_OTHER_CLUSTER: Final = " belongs to cluster "
+_HAS_SECRET: Final = " has a cluster secret, "
+"""By these it is known what to do about a refusal: all that the other side sends is its text."""
 _UINT64_MAX: Final = 2**64 - 1
 _VERSION_MAX: Final = 2**16 - 1
 _REFUSALS: Final[dict[str, type[TorusError]]] = {
@@ -243,10 +246,10 @@ class Hello:
             raise Unauthenticated("the nonce of this side came back as the other side's")
         ours = self._identity.cluster
         if ours is not None and them.cluster is not None and ours != them.cluster:
-            raise Unauthenticated(f"{name} belongs to cluster {them.cluster}, not {ours}")
+            raise Unauthenticated(f"{name}{_OTHER_CLUSTER}{them.cluster}, not {ours}")
         if body.secured and self._secret is None:
             raise Unauthenticated(
-                f"{name} has a cluster secret, {self._identity.role} {self._identity.node} has none"
+                f"{name}{_HAS_SECRET}{self._identity.role} {self._identity.node} has none"
             )
         if self._secret is not None and not body.secured:
             raise Unauthenticated(
@@ -289,6 +292,23 @@ class Hello:
                 raise ProtocolError(f"{name} sent a proof without having a cluster secret")
         elif proof is None or not hmac.compare_digest(expected, proof):
             raise Unauthenticated(f"{name} does not know the secret of this cluster")
+
+
+def shut_out(what: str, reasons: Sequence[str]) -> Unauthenticated:
+    """What a person is told who was refused, and what to do about it.
+
+    Args:
+        what: was refused, or does not answer.
+        reasons: texts of what the handshakes raised here; at least one.
+    """
+    # Where some nodes are of another cluster, the secret is what keeps the others away.
+    reason = next((each for each in reasons if _OTHER_CLUSTER not in each), reasons[0])
+    advice = "; give the --secret-file of the nodes"
+    if _OTHER_CLUSTER in reason:
+        advice = ""
+    elif _HAS_SECRET in reason:
+        advice = "; leave out the --secret-file: the nodes have none"
+    return Unauthenticated(f"{what}: {reason}{advice}")
 
 
 def _frame(step: str, body: bytes, proof: bytes | None) -> list[Buffer]:

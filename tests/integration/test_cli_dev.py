@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from tests.integration.cluster import (
     need,
     until,
 )
+from torus_actors.scenarios.nbd_client import NbdClient
 
 MIB = 1 << 20
 
@@ -106,6 +108,40 @@ def test_data_outlives_a_stop_in_order(tmp_path: Path) -> None:
 
         dev.kill()
         until(lambda: processes_of(tmp_path) == {}, "orphans end by themselves")
+    finally:
+        dev.kill()
+
+
+def test_a_signal_to_all_of_it_stops_it_in_order(tmp_path: Path) -> None:
+    """As by ``systemctl stop``, which sends SIGTERM to each process of a service at once.
+
+    Found by review: the nodes ended, and were started again, while the client had still to write
+    what it held; to be stopped in order was then the second time that it was asked.
+    """
+    need("nbdcopy")
+    dev = Dev(tmp_path)
+    chunks = [random.Random(number).randbytes(4096) for number in range(3000)]
+
+    async def write_and_stop() -> None:
+        client = await NbdClient.connect(dev.socket, "demo")
+        for number, chunk in enumerate(chunks):
+            await client.write(number * 10240, chunk)
+        for pid in processes_of(tmp_path):
+            os.kill(pid, signal.SIGTERM)
+        await client.abandon()
+
+    dev.start()
+    try:
+        asyncio.run(write_and_stop())
+        assert dev.wait() == 0, dev.output
+        assert "ended (" not in dev.output and "does not stop" not in dev.output, dev.output
+        assert processes_of(tmp_path) == {}
+        dev.start()
+        copy = tmp_path / "copy"
+        subprocess.run(["nbdcopy", dev.uri, str(copy)], check=True, timeout=30)
+        data = copy.read_bytes()
+        for number, chunk in enumerate(chunks):
+            assert data[number * 10240 : number * 10240 + 4096] == chunk
     finally:
         dev.kill()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -39,20 +40,34 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
+def need_address(host: str) -> None:
+    """Skip where this machine has no such address."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        try:
+            sock.bind((host, 0))
+        except OSError as error:
+            pytest.skip(f"{host}: {error.strerror}")
+
+
 def one_line(text: str) -> bool:
     """Whether it is one whole line."""
     return text.count("\n") == 1 and text.endswith("\n")
 
 
-def test_a_fresh_node_is_a_cluster_of_its_own(tmp_path: Path) -> None:
-    """No metadata, no ring, no data directory are needed: the node makes them, and is healthy."""
-    port = free_ports(1)
-    arguments = command("torus-node", "start", "--size", "64MiB", "--listen", f"127.0.0.1:{port}")
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_fresh_node_is_a_cluster_of_its_own(tmp_path: Path, host: str) -> None:
+    """No metadata, no ring, no data directory are needed: the node makes them, and is healthy.
+
+    Where it can be asked is shown as it is typed.
+    """
+    need_address(host.strip("[]"))
+    at = f"{host}:{free_ports(1)}"
+    arguments = command("torus-node", "start", "--size", "64MiB", "--listen", at)
     node = Process("fresh", arguments, tmp_path, " ready on ").start()
     try:
         assert (tmp_path / "data" / "torus-actors" / "node" / "node.json").exists()
         done = subprocess.run(
-            command("torusctl", "status", "--json", "-C", f"torus://127.0.0.1:{port}"),
+            command("torusctl", "status", "--json", "-C", f"torus://{at}"),
             capture_output=True,
             env=environment(tmp_path),
             check=True,
@@ -61,6 +76,7 @@ def test_a_fresh_node_is_a_cluster_of_its_own(tmp_path: Path) -> None:
         assert report["replication"] == 1 and report["ring_members"] == 1
         assert report["problems"] == []
         assert [peer["up"] for peer in report["peers"]] == [True]
+        assert [peer["address"] for peer in report["peers"]] == [at]
     finally:
         assert node.stop(signal.SIGINT) == 0
     assert node.output.count("\n") == 3, node.output

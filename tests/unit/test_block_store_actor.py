@@ -764,6 +764,23 @@ async def test_a_read_that_hangs_holds_up_no_other(asked: int) -> None:
 
 
 @virtual
+async def test_reads_that_came_before_one_was_known_to_hang_are_read_by_the_other() -> None:
+    """They wait behind it already when the time is over after which nobody waits there any more."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        for n in range(12):
+            await put(node, ref_of(n), b"x" * BLOCK)
+        node.blocking_s["check"] = 300.0
+        node.disks[0].miss_percent = 100
+        verifying = asyncio.ensure_future(node.opened.verify(0, node.stores[0].locate(ref_of(0))))
+        await asyncio.sleep(0.01)
+        async with asyncio.timeout(1.0):
+            reading = [read(node, (ref_of(n), 0, 4096)) for n in range(12)]
+            assert await asyncio.gather(*reading) == 12 * [[(Status.OK, b"x" * 4096)]]
+        assert not verifying.done() and await verifying
+
+
+@virtual
 async def test_a_copy_that_only_the_page_cache_has_wrong_is_replaced() -> None:
     """Who read it wrong says so, and would read it wrong again for as long as the cache has it.
 

@@ -111,6 +111,99 @@ def test_who_keeps_asking_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
+def test_who_keeps_asking_is_heard_though_nobody_reads_what_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With ``2>&1 | tee log`` the first Ctrl-C ends tee too.
+
+    Found by review: what is said of the second had no reader, and the process did not end.
+    """
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        stop = Stop()
+        now = loop.time()
+        monkeypatch.setattr(loop, "time", lambda: now)
+        for _ in range(2):
+            stop._signalled("SIGINT")
+            now += ONCE_S * 1.1
+        monkeypatch.undo()
+
+    stderr = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    asyncio.run(main())
+    with pytest.raises(BrokenPipeError):
+        stderr.close()
+    assert ended == [1]
+
+
+def test_signals_are_for_the_process_that_started_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``systemctl stop`` sends them to both, and that one stops the others in order.
+
+    When that has happened, or it is gone, the first signal is not the second time of asking.
+    """
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        reader, writer = os.pipe()
+        kept = os.dup(0)
+        os.dup2(reader, 0)
+        try:
+            stop = Stop(with_parent=True)
+            now = loop.time()
+            monkeypatch.setattr(loop, "time", lambda: now)
+            for _ in range(3):
+                stop._signalled("SIGTERM")
+                now += ONCE_S * 2
+            assert not stop.asked and not ended
+            monkeypatch.undo()
+            monkeypatch.setattr(os, "_exit", ended.append)
+            os.close(writer)
+            await asyncio.wait_for(stop.wait(), 5.0)
+            stop._signalled("SIGTERM")
+            assert not ended
+            monkeypatch.setattr("torus_actors.cli.daemon.ONCE_S", 0.0)
+            stop._signalled("SIGTERM")
+            assert ended == [1]
+        finally:
+            loop.remove_reader(0)
+            os.dup2(kept, 0)
+            os.close(kept)
+            os.close(reader)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed_stops_in_order(nohup: bool) -> None:
+    """Unless it was to go on without it.
+
+    Found by review: what a client of NBD had written and not flushed was lost with the terminal.
+    """
+    code = (
+        "import asyncio, os, signal\n"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if nohup else 'SIG_DFL'})\n"
+        "from torus_actors.cli.daemon import Stop\n"
+        "async def main():\n"
+        "    stop = Stop()\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    await asyncio.sleep(0.05)\n"
+        "    print(stop.asked)\n"
+        "asyncio.run(main())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, timeout=60, check=False, stdout=subprocess.PIPE
+    )
+    assert (done.returncode, done.stdout) == (0, b"%r\n" % (not nohup))
+
+
 def test_a_daemon_opens_as_many_files_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the usual 1024, NBD clients alone could take all that the journal and peers need."""
     monkeypatch.setattr(daemon, "set_up_logging", lambda *_, **__: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
+import io
 import os
 import random
 import ssl
@@ -43,10 +44,8 @@ from torus_actors.cli.profile import (
     save_profiles,
 )
 from torus_actors.cli.units import (
-    format_address,
     format_seconds,
     format_size,
-    parse_address,
     parse_seconds,
     parse_size,
 )
@@ -55,6 +54,7 @@ from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
+from torus_actors.model.addresses import format_address, parse_address
 from torus_actors.model.peers import Peer
 from torus_actors.scenarios.__main__ import main as scenarios
 from torus_actors.scenarios.processes import free_ports
@@ -124,9 +124,20 @@ def test_localhost_has_one_spelling() -> None:
     assert parse_metadata_url("torus://localhost:5/") == "torus://127.0.0.1:5"
 
 
+@pytest.mark.parametrize("text", ["0:0:0:0:0:0:0:1", "0::1", "::0001"])
+def test_an_ipv6_address_has_one_spelling(text: str) -> None:
+    """For the same reason; and what is loopback, or everything, is known to be that."""
+    assert parse_address(f"[{text}]:5") == ("::1", 5)
+    assert parse_metadata_url(f"torus://[{text}]:5/") == "torus://[::1]:5"
+    assert parse_address("[FE80::A%eth0]:5") == ("fe80::a%eth0", 5)
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "host", ":1", "host:", "host:0", "host:65536", "::1:5", "a b:1", "a..b:1", "\udcff:1"],
+    [
+        *("", "host", ":1", "host:", "host:0", "host:65536", "a b:1", "a..b:1", "\udcff:1"),
+        *("::1:5", "[::1:5", "::1]:5", "[[::1]]:5", "[::g]:5", "[host]:5", "[]:5"),
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     """Also an IPv6 address without brackets, whose port nobody could tell."""
@@ -304,7 +315,9 @@ def test_a_secret_that_comes_through_a_pipe_is_not_everybodys(
     os.fchmod(read, 0o666)
     os.write(write, b"0123456789abcdef\n")
     os.close(write)
-    assert Settings(secret_file=f"/dev/fd/{read}").secret() == b"0123456789abcdef"
+    settings = Settings(secret_file=f"/dev/fd/{read}")
+    # Some commands need it twice. Found by review: they failed when half was done.
+    assert settings.secret() == settings.secret() == b"0123456789abcdef"
     os.close(read)
     assert capsys.readouterr().err == ""
 
@@ -363,6 +376,28 @@ def test_a_closed_standard_output_is_a_failure_of_what_only_prints(
         with pytest.raises(SystemExit) as ended:
             run_main(ctl, "prog", command.split())
         assert (ended.value.code, capsys.readouterr().err) == closed
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("utf-8", "x\udcffy"), ("latin-1", "x\u6771y")])
+def test_what_standard_output_cannot_encode_is_shown_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, text: str
+) -> None:
+    """The name of a directory is any bytes, and that of a zone may be in any language.
+
+    Found by review: a dev cluster in such a directory was up, and ended in a traceback.
+    """
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+
+    @click.command()
+    def command() -> None:
+        click.echo(text)
+        print_table(("ZONE",), [(text,)])
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(command, "prog", [])
+    shown = text.encode("ascii", "backslashreplace")
+    assert ended.value.code == 0 and written.getvalue().count(shown) == 2
 
 
 def test_what_standard_output_fails_with_is_told_as_its_error() -> None:
@@ -654,7 +689,9 @@ async def test_a_dev_cluster_whose_first_start_was_cut_off_has_its_copies() -> N
     await meta.close()
 
 
-def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:
+def test_the_banner_of_a_dev_cluster_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """URIs of both kinds, commands with the metadata URL where it is not the default."""
     unix = tmp_path / "a b.sock"
     cluster = DevCluster(dev_config(tmp_path, port=41000, unix_path=unix), Settings())
@@ -669,6 +706,13 @@ def test_the_banner_of_a_dev_cluster_can_be_pasted(tmp_path: Path) -> None:
     cluster = DevCluster(dev_config(tmp_path), Settings())
     cluster.replication = 2
     assert "torusctl status" in cluster.banner()
+    # Found by review: what was pasted asked another cluster, or was not let in.
+    monkeypatch.setenv("TORUS_METADATA", "etcd://10.0.0.1:2379")
+    assert "torusctl -C torus://127.0.0.1:40000 status" in cluster.banner()
+    cluster = DevCluster(dev_config(tmp_path, port=41000, secret_file="my secret"), Settings())
+    cluster.replication = 2
+    shown = "torusctl -C torus://127.0.0.1:41000 --secret-file 'my secret' status"
+    assert shown in cluster.banner()
 
 
 @pytest.mark.parametrize(
@@ -679,7 +723,9 @@ def test_times_are_read_as_people_write_them(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "0m", "-5s", "5 weeks", "ten", "1h30m", "20\u017f"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0m", "-5s", "5 weeks", "ten", "1h30m", "20\u017f", "9" * 310]
+)
 def test_what_is_no_time_is_refused(text: str) -> None:
     """With a text that says how to write one."""
     with pytest.raises(ValueError, match="10m"):

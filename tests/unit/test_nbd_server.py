@@ -19,6 +19,7 @@ import uvloop
 from tests.unit.runtime_harness import system_of
 from torus_actors.actors.nbd_server import NbdAddress, NbdServer
 from torus_actors.errors import Exists, Invalid, Locked, OutOfSpace
+from torus_actors.model.addresses import parse_address
 from torus_actors.nbd import connection as conn
 from torus_actors.nbd import protocol as p
 from torus_actors.nbd import transmission as tr
@@ -637,6 +638,26 @@ def test_stale_socket_is_replaced_a_live_one_refused(run: Callable[[Test], None]
             await serve(One(Held()), path=str(folder / "no" / "such" / "folder"))
         with pytest.raises(Invalid):
             await serve(One(Held()))
+
+    run(body)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_addresses_are_shown_as_they_are_typed(run: Callable[[Test], None], host: str) -> None:
+    """That of the listener, and those of its clients."""
+
+    async def body(_: Path) -> None:
+        try:
+            listener = await serve(One(Held()), host=host)
+        except Invalid as error:
+            pytest.skip(str(error))
+        reader, writer = await asyncio.open_connection(*parse_address(listener.address))
+        await reader.readexactly(8)
+        (peer,) = [connection.peer for connection in listener.state.connections]
+        ours = tuple(writer.get_extra_info("sockname")[:2])
+        writer.close()
+        await listener.close()
+        assert parse_address(peer) == ours and ours[0] == host
 
     run(body)
 

@@ -7,7 +7,7 @@ import pytest
 from torus_actors.errors import Invalid, ProtocolError, TorusError, Unauthenticated
 from torus_actors.wire.codec import pack, unpack
 from torus_actors.wire.frames import Buffer, Frame, FrameDecoder, Kind, encode
-from torus_actors.wire.hello import Hello, Identity, Role
+from torus_actors.wire.hello import Hello, Identity, Role, shut_out
 from torus_actors.wire.limits import HELLO_MAX
 
 SECRET = b"sixteen or more bytes"
@@ -99,6 +99,30 @@ def test_another_cluster_is_refused() -> None:
         assert type(failure) is Unauthenticated
         assert "client dial-1 belongs to cluster blue, not red" in str(failure)
     assert "refused by the other side" in str(failures[0])
+
+
+def test_who_is_shut_out_learns_what_to_do() -> None:
+    """The nodes' secret helps where secrets differ, and nowhere else.
+
+    Found by review: a client that met nodes of another cluster was told to give their secret.
+    """
+    told = {}
+    for case, dial, accept in (
+        ("wrong", make("dial", secret=OTHER_SECRET), make("accept", secret=SECRET)),
+        ("none", make("dial", secret=None), make("accept", secret=SECRET)),
+        ("needless", make("dial", secret=SECRET), make("accept", secret=None)),
+        ("elsewhere", make("dial", cluster="blue"), make("accept", cluster="red")),
+    ):
+        told[case] = str(shake(dial, accept)[0])
+    wrong, none, needless, elsewhere = told.values()
+    for reasons, advice in (
+        ([wrong], f"{wrong}; give the --secret-file of the nodes"),
+        ([none], f"{none}; give the --secret-file of the nodes"),
+        ([needless], f"{needless}; leave out the --secret-file: the nodes have none"),
+        ([elsewhere], elsewhere),
+        ([elsewhere, none], f"{none}; give the --secret-file of the nodes"),
+    ):
+        assert str(shut_out("nobody answers", reasons)) == f"nobody answers: {advice}"
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ from torus_actors.cli.common import (
     version_option,
     warn_of_strangers,
 )
-from torus_actors.cli.units import Address, format_address
 from torus_actors.errors import Invalid, TorusError
+from torus_actors.model.addresses import Address, format_address
 
 if TYPE_CHECKING:
     import ssl

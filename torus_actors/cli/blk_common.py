@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from torus_actors.cli.common import ADDRESS, SIZE, Failed, Seconds, Settings, lease_option
-from torus_actors.cli.units import Address
 from torus_actors.errors import Again, Locked
+from torus_actors.model.addresses import Address
 
 if TYPE_CHECKING:
     from torus_actors.client import Client, ClientConfig

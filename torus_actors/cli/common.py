@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,8 +26,9 @@ from torus_actors import __version__
 from torus_actors.aoe.protocol import parse_mac
 from torus_actors.cli.log_floods import FloodGate
 from torus_actors.cli.profile import expanded, profile_value
-from torus_actors.cli.units import parse_address, parse_size
+from torus_actors.cli.units import parse_size
 from torus_actors.errors import Invalid, TorusError
+from torus_actors.model.addresses import format_address, parse_address
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
@@ -61,6 +63,7 @@ class Settings:
     secret_file: str | None = None
     log_level: str | None = None
     verbose: int = 0
+    _read: tuple[str, bytes] | None = field(default=None, repr=False)
 
     def metadata_url(self, default: str = DEFAULT_METADATA) -> str:
         """Option, then environment, then profile, then the default.
@@ -87,7 +90,7 @@ class Settings:
         return level + ["-v"] * self.verbose
 
     def secret(self) -> bytes | None:
-        """The cluster secret, if a file with one is named anywhere.
+        """The cluster secret, if a file with one is named anywhere; read once: it may be a pipe.
 
         Raises:
             Invalid: the file holds none.
@@ -97,6 +100,8 @@ class Settings:
         if not path:
             return None
         path = str(expanded(path))
+        if self._read is not None and self._read[0] == path:
+            return self._read[1]
         with open(path, "rb") as file:
             secret = file.read(SECRET_FILE_BYTES_MAX).strip()
             more = "more than " if file.read(1) else ""
@@ -107,6 +112,7 @@ class Settings:
                 f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}; make one with: "
                 "(umask 077; openssl rand -hex 32 > FILE)"
             )
+        self._read = path, secret
         return secret
 
 
@@ -148,10 +154,7 @@ def parse_metadata_url(text: str) -> str:
             f"{text!r} is no metadata URL: use torus://HOST:PORT or etcd://HOST:PORT[,HOST:PORT]"
         )
     rest = rest.removesuffix("/")
-    hosts = []
-    for endpoint in rest.split(","):
-        host, port = parse_address(endpoint)
-        hosts.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    hosts = [format_address(parse_address(endpoint)) for endpoint in rest.split(",")]
     if scheme == "torus" and len(hosts) != 1:
         raise ValueError(f"{text!r} must name one node")
     return f"{scheme}://{','.join(hosts)}"
@@ -349,6 +352,9 @@ def run_main(command: click.Command, program: str, args: Sequence[str] | None = 
         program: its name, for messages.
         args: instead of ``sys.argv[1:]``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error does: a path, or a zone's name, may have what it cannot encode.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command.main(
             list(args) if args is not None else None,

@@ -18,7 +18,6 @@ from torus_actors import __version__
 from torus_actors.actors.bridge import Bridge, BridgeConfig
 from torus_actors.actors.metadata import ActorStore, MetadataActor
 from torus_actors.cli.common import Settings
-from torus_actors.cli.units import format_address, parse_address
 from torus_actors.errors import (
     ActorNotFound,
     Again,
@@ -32,6 +31,7 @@ from torus_actors.metadata.patience import Backoff, refusal
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
+from torus_actors.model.addresses import format_address, parse_address
 from torus_actors.model.rings import Ring
 from torus_actors.runtime import ActorSystem, ChildSpec, SupervisorSpec
 from torus_actors.wire.hello import Identity, Role

@@ -16,7 +16,8 @@ import uvloop
 
 from torus_actors.cli.common import LIFECYCLE, Failed, Settings, one_line, set_up_logging
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The last one comes when a terminal is closed, or an ssh connection ends."""
 
 ONCE_S = 0.5
 """Signals closer to the first are one with it: timeout(1) passes the one that it gets to its child
@@ -36,8 +37,9 @@ class Stop:
     """Set by the first signal. A second one, a moment later, ends the process at once.
 
     Args:
-        with_parent: also stop when standard input is closed: the process that started this one
-            is gone.
+        with_parent: stop when standard input is closed: the process that started this one wants
+            that, or is gone. Until then signals are left to it: who stops all of a service sends
+            them to each process at once, and only that one knows in which order they stop.
         on_second: called before that end.
     """
 
@@ -47,9 +49,12 @@ class Stop:
         self._on_second = on_second
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
-        self._signalled_at = 0.0
+        self._signalled_at: float | None = None
+        self._has_parent = with_parent
         for number in SIGNALS:
-            self._loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                # Ignored, it is to go on without the terminal: nohup.
+                self._loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
         if with_parent:
             self._loop.add_reader(0, self._parent_spoke)
 
@@ -63,23 +68,29 @@ class Stop:
         await self._asked.wait()
 
     def _signalled(self, name: str) -> None:
-        if self.asked:
-            if self._loop.time() - self._signalled_at < ONCE_S:
+        if self._has_parent:
+            LIFECYCLE.debug("%s: that is for the process that started this one", name)
+            return
+        now = self._loop.time()
+        if self._signalled_at is not None:
+            if now - self._signalled_at < ONCE_S:
                 return
             if self._on_second is not None:
                 self._on_second()
-            print("stopped at once: asked twice", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # who read it may be gone: Ctrl-C is for tee too
+                print("stopped at once: asked twice", file=sys.stderr, flush=True)
             os._exit(1)
-        LIFECYCLE.info("%s: stopping", name)
-        self._signalled_at = self._loop.time()
-        self._asked.set()
+        self._signalled_at = now
+        if not self.asked:
+            LIFECYCLE.info("%s: stopping", name)
+            self._asked.set()
 
     def _parent_spoke(self) -> None:
         if not os.read(0, 4096):
             self._loop.remove_reader(0)
-            if not self.asked:
-                LIFECYCLE.info("the process that started this one is gone: stopping")
-                self._asked.set()
+            self._has_parent = False
+            LIFECYCLE.info("the process that started this one has closed standard input: stopping")
+            self._asked.set()
 
     async def unless(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Do some work, unless it is time to stop before it is done: then the result is None.

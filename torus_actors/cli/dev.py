@@ -1,16 +1,18 @@
 """``torus-node dev``: a cluster of real processes on this machine, kept running.
 
 The first node keeps the metadata; one more process serves volumes over NBD. A process that dies is
-started again, after a pause that grows as long as it keeps dying. They stop when this process
-does: in order if it can tell them, and by themselves, noticing that their standard input was
-closed, if it was killed.
+started again, after a pause that grows as long as it keeps dying. They stop when their standard
+input is closed: in order by this process when it stops, and all at once if it was killed. Signals
+they leave to it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -25,8 +27,10 @@ import uvloop
 from torus_actors.cli.common import LIFECYCLE, Failed, Settings, set_up_logging
 from torus_actors.cli.connect import Connection
 from torus_actors.cli.daemon import Stop, fill_standard_streams
-from torus_actors.cli.units import Address, format_address, format_size
+from torus_actors.cli.units import format_size
 from torus_actors.errors import Again, Exists, Invalid, NoGlobalMetadata
+from torus_actors.machine import command_of
+from torus_actors.model.addresses import Address, format_address
 from torus_actors.model.rings import Ring
 
 HOST = "127.0.0.1"
@@ -87,7 +91,7 @@ class Child:
 
     def __init__(self, name: str, module: str, arguments: list[str]) -> None:
         self.name = name
-        self._command = [sys.executable, "-m", module, *arguments, "--with-parent"]
+        self._command = [*command_of(module), *arguments, "--with-parent"]
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
         self._keeper: asyncio.Task[None] | None = None
@@ -109,15 +113,21 @@ class Child:
         pause = BACKOFF_FIRST_S
         while not self._stopped():
             started = loop.time()
-            status = await self._run_once()
+            self._last_line = ""
+            try:
+                status = await self._run_once()
+                how = f"status {status}"
+                if status < 0:  # what it said before was not the reason
+                    how = self._last_line = f"killed by {signal.Signals(-status).name}"
+            except OSError as error:
+                how = self._last_line = f"cannot be started: {error.strerror}"
             if self._stopped():
                 return
             if not self.ready.is_set():
-                self.failure = self._last_line or f"it ended with status {status}"
+                self.failure = self._last_line or f"it ended with {how}"
                 return
             if loop.time() - started > STEADY_S:
                 pause = BACKOFF_FIRST_S
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
             LIFECYCLE.warning("%s ended (%s): starting it again in %.1f s", self.name, how, pause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, BACKOFF_MAX_S)
@@ -132,8 +142,9 @@ class Child:
             start_new_session=True,
         )
         assert process.stdout is not None and process.stderr is not None
+        assert process.stdin is not None
         if self._stopped():
-            process.terminate()
+            process.stdin.close()
         await asyncio.gather(self._listen(process.stdout), self._relay(process.stderr))
         return await process.wait()
 
@@ -150,7 +161,9 @@ class Child:
             if b" ready on " in line:
                 self.ready.set()
             if self.ready.is_set() and " info " not in text[:32]:
-                print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+                # If nobody reads it, or its disk is full, the process must not stand still for it.
+                with contextlib.suppress(OSError):
+                    print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
     async def stop(self, patience_s: float) -> None:
         """Have it stop in order; kill it if it does not."""
@@ -159,7 +172,8 @@ class Child:
             return
         process = self._process
         if process is not None and process.returncode is None:
-            process.terminate()
+            assert process.stdin is not None
+            process.stdin.close()
         else:
             self._keeper.cancel()
         done, _ = await asyncio.wait([self._keeper], timeout=patience_s)
@@ -259,8 +273,8 @@ class DevCluster:
                     taken = error.errno == errno.EADDRINUSE
                     hint = "stop what listens there, or " if taken else ""
                     raise Exists(
-                        f"cannot listen on {host}:{port}: {error.strerror}; {hint}choose another "
-                        f"with {option}"
+                        f"cannot listen on {format_address((host, port))}: {error.strerror}; "
+                        f"{hint}choose another with {option}"
                     ) from error
 
     async def start(self) -> None:
@@ -330,12 +344,21 @@ class DevCluster:
         for child in (self.client, *self.nodes):
             child.kill()
 
+    def _is_default(self) -> bool:
+        """Whether commands that are not told otherwise use this cluster."""
+        try:
+            return self.settings.metadata_url() == self.url
+        except Invalid:
+            return False
+
     def banner(self) -> str:
         """What is running, and what to do with it."""
         config = self.config
         name, _ = config.volume
         uri = f"nbd://{format_address(config.nbd)}/{name}"
-        at = "" if config.port == 40000 else f" -C {self.url}"
+        at = "" if self._is_default() else f" -C {self.url}"
+        if config.secret_file is not None:
+            at += f" --secret-file {shlex.quote(config.secret_file)}"
         lines = [
             f"{config.nodes} nodes of {format_size(config.size_bytes)}, replication "
             f"{self.replication}, in {config.directory}",

@@ -26,8 +26,9 @@ from torus_actors.cli.common import (
     version_option,
 )
 from torus_actors.cli.profile import data_home, expanded
-from torus_actors.cli.units import Address, format_address, format_size, parse_seconds, parse_size
+from torus_actors.cli.units import format_size, parse_seconds, parse_size
 from torus_actors.errors import Invalid, TorusError
+from torus_actors.model.addresses import Address, format_address
 from torus_actors.model.peers import NAME_LENGTH_MAX
 
 DEFAULT_LISTEN: Address = ("127.0.0.1", 40000)

@@ -13,6 +13,7 @@ from torus_actors.metadata.cluster import Registrations
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.model.blocksets import create_blockset
 from torus_actors.model.rings import Peer, Ring
+from torus_actors.wire.hello import shut_out
 
 Row = dict[str, Any]
 
@@ -42,9 +43,7 @@ def check_not_refused(answers: Sequence[Any]) -> None:
         Unauthenticated: with the reason.
     """
     if answers and all(isinstance(each, Unauthenticated) for each in answers):
-        raise Unauthenticated(
-            f"no node answers this command: {answers[0]}; give the --secret-file of the nodes"
-        )
+        raise shut_out("no node answers this command", [str(each) for each in answers])
 
 
 def cluster_row(gmd: GlobalMetadata, ring: Ring) -> Row:

@@ -1,8 +1,9 @@
-"""Sizes, times and addresses, as people write and read them."""
+"""Sizes and times, as people write and read them."""
 
 from __future__ import annotations
 
 import datetime
+import math
 import re
 
 # Without ASCII, letters that are s or k in capitals only would do as units too.
@@ -13,12 +14,8 @@ _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[smhd]?)", _ANY_CA
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
-PORT_MAX = 65535
-
 SIZE_TEXT_MAX = 64
 """Characters of a size; what is longer is none."""
-
-Address = tuple[str, int]
 
 
 def parse_size(text: str) -> int:
@@ -63,7 +60,7 @@ def parse_seconds(text: str) -> float:
     """
     match = _DURATION.fullmatch(text.strip())
     seconds = 0.0 if match is None else float(match["number"]) * _SECONDS[match["unit"].lower()]
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise ValueError(f"{text!r} is no duration: write it as 90s, 10m, 2h or 1d")
     return seconds
 
@@ -84,39 +81,3 @@ def format_moment(seconds: float) -> str:
     """A moment for a person, from seconds since 1970."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def parse_address(text: str) -> Address:
-    """Host and port from ``HOST:PORT`` or ``[IPV6]:PORT``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    host, _, port = text.strip().rpartition(":")
-    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
-    bare = host.removeprefix("[").removesuffix("]")
-    bracketed = host != bare
-    if (
-        not bare
-        or not 0 < number <= PORT_MAX
-        or set(bare) & set("/@?# ")
-        or (":" in bare and not bracketed)
-        or not _is_host(bare)
-    ):
-        raise ValueError(f"{text!r} is no HOST:PORT")
-    # One spelling, so that a node knows its own address in a metadata URL.
-    return ("127.0.0.1" if bare == "localhost" else bare), number
-
-
-def _is_host(name: str) -> bool:
-    try:
-        name.encode("idna")
-    except UnicodeError:
-        return False
-    return "\0" not in name
-
-
-def format_address(address: Address) -> str:
-    """``HOST:PORT``, with brackets around an IPv6 address."""
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

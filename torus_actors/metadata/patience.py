@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from torus_actors.errors import Again, Overloaded, ProtocolError, TorusError, Unauthenticated
+from torus_actors.wire.hello import shut_out
 
 T = TypeVar("T")
 
@@ -27,8 +28,13 @@ def refusal(error: TorusError, url: str) -> TorusError | None:
         url: of the metadata.
     """
     cause = error.__cause__
-    if isinstance(error, Again) and isinstance(cause, (Unauthenticated, ProtocolError)):
-        return type(cause)(f"cannot use the metadata at {url}: {cause}")
+    if not isinstance(error, Again):
+        return None
+    what = f"cannot use the metadata at {url}"
+    if isinstance(cause, Unauthenticated) and url.startswith("torus:"):
+        return shut_out(what, [str(cause)])
+    if isinstance(cause, (Unauthenticated, ProtocolError)):
+        return type(cause)(f"{what}: {cause}")
     return None
 
 

@@ -525,6 +525,14 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         self._wake()
         return [self._ended]
 
+    def take_waiting(self) -> list[Call]:
+        """Take the calls that wait behind the one it is in; they are the caller's now."""
+        items = cast(Inbox, self.actor_inbox).items
+        with self._turn:  # or the thread finds nothing where it has just seen something
+            taken = [items.popleft() for _ in range(len(items))]
+            items.extendleft(each for each in reversed(taken) if type(each) is not Call)
+        return [each for each in taken if type(each) is Call]
+
     def halt(self) -> list[Call]:
         """Tell the thread to end; return the call it is in, whose answer is given up on."""
         with self._turn:
