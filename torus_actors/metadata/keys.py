@@ -80,7 +80,8 @@ JOURNAL = Key(
     records.Journal,
     "the volume's session",
     False,
-    "Peers that hold the session's journal; compare-and-set under its epoch",
+    "Peers that hold the session's journal; compare-and-set under its epoch. `end`, written by a "
+    "later session that could commit nothing: the last record that it found",
 )
 SNAPSHOT = Key(
     "snapshots/ID/NAME", records.Snapshot, "snapshot commands", False, "A head that is kept"
