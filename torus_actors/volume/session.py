@@ -21,6 +21,7 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Fenced,
+    OutOfSpace,
     Overloaded,
     TorusError,
     anew,
@@ -270,6 +271,21 @@ class Session:
         self._commit_waiting.append(done)
         self._commit_wake.set()
 
+    def keep_in_journal(self, done: Callable[[TorusError | None], None]) -> None:
+        """Have the journal keep what was acknowledged: the session ends, and cannot commit.
+
+        Who waits for a commit is told that there is none.
+        """
+        waiting, self._committing, self._commit_waiting = (
+            self._committing + self._commit_waiting,
+            [],
+            [],
+        )
+        error = BlockUnavailable(f"volume {self.name} is being closed, and cannot be stored")
+        for each in waiting:
+            each(error)
+        self.flusher.ask_without_commit(done)
+
     def close(self) -> None:
         """Take no more requests; commit before. A flush that has not ended by now fails."""
         self.closed = True
@@ -382,7 +398,8 @@ class Session:
     async def _commit(self) -> None:
         """Commit, then cut the journal, or begin one."""
         changes, journal = self.log, self.journal
-        if not journal.active:
+        begins = not journal.active
+        if begins:
             # What is in the layers now will be in the head; what comes from here on is told by the
             # records that follow it.
             changes.start(changes.seq)
@@ -406,6 +423,10 @@ class Session:
         )
         try:
             await self.committer.commit(force)
+        except (OutOfSpace, BlockUnavailable):
+            # No head has all of it. What records could tell before, they can yet.
+            changes.needs_commit |= changes.committing or begins
+            raise
         except BaseException:
             changes.needs_commit = True
             raise
