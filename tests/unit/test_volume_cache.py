@@ -15,6 +15,8 @@ from torus_actors.errors import Fenced, OutOfSpace, TorusError
 from torus_actors.model.buffers import BufferPool
 from torus_actors.model.extents import ExtentMap
 from torus_actors.model.inode_tree import BlockMap
+from torus_actors.model.inode_tree_pages import FANOUT
+from torus_actors.model.inode_tree_walk import PageNeeded
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.nbd.protocol import Errno
 from torus_actors.nbd.requests import Op, Request
@@ -610,6 +612,39 @@ async def test_a_read_whose_block_is_collected_meanwhile_reads_what_took_its_pla
         assert not reading.done()
         cluster.network.heal()
         assert await reading == b"2" * BLOCK
+
+
+@pytest.mark.parametrize("op", [Op.READ, Op.TRIM])
+@virtual
+async def test_who_waits_for_a_page_that_is_trimmed_and_collected_meanwhile_looks_anew(
+    op: Op,
+) -> None:
+    """The same of a page of the map: what it told of are holes since, and it is not missed."""
+    async with Cluster(nodes=4, replication=1, collect_s=1.0) as cluster:
+        device = await cluster.volume(3 * FANOUT * BLOCK, read_bytes=0)
+        at = FANOUT * BLOCK
+        for n in range(3):
+            await device.write(n * at, b"1" * BLOCK)
+        await device.release()
+        client = device.client
+        device = await client.open("v")
+        await device.read(0, 1)  # so that only the page of those blocks is to be loaded
+        with pytest.raises(PageNeeded) as needed:
+            client.session("v").file.blockset.get(FANOUT)
+        ref = needed.value.ref
+        having = [node for node in cluster.nodes.values() if ref in node.refs(1)]
+        assert len(having) == 1
+        cluster.network.cut(client.node_id, having[0].node_id)
+        waiting = asyncio.ensure_future(device.do(op, at, 100 * BLOCK))
+        await asyncio.sleep(0.1)
+        await device.trim(at, at)
+        await device.write(0, b"2" * BLOCK, fua=True)
+        await client.actor("replicator").reclaim.remote()
+        await until(lambda: ref not in having[0].refs(1))
+        assert not waiting.done()
+        cluster.network.heal()
+        assert not (await waiting).error
+        assert await device.read(at, BLOCK) == bytes(BLOCK)
 
 
 @virtual
