@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from torus_actors.errors import BlockUnavailable, Fenced, TorusError, anew
 from torus_actors.model.checksums import Buffer
-from torus_actors.volume import change_log
 from torus_actors.volume.commit import Superseded
 
 if TYPE_CHECKING:
@@ -162,11 +161,7 @@ class Flusher:
         """Begin a flush that is nothing but a record of extents; whether it is one."""
         session = self._session
         changes = session.log
-        if (
-            changes.empty
-            or not self._needs_no_block()
-            or changes.extent_bytes > change_log.RECORD_BYTES
-        ):
+        if changes.empty or not self._needs_no_block() or not changes.fits_one_record:
             return False
         (record,) = self._cut()
         self._under_way, self._waiting = self._waiting, []
