@@ -229,6 +229,31 @@ async def test_tries_on_a_cluster_that_is_partly_full_leave_no_copies_behind() -
         assert len(cluster.node(1).refs()) <= 2
 
 
+@pytest.mark.parametrize("blocks", [1, 64])
+@pytest.mark.parametrize("after_s", [0.0, 1.0])
+@virtual
+async def test_what_is_trimmed_while_it_is_tried_leaves_no_copy_behind(
+    blocks: int, after_s: float
+) -> None:
+    """One of two nodes is full; a trim comes beside a try, or between two. No head is recorded."""
+    async with Cluster(nodes=2, replication=2, blocks=64) as cluster:
+        device = await cluster.volume(SIZE)
+        small, other = cluster.node(0), cluster.node(1)
+        filler = 0
+        while small.stores[0].stats().free:
+            small.stores[0].put(BlockRef.of(77, 1, filler), b"f")
+            filler += 1
+        file = device.client.session("v").file
+        file.commit_soon = lambda: None
+        await device.write(0, b"x" * BLOCK)
+        if after_s:
+            await asyncio.sleep(after_s)
+            await until(lambda: not file.layers.frozen)
+        await until(other.refs)
+        await device.trim(0, blocks * BLOCK)
+        await until(lambda: not (file.layers.dirty or file.layers.frozen or other.refs()))
+
+
 @virtual
 async def test_all_trimmed_while_the_cluster_is_full_makes_it_writable() -> None:
     """What could not be stored was trimmed: nothing waits for room, so writers are let in again."""

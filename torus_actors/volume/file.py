@@ -559,11 +559,16 @@ class File(ReadSide):
                 self.stored += 1
         except TorusError as error:
             if ref is not None and block is not None:
-                self._failed_puts[index] = (ref, _digest(block))
+                if self.layers.frozen.get(index) is layer:
+                    self._failed_puts[index] = (ref, _digest(block))
+                else:
+                    self.discard_tried([ref])  # trimmed meanwhile: nobody will try it again
             self._put_failed(index, layer, error)
         else:
             self._retry_s = RETRY_FIRST_S
-            self._failed_puts.pop(index, None)
+            failed = self._failed_puts.pop(index, None)
+            if failed is not None:
+                self.discard_tried([failed[0]])  # zeros took its place
             if ref is not None or not self.layers.size:
                 self.put_error = None
         self._putting -= 1
