@@ -225,6 +225,31 @@ async def test_what_a_close_cannot_commit_the_journal_keeps(
 
 
 @virtual
+async def test_a_full_cluster_fills_no_journal() -> None:
+    """Small flushes go on until it is due to be folded, and then fail; a close finds room yet."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        fill(cluster)
+        owner = device.client.session("v")
+        flushed, refused = 0, 0
+        for n in range(120):
+            try:
+                await device.write(n % 8 * BLOCK, b"%04d" % n * 1000)
+                await device.flush()
+                flushed += 1
+            except DeviceError as failed:
+                assert failed.errno == Errno.ENOSPC
+                refused += 1
+            await asyncio.sleep(0.5)
+        assert flushed > 30 and refused > 30
+        assert owner.journal.active and SMALL < owner.journal.size < 2 * SMALL
+        content = await device.read(0, SIZE)
+        await device.release()
+        again = await (await cluster.client()).open("v")
+        assert await again.read(0, SIZE) == content
+
+
+@virtual
 async def test_a_close_that_neither_commits_nor_journals_says_what_is_lost() -> None:
     """A member of the journal is lost while the metadata is away: there is no place for it."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:

@@ -245,7 +245,10 @@ class Flusher:
             raise error
 
     def _may_journal(self) -> bool:
-        return self._session.journal.active and not self._session.log.waits_for_head
+        session = self._session
+        if session.commit_failed and session.journal.is_large and not self._no_commit:
+            return False  # it would fill up, and with it the members' room for other volumes
+        return session.journal.active and not session.log.waits_for_head
 
     def _cut(self) -> list[list[Buffer]]:
         """Make records of all that was not told yet."""

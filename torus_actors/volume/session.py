@@ -168,6 +168,8 @@ class Session:
         self._prefetch = Prefetch(self.file, self._answer)
         self.flusher = Flusher(self)
         self.file.yields = self._flushes_go_first
+        self.commit_failed = False
+        """Whether the last commit could not store what was written."""
         self._commit_waiting: list[Callable[[TorusError | None], None]] = []
         self._committing: list[Callable[[TorusError | None], None]] = []
         self._commit_wake = asyncio.Event()
@@ -426,12 +428,14 @@ class Session:
         except (OutOfSpace, BlockUnavailable):
             # No head has all of it. What records could tell before, they can yet.
             changes.needs_commit |= changes.committing or begins
+            self.commit_failed = True
             raise
         except BaseException:
             changes.needs_commit = True
             raise
         finally:
             changes.committing = False
+        self.commit_failed = False
         self.covered_seq = self._covering_seq
         self.covered_size = self.size
         changes.in_head(self.covered_seq, self.committer.map_seq)
