@@ -180,6 +180,25 @@ async def test_a_full_cluster_is_one_also_after_another_failure(away: bool) -> N
 
 
 @virtual
+async def test_pages_wait_for_room_too() -> None:
+    """Their stores are full of pages that were replaced, and there is room for data."""
+    pages = 220
+    async with Cluster(replication=1, inode_copies=3, blocks=600, collect_s=5.0) as cluster:
+        device = await cluster.volume(pages * FANOUT * BLOCK, write_bytes=64 << 20)
+        loop = asyncio.get_running_loop()
+        longest = 0.0
+        for content in (b"a", b"b", b"c", b"d", b"e"):
+            for n in range(pages):
+                await device.write(n * FANOUT * BLOCK, content * 512)
+            began = loop.time()
+            await device.flush()
+            longest = max(longest, loop.time() - began)
+        assert longest > 3.0
+        again = await reopened(device)
+        assert await again.read((pages - 1) * FANOUT * BLOCK, 1) == b"e"
+
+
+@virtual
 async def test_zeros_that_stay_allocated_hear_of_a_full_cluster_about_as_soon_as_data() -> None:
     """They are written piece by piece, and garbage is collected again and again for some of them.
 

@@ -157,12 +157,9 @@ class Committer:
                 file.release_writes()
         may_be_named = False
         try:
-            inode_store = self._system.actor("inode_store")
             for first in range(0, len(plan.blocks), PAGES_TOGETHER):
                 some = plan.blocks[first : first + PAGES_TOGETHER]
-                pages = await inode_store.put_pages.remote(
-                    [list(page) for page in some], timeout_s=PAGES_TIMEOUT_S
-                )
+                pages = await self._put_pages([list(page) for page in some])
                 for (ref, data), (root, placed) in zip(some, pages, strict=True):
                     covered[ref] = Stored(root, placed, data=data)
             await self.make_durable(covered)
@@ -177,6 +174,23 @@ class Committer:
                 file.discard_tried([ref for ref, _ in plan.blocks])
             raise
         file.map.commit_done(plan)
+
+    async def _put_pages(self, pages: list[list[Any]]) -> list[list[Any]]:
+        """Put pages on the ring; where their stores are full, garbage is collected first."""
+        file = self._file
+        room: RoomToCome | None = None
+        while True:
+            try:
+                placed: list[list[Any]] = await self._system.actor("inode_store").put_pages.remote(
+                    pages, timeout_s=PAGES_TIMEOUT_S
+                )
+                return placed
+            except OutOfSpace:
+                room = room or file.room_to_come()
+                if not await room.may_come():
+                    raise
+                if file.failure is not None:
+                    raise anew(file.failure) from None
 
     async def write_out(
         self, indexes: list[int], checkpoint: Callable[[], Awaitable[None]] | None = None
