@@ -88,6 +88,36 @@ async def test_flush_fails_when_all_replicas_are_lost_and_nobody_has_the_data() 
 
 
 @virtual
+async def test_what_was_trimmed_needs_not_last() -> None:
+    """All nodes lost it before the flush, nobody has it, and a trim of the range came after."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        device = await cluster.volume(80 * BLOCK, read_bytes=0, write_bytes=100 * BLOCK)
+        session = device.client.session("v")
+        session.file.kept_max = 0
+        await put_only(device, b"x" * 80 * BLOCK)
+        for node in range(2):
+            await cluster.node(node).restart()
+        await device.trim(0, 75 * BLOCK)
+        await device.write(75 * BLOCK, b"y" * 5 * BLOCK)
+        await device.flush()
+        again = await reopened(device)
+        assert await again.read(0, 80 * BLOCK) == bytes(75 * BLOCK) + b"y" * 5 * BLOCK
+
+
+@virtual
+async def test_what_is_trimmed_before_any_head_names_it_leaves_its_room_at_once() -> None:
+    """As what is overwritten: no collector is needed for it."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        device = await cluster.volume(80 * BLOCK)
+        await put_only(device, b"x" * 80 * BLOCK)
+        await device.trim(0, 75 * BLOCK)
+        await asyncio.sleep(1.0)
+        assert [len(cluster.node(n).refs()) for n in range(2)] == [5, 5]
+        await device.flush()
+        assert await device.read(0, 80 * BLOCK) == bytes(75 * BLOCK) + b"x" * 5 * BLOCK
+
+
+@virtual
 async def test_what_all_nodes_lost_before_a_flush_is_still_in_the_client() -> None:
     """The first blocks since the last flush are kept until they are durable, up to a bound."""
     async with Cluster(nodes=2, replication=2) as cluster:

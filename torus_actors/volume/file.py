@@ -463,6 +463,8 @@ class File(ReadSide):
             return
         # In one step with the map: a layer must not be gone before what lies below it is.
         self.layers.drop(first, last)
+        for ref in [ref for ref, each in self.unsynced.items() if first <= each.index < last]:
+            self._let_go(ref)
         failed = [index for index in self._failed_puts if first <= index < last]
         self.discard_tried([self._failed_puts.pop(index)[0] for index in failed])
         self.loop.call_soon(done, None, ())
@@ -618,11 +620,17 @@ class File(ReadSide):
         else:
             self.layers.settle(index, layer, block[0], block[1].root)
         if before is not None:
-            # If a plan names it, that plan has its own note of it; if not, it need not last.
-            stored_before = self.unsynced.pop(before.ref, None)
-            if before.ref in self.fresh:
-                del self.fresh[before.ref]
-                self._discard(before.ref, stored_before)
+            self._let_go(before.ref)
+
+    def _let_go(self, ref: BlockRef) -> None:
+        """The map names this block no more.
+
+        If a plan names it, that plan has its own note of it; if not, it need not last.
+        """
+        stored = self.unsynced.pop(ref, None)
+        if ref in self.fresh:
+            del self.fresh[ref]
+            self._discard(ref, stored)
 
     def _discard(self, ref: BlockRef, stored: Stored | None) -> None:
         """Have the peers drop a block that was overwritten before any head named it."""
