@@ -43,6 +43,9 @@ PATIENCE_S = 20.0
 """How long a flush waits for peers to take the next block, or to make it durable, before it fails;
 the data stays in the cache, and a later flush may succeed."""
 
+LOOK_S = 1.0
+"""Who waits for one of many blocks looks this often whether others have ended."""
+
 PAGES_TOGETHER = 128
 PAGES_TIMEOUT_S = 60.0
 """So many pages of the map are put in one call, which has that time. Small writes all over a large
@@ -221,6 +224,7 @@ class Committer:
         file.pump()
         end = self._system.loop.time() + PATIENCE_S
         # All have to end, so it is enough to look at one of them at a time.
+        look_at = self._system.loop.time() + LOOK_S
         left = deque(targets)
         while left:
             index = left[0]
@@ -228,13 +232,13 @@ class Committer:
                 left.popleft()
                 end = self._system.loop.time() + PATIENCE_S
                 continue
-            if self._system.loop.time() >= end:
+            if self._system.loop.time() >= look_at:
                 # That one may come last, behind others that get on.
+                look_at = self._system.loop.time() + LOOK_S
                 waiting = deque(filter(waits, left))
                 if len(waiting) < len(left):
                     left = waiting
                     end = self._system.loop.time() + PATIENCE_S
-                    continue
             if file.failure is not None:
                 raise anew(file.failure)
             if isinstance(file.put_error, OutOfSpace):
