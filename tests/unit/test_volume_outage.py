@@ -250,6 +250,33 @@ async def test_a_full_cluster_fills_no_journal() -> None:
 
 
 @virtual
+async def test_a_cluster_that_is_full_for_a_while_in_an_outage_stops_no_commit() -> None:
+    """Room was to be made by a head of a part, which the metadata did not take; it came anyway."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        session = device.client.session("v")
+        await device.write(90 * BLOCK, b"y" * BLOCK)
+        await until(lambda: session.file.unsynced)
+        fill(cluster)
+        await device.write(BLOCK, b"z" * 3 * BLOCK)
+        await until(lambda: session.file.reclaiming)
+        committed = begin_commit(session)
+        await asyncio.sleep(1.0)
+        for node in cluster.nodes.values():
+            node.stores[0].delete([ref for ref in node.refs() if ref.volume == 77])
+            await node.actor("block_store").flush.remote()
+        async with asyncio.timeout(20.0):
+            assert await committed is None
+        before = asyncio.get_running_loop().time()
+        await device.trim(4 * BLOCK, 80 * BLOCK)  # which no record tells
+        await device.flush()
+        assert asyncio.get_running_loop().time() - before < 20.0
+        assert device.client.store.down and session.heads.owed is not None
+        again = await reopened(device)
+        assert await again.read(BLOCK, 3 * BLOCK) == b"z" * 3 * BLOCK
+
+
+@virtual
 async def test_a_close_that_neither_commits_nor_journals_says_what_is_lost() -> None:
     """A member of the journal is lost while the metadata is away: there is no place for it."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:

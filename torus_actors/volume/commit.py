@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from torus_actors.errors import (
+    Again,
     BlockUnavailable,
     OutOfSpace,
     TorusError,
@@ -45,6 +46,10 @@ the data stays in the cache, and a later flush may succeed."""
 
 LOOK_S = 1.0
 """Who waits for one of many blocks looks this often whether others have ended."""
+
+HEAD_PAUSE_S = 5.0
+"""A full cluster: so long after the metadata took no head, none is made to gain room. Each try puts
+pages of the map."""
 
 PAGES_TOGETHER = 128
 PAGES_TIMEOUT_S = 60.0
@@ -76,7 +81,7 @@ class Committer:
         next_inode: ends the present INode number and returns the one that blocks put from now on
             get: what a lower one marks is in the head that is being made, or dead.
         record: stores the new head of that INode number; retries by itself while the metadata
-            cannot be reached.
+            cannot be reached, or raises ``Again`` if the head is of a part.
     """
 
     def __init__(
@@ -225,6 +230,7 @@ class Committer:
         end = self._system.loop.time() + PATIENCE_S
         # All have to end, so it is enough to look at one of them at a time.
         look_at = self._system.loop.time() + LOOK_S
+        head_at = 0.0
         left = deque(targets)
         while left:
             index = left[0]
@@ -248,10 +254,15 @@ class Committer:
                 raise BlockUnavailable(
                     f"{len(left)} blocks could not be stored in time: {file.last_error}"
                 )
-            if checkpoint and file.reclaiming and (file.unsynced or file.map.is_dirty):
+            needs_head = file.reclaiming and (file.unsynced or file.map.is_dirty)
+            if checkpoint and needs_head and self._system.loop.time() >= head_at:
                 # The cluster is full, and what these blocks replace becomes garbage only once a
                 # head names them: that may be the very room that is missing.
-                await checkpoint()
+                try:
+                    await checkpoint()
+                except Again as error:
+                    log.info("volume %s: no head to make room by: %s", file.name, error)
+                    head_at = self._system.loop.time() + HEAD_PAUSE_S
             if len(file.unsynced) >= file.kept_max * SYNC_AHEAD_SHARE:
                 # The caller sees to what cannot be.
                 with contextlib.suppress(BlockUnavailable, OutOfSpace, Superseded):

@@ -464,7 +464,12 @@ class Session:
             log.info("volume %s: no journal for now: %s", self.name, error)
 
     async def _record_head(self, plan: CommitPlan, inode: int) -> None:
-        """Store the new head, however long the metadata is away."""
+        """Store the new head, however long the metadata is away; one of a part, if it is not.
+
+        Raises:
+            Again: it is, or what became of the head of a part is not known.
+            Fenced: another session has begun.
+        """
         complete = self.committer.complete
         head = Head(
             inode=inode,
@@ -487,6 +492,8 @@ class Session:
                 await self.heads.store(head)
                 return
             except Again as error:
+                if not complete:
+                    raise  # it is to make room, which may come otherwise; this may take hours
                 log.info("volume %s: waiting for the metadata: %s", self.name, error)
             # What a head does not cover, it cannot stand for in the journal.
             awaited = bool(self._committing or self._commit_waiting)
