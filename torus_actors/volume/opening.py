@@ -514,11 +514,16 @@ def _in_background(system: ActorSystem, coroutine: Coroutine[Any, Any, None]) ->
     return task
 
 
-async def close_session(session: Session, meta: MetadataService) -> None:
+async def close_session(session: Session, meta: MetadataService, served: bool = True) -> None:
     """Flush, then give the lock up.
 
     Where this is cut off it may be called again, and goes on: until the flush has ended the session
     is as it was, with its lock.
+
+    Args:
+        session: to be closed.
+        meta: the metadata service.
+        served: whether anybody may have written to it.
 
     Raises:
         TorusError: it could not be committed, nor could the journal keep what was written; the
@@ -526,7 +531,7 @@ async def close_session(session: Session, meta: MetadataService) -> None:
             unplugged.
     """
     error = await _last_commit(session)
-    if error is not None and session.file.failure is None:
+    if error is not None and served and session.file.failure is None:
         error = await _keep_in_journal(session, error)
     session.close()
     detaching: asyncio.Task[None] | None = None
@@ -590,7 +595,8 @@ async def commit_and_close(session: Session, meta: MetadataService) -> None:
     try:
         session.resume(spawn)
         try:
-            await close_session(session, meta)  # this commits, unless the session has been fenced
+            # This commits, unless the session has been fenced.
+            await close_session(session, meta, served=False)
         except TorusError:
             raise
         except BaseException:
