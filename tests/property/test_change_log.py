@@ -185,6 +185,7 @@ class Volume:
 def record_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How much goes into a record: all there ever is, or so little that most flushes cut many."""
     monkeypatch.setattr(change_log, "RECORD_BYTES", request.param)
+    monkeypatch.setattr(change_log, "RECORD_BLOCKS", 1 if request.param < 100 else 1000)
     monkeypatch.setattr(change_log, "ATOM_BYTES", ATOM)
     size: int = request.param
     return size
@@ -262,6 +263,25 @@ def test_a_record_has_its_bound(record_bytes: int) -> None:
             data = sum(0 if buffer is None else length for _, _, length, buffer in extents)
             most = record_bytes + ATOM * (1 + change_log.PLACE_BYTES)
             assert data + change_log.PLACE_BYTES * len(extents) <= most
+
+
+def test_a_record_names_so_many_blocks_and_no_more(record_bytes: int) -> None:
+    """However many were put since the last one: what follows is told after them."""
+    layers = WriteBack(1 << 20)
+    layers.log.start()
+    for index in range(50):
+        layers.write(index, 0, b"put")
+        layers.settle(index, layers.freeze(index), BlockRef.of(1, 1, index + 1), index)
+        layers.write(index, 0, b"since")
+    assert layers.log.fits_one_record == (record_bytes > 1000)
+    records = layers.log.cut()
+    replay = Replay()
+    for seq, record in enumerate(records, 1):
+        blocks, extents, _ = read_record(b"".join(record))
+        assert len(blocks) <= change_log.RECORD_BLOCKS
+        assert not extents or seq >= 50 // change_log.RECORD_BLOCKS
+        replay.add(seq, b"".join(record))
+    assert len(replay.blocks) == len(list(replay.extents())) == 50
 
 
 def _head_covers_all(monkeypatch: pytest.MonkeyPatch) -> None:

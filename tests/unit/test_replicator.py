@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import Client, Cluster, until, virtual
+from tests.fakes import Client, Cluster, DeviceError, until, virtual
 from torus_actors.actors.replicator import REPAIR_PAUSE_S, ReadLevel, WriteLevel
 from torus_actors.errors import BlockUnavailable, Corruption, NoPeer, OutOfSpace, TorusError
 from torus_actors.model import rings
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.model.rings import Ring
+from torus_actors.nbd.protocol import Errno
 from torus_actors.storage.mfile_open import DATA_PATH
 
 BLOCK = 16 << 10
@@ -205,6 +206,31 @@ async def test_fewer_copies_because_a_peer_is_full_are_no_success() -> None:
             await Block(1).put(client)
         await cluster.node(0).crash()
         assert await Block(2).put(client) == [cluster.ids[1]]
+
+
+@virtual
+async def test_a_full_peer_beside_a_dead_one_is_no_reason_for_fewer_copies() -> None:
+    """A third one took the block. Decision 0018: as many copies as there are live peers, or none.
+
+    Nothing is left of it, and when the dead one is back, those two take what comes.
+    """
+    async with Cluster(nodes=3, replication=2, blocks=40) as cluster:
+        full, dead, other = map(cluster.node, range(3))
+        filler = 0
+        while full.stores[0].stats().free:
+            full.stores[0].put(BlockRef.of(77, 1, filler), b"f")
+            filler += 1
+        await dead.crash()
+        device = await cluster.volume(1 << 20)
+        await device.write(0, b"x" * (16 << 10))
+        with pytest.raises(DeviceError) as failed:
+            await device.flush()
+        assert failed.value.errno == Errno.ENOSPC
+        await device.trim(0, 1 << 20)
+        await until(lambda: not other.refs())
+        await dead.start()
+        await device.write(0, b"y" * (16 << 10), fua=True)
+        assert dead.refs() == other.refs() != set()
 
 
 @virtual

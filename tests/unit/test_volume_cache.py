@@ -15,6 +15,8 @@ from torus_actors.errors import Fenced, OutOfSpace, TorusError
 from torus_actors.model.buffers import BufferPool
 from torus_actors.model.extents import ExtentMap
 from torus_actors.model.inode_tree import BlockMap
+from torus_actors.model.inode_tree_pages import FANOUT
+from torus_actors.model.inode_tree_walk import PageNeeded
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.nbd.protocol import Errno
 from torus_actors.nbd.requests import Op, Request
@@ -225,6 +227,31 @@ async def test_tries_on_a_cluster_that_is_partly_full_leave_no_copies_behind() -
         await device.write(0, b"x" * BLOCK)
         await asyncio.sleep(120.0)
         assert len(cluster.node(1).refs()) <= 2
+
+
+@pytest.mark.parametrize("blocks", [1, 64])
+@pytest.mark.parametrize("after_s", [0.0, 1.0])
+@virtual
+async def test_what_is_trimmed_while_it_is_tried_leaves_no_copy_behind(
+    blocks: int, after_s: float
+) -> None:
+    """One of two nodes is full; a trim comes beside a try, or between two. No head is recorded."""
+    async with Cluster(nodes=2, replication=2, blocks=64) as cluster:
+        device = await cluster.volume(SIZE)
+        small, other = cluster.node(0), cluster.node(1)
+        filler = 0
+        while small.stores[0].stats().free:
+            small.stores[0].put(BlockRef.of(77, 1, filler), b"f")
+            filler += 1
+        file = device.client.session("v").file
+        file.commit_soon = lambda: None
+        await device.write(0, b"x" * BLOCK)
+        if after_s:
+            await asyncio.sleep(after_s)
+            await until(lambda: not file.layers.frozen)
+        await until(other.refs)
+        await device.trim(0, blocks * BLOCK)
+        await until(lambda: not (file.layers.dirty or file.layers.frozen or other.refs()))
 
 
 @virtual
@@ -610,6 +637,39 @@ async def test_a_read_whose_block_is_collected_meanwhile_reads_what_took_its_pla
         assert not reading.done()
         cluster.network.heal()
         assert await reading == b"2" * BLOCK
+
+
+@pytest.mark.parametrize("op", [Op.READ, Op.TRIM])
+@virtual
+async def test_who_waits_for_a_page_that_is_trimmed_and_collected_meanwhile_looks_anew(
+    op: Op,
+) -> None:
+    """The same of a page of the map: what it told of are holes since, and it is not missed."""
+    async with Cluster(nodes=4, replication=1, collect_s=1.0) as cluster:
+        device = await cluster.volume(3 * FANOUT * BLOCK, read_bytes=0)
+        at = FANOUT * BLOCK
+        for n in range(3):
+            await device.write(n * at, b"1" * BLOCK)
+        await device.release()
+        client = device.client
+        device = await client.open("v")
+        await device.read(0, 1)  # so that only the page of those blocks is to be loaded
+        with pytest.raises(PageNeeded) as needed:
+            client.session("v").file.blockset.get(FANOUT)
+        ref = needed.value.ref
+        having = [node for node in cluster.nodes.values() if ref in node.refs(1)]
+        assert len(having) == 1
+        cluster.network.cut(client.node_id, having[0].node_id)
+        waiting = asyncio.ensure_future(device.do(op, at, 100 * BLOCK))
+        await asyncio.sleep(0.1)
+        await device.trim(at, at)
+        await device.write(0, b"2" * BLOCK, fua=True)
+        await client.actor("replicator").reclaim.remote()
+        await until(lambda: ref not in having[0].refs(1))
+        assert not waiting.done()
+        cluster.network.heal()
+        assert not (await waiting).error
+        assert await device.read(at, BLOCK) == bytes(BLOCK)
 
 
 @virtual

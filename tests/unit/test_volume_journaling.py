@@ -91,6 +91,37 @@ async def test_much_that_is_scattered_is_flushed_in_several_records(
         await assert_scattered(device)
 
 
+@pytest.mark.parametrize("synced", [False, True])
+@virtual
+async def test_many_blocks_are_named_by_several_records(
+    monkeypatch: pytest.MonkeyPatch, synced: bool
+) -> None:
+    """Without the metadata, whatever was put since the last flush: a member takes no record of all.
+
+    Also where those blocks are durable already, and what is left to tell is small.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        for node in cluster.nodes.values():
+            assert node.journal is not None
+            monkeypatch.setattr(type(node.journal.store.limits), "record_bytes_max", 2000)
+        monkeypatch.setattr(change_log, "RECORD_BLOCKS", 40)
+        device.client.store.down = True
+        for n in range(BLOCKS):
+            await device.write(n * BLOCK, bytes([n]) * BLOCK)
+        await until(lambda: not session.file.layers.any_full)
+        if synced:
+            await session.committer.make_durable(dict(session.file.unsynced))
+        before = session.log.seq
+        await flushed(device, 0, b"small")
+        assert session.log.seq == before + 3 and session.journal.active
+        again = await reopened(device)
+        assert await again.read(0, 6) == b"small\0"
+        for n in range(1, BLOCKS):
+            assert await again.read(n * BLOCK, 2) == bytes([n, n])
+
+
 @virtual
 async def test_a_record_goes_alone_when_members_may_have_none(
     small_records: None, monkeypatch: pytest.MonkeyPatch

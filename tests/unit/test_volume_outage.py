@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.unit.test_volume_commits import begin_commit, hold_heads
 from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.actors.volumes import JOURNAL_S
 from torus_actors.errors import (
+    BlockUnavailable,
     Corruption,
     OutOfSpace,
     ProtocolError,
@@ -19,6 +21,7 @@ from torus_actors.errors import (
     Unauthenticated,
 )
 from torus_actors.metadata.records import Head
+from torus_actors.model.refs import BlockRef
 from torus_actors.nbd.protocol import Errno
 from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import segment_name
@@ -186,6 +189,125 @@ async def test_a_volume_can_be_closed_in_an_outage() -> None:
         device.client.store.down = False
         again = await reopened(device)
         assert await again.read(0, SIZE) == content
+
+
+def fill(cluster: Cluster) -> None:
+    """No node has room for another block."""
+    for node in cluster.nodes.values():
+        store, n = node.stores[0], 0
+        while store.stats().free:
+            store.put(BlockRef.of(77, 1, n), b"f")
+            n += 1
+
+
+@pytest.mark.parametrize("away", [False, True])
+@virtual
+async def test_what_a_close_cannot_commit_the_journal_keeps(
+    caplog: pytest.LogCaptureFixture, away: bool
+) -> None:
+    """The cluster is full, so that the last commit fails: whole blocks go to the journal too."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        fill(cluster)
+        device.client.store.down = away
+        await device.write(BLOCK, b"small")
+        await device.write(5 * BLOCK, b"z" * 12 * BLOCK)
+        before = asyncio.get_running_loop().time()
+        with caplog.at_level(logging.WARNING, "torus_actors.volume.opening"):
+            await device.release()
+        assert asyncio.get_running_loop().time() - before < 30.0
+        assert "volume v: closed without a commit" in caplog.text
+        device.client.store.down = False
+        again = await reopened(device)
+        assert await again.read(0, 5) == b"first"
+        assert await again.read(BLOCK, 5) == b"small"
+        assert await again.read(5 * BLOCK, 12 * BLOCK) == b"z" * 12 * BLOCK
+
+
+@virtual
+async def test_a_full_cluster_fills_no_journal() -> None:
+    """Small flushes go on until it is due to be folded, and then fail; a close finds room yet."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        fill(cluster)
+        owner = device.client.session("v")
+        flushed, refused = 0, 0
+        for n in range(120):
+            try:
+                await device.write(n % 8 * BLOCK, b"%04d" % n * 1000)
+                await device.flush()
+                flushed += 1
+            except DeviceError as failed:
+                assert failed.errno == Errno.ENOSPC
+                refused += 1
+            await asyncio.sleep(0.5)
+        assert flushed > 30 and refused > 30
+        assert owner.journal.active and SMALL < owner.journal.size < 2 * SMALL
+        content = await device.read(0, SIZE)
+        await device.release()
+        again = await (await cluster.client()).open("v")
+        assert await again.read(0, SIZE) == content
+
+
+@virtual
+async def test_a_cluster_that_is_full_for_a_while_in_an_outage_stops_no_commit() -> None:
+    """Room was to be made by a head of a part, which the metadata did not take; it came anyway."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        session = device.client.session("v")
+        await device.write(90 * BLOCK, b"y" * BLOCK)
+        await until(lambda: session.file.unsynced)
+        fill(cluster)
+        await device.write(BLOCK, b"z" * 3 * BLOCK)
+        await until(lambda: session.file.reclaiming)
+        committed = begin_commit(session)
+        await asyncio.sleep(1.0)
+        for node in cluster.nodes.values():
+            node.stores[0].delete([ref for ref in node.refs() if ref.volume == 77])
+            await node.actor("block_store").flush.remote()
+        async with asyncio.timeout(20.0):
+            assert await committed is None
+        before = asyncio.get_running_loop().time()
+        await device.trim(4 * BLOCK, 80 * BLOCK)  # which no record tells
+        await device.flush()
+        assert asyncio.get_running_loop().time() - before < 20.0
+        assert device.client.store.down and session.heads.owed is not None
+        again = await reopened(device)
+        assert await again.read(BLOCK, 3 * BLOCK) == b"z" * 3 * BLOCK
+
+
+@virtual
+async def test_a_close_that_neither_commits_nor_journals_says_what_is_lost() -> None:
+    """A member of the journal is lost while the metadata is away: there is no place for it."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        await device.write(0, b"second")
+        await cluster.nodes[device.client.session("v").journal.members[0]].crash()
+        before = asyncio.get_running_loop().time()
+        with pytest.raises(BlockUnavailable, match="was not flushed before is lost: there is no"):
+            await device.release()
+        assert asyncio.get_running_loop().time() - before < 90.0
+
+
+@virtual
+async def test_a_process_that_ends_closes_its_volumes_together() -> None:
+    """Each takes long, in a full cluster without its metadata, and all have a bounded time."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        client = await cluster.client()
+        names = [f"v{n}" for n in range(12)]
+        for name in names:
+            await cluster.meta.create_volume(name, SIZE)
+        devices = [await client.open(name) for name in names]
+        fill(cluster)
+        client.store.down = True
+        for device in devices:
+            await device.write(0, b"written" * BLOCK)
+        await client.stop()
+        client.store.down = False
+        other = await cluster.client()
+        await asyncio.sleep(30.0)
+        for name in names:
+            assert await (await other.open(name)).read(0, 7) == b"written"
 
 
 @virtual

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import Cluster, until, virtual
+from tests.fakes import Cluster, DeviceError, until, virtual
 from tests.unit.test_volume_flush import journaling, reopened
 from torus_actors.errors import Again, OutOfSpace
 from torus_actors.model.inode_tree_pages import FANOUT
+from torus_actors.model.refs import BlockRef
+from torus_actors.nbd.protocol import Errno
+from torus_actors.volume.room import RECLAIM_PATIENCE_S
 
 BLOCK = 16 << 10
 SIZE = 100 * BLOCK
@@ -174,6 +177,75 @@ async def test_a_full_cluster_is_one_also_after_another_failure(away: bool) -> N
             await asyncio.sleep(0.2)
         await device.flush()
         assert await device.read(0, 1) == b"b"
+
+
+@virtual
+async def test_pages_wait_for_room_too() -> None:
+    """Their stores are full of pages that were replaced, and there is room for data."""
+    pages = 220
+    async with Cluster(replication=1, inode_copies=3, blocks=600, collect_s=5.0) as cluster:
+        device = await cluster.volume(pages * FANOUT * BLOCK, write_bytes=64 << 20)
+        loop = asyncio.get_running_loop()
+        longest = 0.0
+        for content in (b"a", b"b", b"c", b"d", b"e"):
+            for n in range(pages):
+                await device.write(n * FANOUT * BLOCK, content * 512)
+            began = loop.time()
+            await device.flush()
+            longest = max(longest, loop.time() - began)
+        assert longest > 3.0
+        again = await reopened(device)
+        assert await again.read((pages - 1) * FANOUT * BLOCK, 1) == b"e"
+
+
+@virtual
+async def test_zeros_that_stay_allocated_hear_of_a_full_cluster_about_as_soon_as_data() -> None:
+    """They are written piece by piece, and garbage is collected again and again for some of them.
+
+    Each piece alone waits no longer than any write; the request would wait for minutes.
+    """
+    async with Cluster(
+        nodes=3, replication=2, journals=True, blocks=400, collect_s=10.0
+    ) as cluster:
+        size = 1000 * BLOCK
+        device = await cluster.volume(size, write_bytes=64 * BLOCK)
+        for n in range(0, 600, 10):
+            await device.write(n * BLOCK, b"y" * 10 * BLOCK)
+        await device.flush()
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(DeviceError) as failed:
+            await device.zero(0, size, no_hole=True)
+        assert failed.value.errno == Errno.ENOSPC
+        assert asyncio.get_running_loop().time() - began < 2 * RECLAIM_PATIENCE_S + 10.0
+        await device.trim(0, size)
+        await device.write(BLOCK, b"z" * BLOCK, fua=True)
+        again = await reopened(device)
+        assert await again.read(0, size) == bytes(BLOCK) + b"z" * BLOCK + bytes(size - 2 * BLOCK)
+
+
+@virtual
+async def test_a_full_cluster_takes_trims_whatever_was_replayed() -> None:
+    """What was flushed before a crash is more than twice what this client may keep."""
+    async with Cluster(nodes=2, replication=2, journals=True, blocks=40) as cluster:
+        device = await cluster.volume(64 * BLOCK)
+        for index in range(32):
+            await device.write(index * BLOCK, b"y" * BLOCK)
+        await device.flush()
+        for node in cluster.nodes.values():
+            store, n = node.stores[0], 0
+            while store.stats().free:
+                store.put(BlockRef.of(77, 1, n), b"f")
+                n += 1
+        for index in range(10):
+            await device.write(index * BLOCK, b"z" * (BLOCK // 2))
+        await device.flush()
+        await device.client.crash()
+        await asyncio.sleep(20.0)
+        again = await (await cluster.client(write_bytes=2 * BLOCK)).open("v")
+        assert again.client.session("v").file.layers.size > 4 * BLOCK
+        await again.trim(0, 32 * BLOCK)
+        await again.flush()
+        assert await again.read(0, 64 * BLOCK) == bytes(64 * BLOCK)
 
 
 @virtual

@@ -378,3 +378,18 @@ async def test_what_a_part_cuts_off_is_not_replayed_when_the_volume_has_grown(
         assert (await cluster.meta.volume("v")).size == HALF
         await cluster.meta.resize_volume("v", SIZE)
         assert await content(cluster, "v") == FLUSHED[:HALF] + bytes(HALF)
+
+
+@virtual
+async def test_a_cut_that_cannot_be_committed_speaks_of_no_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody wrote to the session that does it, and what it replayed is where it was."""
+    async with Cluster(journals=True) as cluster:
+        await in_the_journal(cluster)
+        with monkeypatch.context() as patch:
+            patch.setattr(Committer, "commit", AsyncMock(side_effect=OutOfSpace("full")))
+            with pytest.raises(OutcomeUnknown) as failed:
+                await shrink(await cluster.client(), HALF)
+        assert ": full;" in str(failed.value) and "lost" not in str(failed.value)
+        assert await content(cluster, "v") == FLUSHED

@@ -394,6 +394,15 @@ class BlockMap:
             page.used = self._tick
             self._pages[need.level][need.page_number] = page
 
+    def needs(self, need: PageNeeded) -> bool:
+        """Whether a page that a call asked for is still to be loaded; so too if nobody knows."""
+        if need.level >= self._depth or need.page_number in self._pages[need.level]:
+            return False
+        try:
+            return self._entry_of(need.level, need.page_number) == (need.ref, need.crc)
+        except PageNeeded:
+            return True
+
     def drop_clean_pages(self, pages_max: int, keep: int = 0) -> int:
         """Drop pages that can be loaded again until at most ``pages_max`` are in memory.
 

@@ -35,6 +35,10 @@ RECORD_BYTES = 1 << 20
 """Extents in one record, with what their places take. Enough for a disk to be busy with it, and so
 little that even a slow network carries some of them in the time that a member has."""
 
+RECORD_BLOCKS = 16 << 10
+"""Blocks named in one record, which take less than a MiB. With the metadata away and no flush, any
+number may have been put since the last one, and a member takes no record of more than some MiB."""
+
 PLACE_BYTES = 16
 """What an extent takes beside its data, at most."""
 
@@ -161,6 +165,11 @@ class ChangeLog:
         return [ref for ref, _ in self._blocks.values() if ref is not None]
 
     @property
+    def fits_one_record(self) -> bool:
+        """Whether ``cut`` would make one record."""
+        return len(self._blocks) <= RECORD_BLOCKS and self.extent_bytes <= RECORD_BYTES
+
+    @property
     def extent_bytes(self) -> int:
         """What the extents that were not told yet will take in records."""
         return sum(
@@ -179,14 +188,16 @@ class ChangeLog:
 
         Returns:
             The buffers of each record, in the order of their numbers, of which ``seq`` is the last.
-            Extents of no more than ``RECORD_BYTES`` are one record, and one has no more than that
-            and an atom.
+            One has extents of no more than ``RECORD_BYTES`` and an atom, and ``RECORD_BLOCKS``.
         """
         records: list[list[Buffer]] = []
         # No record was cut since their content was fixed: it would have told that instead.
         blocks = [
             [index, ref or b"", root, self.seq] for index, (ref, root) in self._blocks.items()
         ]
+        while len(blocks) > RECORD_BLOCKS:
+            records.append([self._begin_record(blocks[:RECORD_BLOCKS], [], None)])
+            del blocks[:RECORD_BLOCKS]
         places: list[list[int]] = []
         data: list[Buffer] = []
         size = 0

@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from torus_actors.errors import (
+    Again,
     BlockUnavailable,
     OutOfSpace,
     TorusError,
@@ -42,6 +43,13 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 20.0
 """How long a flush waits for peers to take the next block, or to make it durable, before it fails;
 the data stays in the cache, and a later flush may succeed."""
+
+LOOK_S = 1.0
+"""Who waits for one of many blocks looks this often whether others have ended."""
+
+HEAD_PAUSE_S = 5.0
+"""A full cluster: so long after the metadata took no head, none is made to gain room. Each try puts
+pages of the map."""
 
 PAGES_TOGETHER = 128
 PAGES_TIMEOUT_S = 60.0
@@ -73,7 +81,7 @@ class Committer:
         next_inode: ends the present INode number and returns the one that blocks put from now on
             get: what a lower one marks is in the head that is being made, or dead.
         record: stores the new head of that INode number; retries by itself while the metadata
-            cannot be reached.
+            cannot be reached, or raises ``Again`` if the head is of a part.
     """
 
     def __init__(
@@ -157,12 +165,9 @@ class Committer:
                 file.release_writes()
         may_be_named = False
         try:
-            inode_store = self._system.actor("inode_store")
             for first in range(0, len(plan.blocks), PAGES_TOGETHER):
                 some = plan.blocks[first : first + PAGES_TOGETHER]
-                pages = await inode_store.put_pages.remote(
-                    [list(page) for page in some], timeout_s=PAGES_TIMEOUT_S
-                )
+                pages = await self._put_pages([list(page) for page in some])
                 for (ref, data), (root, placed) in zip(some, pages, strict=True):
                     covered[ref] = Stored(root, placed, data=data)
             await self.make_durable(covered)
@@ -177,6 +182,23 @@ class Committer:
                 file.discard_tried([ref for ref, _ in plan.blocks])
             raise
         file.map.commit_done(plan)
+
+    async def _put_pages(self, pages: list[list[Any]]) -> list[list[Any]]:
+        """Put pages on the ring; where their stores are full, garbage is collected first."""
+        file = self._file
+        room: RoomToCome | None = None
+        while True:
+            try:
+                placed: list[list[Any]] = await self._system.actor("inode_store").put_pages.remote(
+                    pages, timeout_s=PAGES_TIMEOUT_S
+                )
+                return placed
+            except OutOfSpace:
+                room = room or file.room_to_come()
+                if not await room.may_come():
+                    raise
+                if file.failure is not None:
+                    raise anew(file.failure) from None
 
     async def write_out(
         self, indexes: list[int], checkpoint: Callable[[], Awaitable[None]] | None = None
@@ -207,6 +229,8 @@ class Committer:
         file.pump()
         end = self._system.loop.time() + PATIENCE_S
         # All have to end, so it is enough to look at one of them at a time.
+        look_at = self._system.loop.time() + LOOK_S
+        head_at = 0.0
         left = deque(targets)
         while left:
             index = left[0]
@@ -214,13 +238,13 @@ class Committer:
                 left.popleft()
                 end = self._system.loop.time() + PATIENCE_S
                 continue
-            if self._system.loop.time() >= end:
+            if self._system.loop.time() >= look_at:
                 # That one may come last, behind others that get on.
+                look_at = self._system.loop.time() + LOOK_S
                 waiting = deque(filter(waits, left))
                 if len(waiting) < len(left):
                     left = waiting
                     end = self._system.loop.time() + PATIENCE_S
-                    continue
             if file.failure is not None:
                 raise anew(file.failure)
             if isinstance(file.put_error, OutOfSpace):
@@ -230,10 +254,15 @@ class Committer:
                 raise BlockUnavailable(
                     f"{len(left)} blocks could not be stored in time: {file.last_error}"
                 )
-            if checkpoint and file.reclaiming and (file.unsynced or file.map.is_dirty):
+            needs_head = file.reclaiming and (file.unsynced or file.map.is_dirty)
+            if checkpoint and needs_head and self._system.loop.time() >= head_at:
                 # The cluster is full, and what these blocks replace becomes garbage only once a
                 # head names them: that may be the very room that is missing.
-                await checkpoint()
+                try:
+                    await checkpoint()
+                except Again as error:
+                    log.info("volume %s: no head to make room by: %s", file.name, error)
+                    head_at = self._system.loop.time() + HEAD_PAUSE_S
             if len(file.unsynced) >= file.kept_max * SYNC_AHEAD_SHARE:
                 # The caller sees to what cannot be.
                 with contextlib.suppress(BlockUnavailable, OutOfSpace, Superseded):

@@ -39,7 +39,7 @@ from torus_actors.nbd.requests import Piece
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.read_cache import ReadCache
 from torus_actors.volume.read_side import Done, ReadSide, ignore
-from torus_actors.volume.room import RoomToCome
+from torus_actors.volume.room import RECLAIM_PATIENCE_S, RoomToCome
 from torus_actors.volume.stored import Stored
 from torus_actors.volume.write_back import EXTENT_OVERHEAD_BYTES, WriteBack
 
@@ -87,6 +87,26 @@ WAITING_WRITES_MAX = 1 << 20
 Spawn = Callable[[Coroutine[Any, Any, Any]], Any]
 
 _ZEROS = memoryview(bytes(1 << 20))
+
+
+class _Zeros:
+    """Zeros that are written like data, piece by piece, from ``at`` to ``end``.
+
+    Attributes:
+        waits_since: when the last piece was handed in.
+        reclaims: of the file, how often it had found the cluster full by then.
+        full_since: since when a piece has waited while the cluster was full; None if none has.
+    """
+
+    __slots__ = ("at", "done", "end", "full_since", "reclaims", "waits_since")
+
+    def __init__(self, at: int, end: int, done: Done) -> None:
+        self.at = at
+        self.end = end
+        self.done = done
+        self.waits_since = 0.0
+        self.reclaims = 0
+        self.full_since: float | None = None
 
 
 class File(ReadSide):
@@ -138,6 +158,8 @@ class File(ReadSide):
         self._discard_timer: asyncio.TimerHandle | None = None
         self.reclaiming = False
         """Whether the cluster is full and garbage is being looked for."""
+        self._reclaims = 0
+        """How often that was begun."""
         self.commit_soon: Callable[[], None] = ignore
         self.yields: Callable[[], bool] = lambda: False
         """Whether puts are to leave the disks to something more urgent."""
@@ -349,13 +371,14 @@ class File(ReadSide):
         self._check_range(offset, length)
         self._check_writable()
         if keep:
-            return self._write_zeros(offset, offset + length, done)
+            return self._write_zeros(_Zeros(offset, offset + length, done))
         if self.held:
             return self._wait_for_room(offset, None, length, done)
         if isinstance(self.put_error, OutOfSpace):
             # Not refused where the cluster is full, since this is how room is made; but the zero
-            # runs themselves must not fill the memory.
-            if self.layers.size >= 2 * self.layers.size_max:
+            # runs themselves must not fill the memory. Data may: a replay brings any amount.
+            layers = self.layers
+            if layers.size >= 2 * layers.size_max and layers.overhead >= layers.size_max:
                 raise anew(self.put_error)
         elif self._waiting or self.layers.size >= self.layers.size_max:
             return self._wait_for_room(offset, None, length, done)
@@ -375,28 +398,41 @@ class File(ReadSide):
         self._clear_range(first, last, done)
         return False
 
-    def _write_zeros(self, at: int, end: int, done: Done) -> bool:
+    def _write_zeros(self, zeros: _Zeros) -> bool:
         """Write zeros like data, as much at a time as there is room for."""
-        while at < end:
-            size = min(len(_ZEROS), end - at)
-            then = partial(self._zeros_written, at + size, end, done)
-            if not self.write_at(at, _ZEROS[:size], then):
+        while zeros.at < zeros.end:
+            size = min(len(_ZEROS), zeros.end - zeros.at)
+            zeros.waits_since = self.loop.time()
+            zeros.reclaims = self._reclaims - self.reclaiming  # one under way counts
+            then = partial(self._zeros_written, zeros, size)
+            if not self.write_at(zeros.at, _ZEROS[:size], then):
                 return False
-            at += size
+            zeros.at += size
         return True
 
     def _zeros_written(
-        self, at: int, end: int, done: Done, error: TorusError | None, _: Sequence[Piece]
+        self, zeros: _Zeros, size: int, error: TorusError | None, _: Sequence[Piece]
     ) -> None:
         try:
             if error is not None:
                 raise error
-            if not self._write_zeros(at, end, done):
+            zeros.at += size
+            self._check_patience(zeros)
+            if not self._write_zeros(zeros):
                 return
         except TorusError as failed:
-            done(failed, ())
+            zeros.done(failed, ())
         else:
-            done(None, ())
+            zeros.done(None, ())
+
+    def _check_patience(self, zeros: _Zeros) -> None:
+        """See that garbage is waited for as long as a write would, and not for each piece anew."""
+        if self._reclaims == zeros.reclaims or zeros.at >= zeros.end:
+            return
+        if zeros.full_since is None:
+            zeros.full_since = zeros.waits_since
+        elif self.loop.time() - zeros.full_since > RECLAIM_PATIENCE_S:
+            raise OutOfSpace("the cluster is full: it has room for a part of these zeros at a time")
 
     def _zero(self, offset: int, length: int) -> None:
         block_size = self.block_size
@@ -427,6 +463,8 @@ class File(ReadSide):
             return
         # In one step with the map: a layer must not be gone before what lies below it is.
         self.layers.drop(first, last)
+        for ref in [ref for ref, each in self.unsynced.items() if first <= each.index < last]:
+            self._let_go(ref)
         failed = [index for index in self._failed_puts if first <= index < last]
         self.discard_tried([self._failed_puts.pop(index)[0] for index in failed])
         self.loop.call_soon(done, None, ())
@@ -523,11 +561,16 @@ class File(ReadSide):
                 self.stored += 1
         except TorusError as error:
             if ref is not None and block is not None:
-                self._failed_puts[index] = (ref, _digest(block))
+                if self.layers.frozen.get(index) is layer:
+                    self._failed_puts[index] = (ref, _digest(block))
+                else:
+                    self.discard_tried([ref])  # trimmed meanwhile: nobody will try it again
             self._put_failed(index, layer, error)
         else:
             self._retry_s = RETRY_FIRST_S
-            self._failed_puts.pop(index, None)
+            failed = self._failed_puts.pop(index, None)
+            if failed is not None:
+                self.discard_tried([failed[0]])  # zeros took its place
             if ref is not None or not self.layers.size:
                 self.put_error = None
         self._putting -= 1
@@ -577,11 +620,17 @@ class File(ReadSide):
         else:
             self.layers.settle(index, layer, block[0], block[1].root)
         if before is not None:
-            # If a plan names it, that plan has its own note of it; if not, it need not last.
-            stored_before = self.unsynced.pop(before.ref, None)
-            if before.ref in self.fresh:
-                del self.fresh[before.ref]
-                self._discard(before.ref, stored_before)
+            self._let_go(before.ref)
+
+    def _let_go(self, ref: BlockRef) -> None:
+        """The map names this block no more.
+
+        If a plan names it, that plan has its own note of it; if not, it need not last.
+        """
+        stored = self.unsynced.pop(ref, None)
+        if ref in self.fresh:
+            del self.fresh[ref]
+            self._discard(ref, stored)
 
     def _discard(self, ref: BlockRef, stored: Stored | None) -> None:
         """Have the peers drop a block that was overwritten before any head named it."""
@@ -651,6 +700,7 @@ class File(ReadSide):
         if isinstance(error, OutOfSpace) and not isinstance(self.put_error, OutOfSpace):
             if not self.reclaiming and self.spawn is not None:
                 self.reclaiming = True
+                self._reclaims += 1
                 self.spawn(self._reclaim(error))
         else:
             self.put_error = error

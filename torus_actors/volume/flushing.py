@@ -17,9 +17,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torus_actors.errors import Fenced, TorusError, anew
+from torus_actors.errors import BlockUnavailable, Fenced, TorusError, anew
 from torus_actors.model.checksums import Buffer
-from torus_actors.volume import change_log
 from torus_actors.volume.commit import Superseded
 
 if TYPE_CHECKING:
@@ -62,6 +61,8 @@ class Flusher:
         self._under_way: list[Done] = []
         self._wake = asyncio.Event()
         self._parked = False
+        self._no_commit = False
+        """Whether no commit can be had: the session ends, and its last one has failed."""
         self.appending = False
         self.appended_at = -math.inf
         self._writes = 0
@@ -81,6 +82,11 @@ class Flusher:
         self._writes = 0
         self._waiting.append(done)
         self._begin()
+
+    def ask_without_commit(self, done: Done) -> None:
+        """The same of a session that ends and cannot commit: whole blocks go to the journal too."""
+        self._no_commit = True
+        self.ask(done)
 
     def wrote(self, writes: int) -> None:
         """So many writes were acknowledged: append them at once if a flush is to come."""
@@ -155,11 +161,7 @@ class Flusher:
         """Begin a flush that is nothing but a record of extents; whether it is one."""
         session = self._session
         changes = session.log
-        if (
-            changes.empty
-            or not self._needs_no_block()
-            or changes.extent_bytes > change_log.RECORD_BYTES
-        ):
+        if changes.empty or not self._needs_no_block() or not changes.fits_one_record:
             return False
         (record,) = self._cut()
         self._under_way, self._waiting = self._waiting, []
@@ -225,6 +227,12 @@ class Flusher:
         told = changes.empty and (not changes.waits_for_head or changes.seq == session.covered_seq)
         if (told and session.committer.clean) or await self._flush_by_journal():
             return
+        if self._no_commit:
+            raise BlockUnavailable(
+                "the journal has not all of it"
+                if session.journal.active
+                else f"there is no journal: {session.journal.broken or 'none was begun'}"
+            )
         committed: asyncio.Future[TorusError | None] = session.system.loop.create_future()
 
         def done(error: TorusError | None) -> None:
@@ -237,7 +245,10 @@ class Flusher:
             raise error
 
     def _may_journal(self) -> bool:
-        return self._session.journal.active and not self._session.log.waits_for_head
+        session = self._session
+        if session.commit_failed and session.journal.is_large and not self._no_commit:
+            return False  # it would fill up, and with it the members' room for other volumes
+        return session.journal.active and not session.log.waits_for_head
 
     def _cut(self) -> list[list[Buffer]]:
         """Make records of all that was not told yet."""
@@ -271,6 +282,8 @@ class Flusher:
         if not self._may_journal():
             return False
         for _ in range(WRITE_OUT_ROUNDS):
+            if self._no_commit:
+                break
             # Whole blocks bypass the journal.
             await session.committer.write_out(file.layers.full())
             if self._pays_to_journal():

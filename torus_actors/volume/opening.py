@@ -20,12 +20,14 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Corruption,
+    DeadlineExceeded,
     Fenced,
     Invalid,
     LeaseNotFound,
     OutcomeUnknown,
     OutOfSpace,
     TorusError,
+    anew,
 )
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import Head, Reader, Snapshot, VolumeRecord
@@ -58,7 +60,10 @@ KEEP_S = 2.0
 """How soon it is noticed that a lease was replaced: well within the grace of collectors."""
 
 CLOSE_FLUSH_S = 60.0
-"""How long the last flush of a volume may take."""
+"""How long the last commit of a volume may take."""
+
+CLOSE_JOURNAL_S = 20.0
+"""How long what that could not store may take to go to the journal."""
 
 _MAY_BE_DONE = (asyncio.CancelledError, OutcomeUnknown)
 """After which what was to be put into the metadata may be there, or come yet."""
@@ -509,17 +514,25 @@ def _in_background(system: ActorSystem, coroutine: Coroutine[Any, Any, None]) ->
     return task
 
 
-async def close_session(session: Session, meta: MetadataService) -> None:
+async def close_session(session: Session, meta: MetadataService, served: bool = True) -> None:
     """Flush, then give the lock up.
 
     Where this is cut off it may be called again, and goes on: until the flush has ended the session
     is as it was, with its lock.
 
+    Args:
+        session: to be closed.
+        meta: the metadata service.
+        served: whether anybody may have written to it.
+
     Raises:
-        TorusError: the flush failed; the lock is given up all the same, what was not flushed is
-            lost, as when a disk is unplugged.
+        TorusError: it could not be committed, nor could the journal keep what was written; the
+            lock is given up all the same, what was not flushed is lost, as when a disk is
+            unplugged.
     """
     error = await _last_commit(session)
+    if error is not None and served and session.file.failure is None:
+        error = await _keep_in_journal(session, error)
     session.close()
     detaching: asyncio.Task[None] | None = None
     try:
@@ -582,7 +595,8 @@ async def commit_and_close(session: Session, meta: MetadataService) -> None:
     try:
         session.resume(spawn)
         try:
-            await close_session(session, meta)  # this commits, unless the session has been fenced
+            # This commits, unless the session has been fenced.
+            await close_session(session, meta, served=False)
         except TorusError:
             raise
         except BaseException:
@@ -611,3 +625,34 @@ async def _last_commit(session: Session) -> TorusError | None:
             return await committed
     except TimeoutError:
         return BlockUnavailable("the last flush did not end in time")
+
+
+async def _keep_in_journal(session: Session, failure: TorusError) -> TorusError | None:
+    """Have the journal keep what could not be committed; returns why something is lost.
+
+    Args:
+        session: that is to be closed.
+        failure: of its last commit.
+    """
+    kept: asyncio.Future[TorusError | None] = session.system.loop.create_future()
+
+    def done(failed: TorusError | None) -> None:
+        if not kept.done():
+            kept.set_result(failed)
+
+    session.keep_in_journal(done)
+    error: TorusError | None = DeadlineExceeded("the journal did not take it in time")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_JOURNAL_S):
+            error = await kept
+    if error is not None:
+        lost = anew(failure)
+        lost.args = (f"{failure}; what was not flushed before is lost: {error}",)
+        return lost
+    log.warning(
+        "volume %s: closed without a commit (%s): its journal has all that was written, for "
+        "whoever opens it next",
+        session.name,
+        failure,
+    )
+    return None

@@ -360,6 +360,8 @@ class ReadSide:
                     self.map.drop_clean_pages(MAP_PAGES_MAX, MAP_PAGES_KEPT)
                 except TorusError as broken:
                     error = broken
+            elif not self.map.needs(need):
+                error = None  # it was trimmed, and collected; who waits looks at what is there now
             for waiter in self._loading.pop(key, ()):
                 waiter(error)
 

@@ -21,6 +21,7 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Fenced,
+    OutOfSpace,
     Overloaded,
     TorusError,
     anew,
@@ -167,6 +168,8 @@ class Session:
         self._prefetch = Prefetch(self.file, self._answer)
         self.flusher = Flusher(self)
         self.file.yields = self._flushes_go_first
+        self.commit_failed = False
+        """Whether the last commit could not store what was written."""
         self._commit_waiting: list[Callable[[TorusError | None], None]] = []
         self._committing: list[Callable[[TorusError | None], None]] = []
         self._commit_wake = asyncio.Event()
@@ -269,6 +272,21 @@ class Session:
             return
         self._commit_waiting.append(done)
         self._commit_wake.set()
+
+    def keep_in_journal(self, done: Callable[[TorusError | None], None]) -> None:
+        """Have the journal keep what was acknowledged: the session ends, and cannot commit.
+
+        Who waits for a commit is told that there is none.
+        """
+        waiting, self._committing, self._commit_waiting = (
+            self._committing + self._commit_waiting,
+            [],
+            [],
+        )
+        error = BlockUnavailable(f"volume {self.name} is being closed, and cannot be stored")
+        for each in waiting:
+            each(error)
+        self.flusher.ask_without_commit(done)
 
     def close(self) -> None:
         """Take no more requests; commit before. A flush that has not ended by now fails."""
@@ -382,7 +400,8 @@ class Session:
     async def _commit(self) -> None:
         """Commit, then cut the journal, or begin one."""
         changes, journal = self.log, self.journal
-        if not journal.active:
+        begins = not journal.active
+        if begins:
             # What is in the layers now will be in the head; what comes from here on is told by the
             # records that follow it.
             changes.start(changes.seq)
@@ -406,11 +425,17 @@ class Session:
         )
         try:
             await self.committer.commit(force)
+        except (OutOfSpace, BlockUnavailable):
+            # No head has all of it. What records could tell before, they can yet.
+            changes.needs_commit |= changes.committing or begins
+            self.commit_failed = True
+            raise
         except BaseException:
             changes.needs_commit = True
             raise
         finally:
             changes.committing = False
+        self.commit_failed = False
         self.covered_seq = self._covering_seq
         self.covered_size = self.size
         changes.in_head(self.covered_seq, self.committer.map_seq)
@@ -439,7 +464,12 @@ class Session:
             log.info("volume %s: no journal for now: %s", self.name, error)
 
     async def _record_head(self, plan: CommitPlan, inode: int) -> None:
-        """Store the new head, however long the metadata is away."""
+        """Store the new head, however long the metadata is away; one of a part, if it is not.
+
+        Raises:
+            Again: it is, or what became of the head of a part is not known.
+            Fenced: another session has begun.
+        """
         complete = self.committer.complete
         head = Head(
             inode=inode,
@@ -462,6 +492,8 @@ class Session:
                 await self.heads.store(head)
                 return
             except Again as error:
+                if not complete:
+                    raise  # it is to make room, which may come otherwise; this may take hours
                 log.info("volume %s: waiting for the metadata: %s", self.name, error)
             # What a head does not cover, it cannot stand for in the journal.
             awaited = bool(self._committing or self._commit_waiting)

@@ -7,6 +7,7 @@ moment it is in a layer; a layer is dropped only after the block that holds it i
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -140,6 +141,12 @@ class WriteBack:
     def filled(self, index: int) -> None:
         """The dirty layer of a block covers all of it."""
         self._full_dirty[index] = None
+
+    @property
+    def overhead(self) -> int:
+        """Of ``size``, what is not data; takes a look at each layer."""
+        layers = itertools.chain(self.dirty.values(), self.frozen.values())
+        return EXTENT_OVERHEAD_BYTES * sum(map(len, layers))
 
     @property
     def any_full(self) -> bool:
