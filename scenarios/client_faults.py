@@ -9,6 +9,9 @@ from torus_actors.scenarios.cluster import META_ADDRESS, Cluster
 from torus_actors.scenarios.cuts import Cut, ways_of
 from torus_actors.scenarios.field import Field
 
+CLOSE_S_MAX = 60.0
+"""How long closing is waited for: without the metadata it takes as long as the last commit may."""
+
 
 async def cut_client(field: Field) -> None:
     """A client is cut off: from the metadata, or from everything; another one takes over."""
@@ -62,6 +65,19 @@ async def crash_client(field: Field) -> None:
     if field.rng.random() < 0.5:
         driver.move(field.rng.choice(driver.hosts))
     await asyncio.sleep(field.rng.uniform(1.0, 5.0))
+
+
+async def reopen(field: Field) -> None:
+    """A client closes its volume in order, whatever else happens, and it is opened again."""
+    rng = field.rng
+    driver = rng.choice(field.drivers)
+    driver.held = driver.closing = True
+    await driver.wait_closed(CLOSE_S_MAX)
+    field.say(f"{driver.name} is closed")
+    await asyncio.sleep(rng.choice((0.0, 1.0)) * rng.random())
+    if rng.random() < 0.5:
+        driver.move(rng.choice(driver.hosts))
+    driver.held = driver.closing = False
 
 
 TELLING = (

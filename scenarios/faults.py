@@ -35,14 +35,17 @@ from torus_actors.scenarios.client_faults import (
     cut_client,
     freeze_client,
     hand_over_slowly,
+    reopen,
     second_client,
     tell_half,
 )
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
 from torus_actors.scenarios.cuts import Cut, ways_of
 from torus_actors.scenarios.field import Field
+from torus_actors.scenarios.late_requests import late_requests
 from torus_actors.scenarios.readers import crash_reader, cut_reader, end_lease, read_beside
 from torus_actors.scenarios.resizes import resize
+from torus_actors.scenarios.restores import restore
 from torus_actors.scenarios.snapshots import take_snapshots
 from torus_actors.storage.index import Layout
 from torus_actors.storage.journal import JournalStore
@@ -679,6 +682,9 @@ FAULTS: dict[str, Fault] = {
     "cut_reader": cut_reader,
     "end_lease": end_lease,
     "resize": resize,
+    "restore": restore,
+    "reopen": reopen,
+    "late_requests": late_requests,
 }
 
 DAMAGING = {"rot", "rot_index", "disk_errors"}

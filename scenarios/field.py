@@ -13,6 +13,7 @@ from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.readers import Readers
 from torus_actors.scenarios.resizes import Resizes
+from torus_actors.scenarios.restores import Restores
 from torus_actors.scenarios.snapshots import Snapshots
 from torus_actors.scenarios.workload import Driver
 
@@ -56,6 +57,7 @@ class Field:
         self.snapshots = Snapshots(cluster)
         self.readers = Readers(cluster)
         self.resizes = Resizes(cluster, drivers)
+        self.restores = Restores(cluster)
         self.ends_at = 0.0
         """When the last fault may begin."""
         self.only = rng.choice(cluster.nodes) if one_victim else None

@@ -747,6 +747,29 @@ _RESIZES = (
     ),
 )
 
+_METADATA = (
+    _mutant(
+        "deleted_volume_leaves_its_counter",
+        "Of a deleted volume nothing remains but a marker",
+        Edit(
+            "metadata.volumes:VolumeOperations.delete_volume",
+            "table.VOLUME, table.MINT, table.HEAD",
+            "table.VOLUME, table.HEAD",
+        ),
+        hunted_in=("calm",),
+    ),
+    _mutant(
+        "late_request_undoes",
+        "A creation that arrives late does not bring back what was deleted",
+        Edit(
+            "metadata.base:MetadataBase._touch",
+            "return [*gone, there], [Put(key, found.value)]",
+            "return [], []",
+        ),
+        hunted_in=("late_requests",),
+    ),
+)
+
 _CACHE = (
     _mutant(
         "written_is_a_hole",
@@ -798,6 +821,55 @@ _CACHE = (
     ),
 )
 
+_REQUESTS = (
+    _mutant(
+        "fua_is_advice",
+        "A write with FUA is answered when it is durable",
+        Edit("volume.session:Session._on_write", "if request.fua:", "if False:"),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "waiting_write_is_answered",
+        "A write that has to wait for room is answered when there is some, and once",
+        Edit(
+            "volume.session:Session._on_write",
+            "if self.file.write_at(request.offset, request.data, done):",
+            "if self.file.write_at(request.offset, request.data, done) or not request.fua:",
+        ),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "trimmed_stays_allocated",
+        "A block that was trimmed takes no room",
+        Edit(
+            "volume.file:File._put",
+            "if layer.is_all_zero and layer.is_full(self.block_length(index)):",
+            "if False:",
+        ),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "zeros_become_holes",
+        "Zeros that are to stay allocated are stored",
+        Edit(
+            "volume.session:Session._on_zero",
+            "keep = request.op == Op.WRITE_ZEROES and request.no_hole",
+            "keep = False",
+        ),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "frozen_is_a_hole",
+        "What is on its way to the ring is not called a hole",
+        Edit(
+            "volume.read_side:ReadSide._pieces",
+            "if index in layers.dirty or index in layers.frozen:",
+            "if index in layers.dirty:",
+        ),
+        hunted_in=("requests",),
+    ),
+)
+
 MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
     for mutant in (
@@ -810,6 +882,8 @@ MUTANTS: dict[str, Mutant] = {
         *_SNAPSHOTS,
         *_READERS,
         *_RESIZES,
+        *_METADATA,
         *_CACHE,
+        *_REQUESTS,
     )
 }

@@ -549,6 +549,8 @@ NOT_REAL = {
     "cut_reader": "nobody reads without the lock here",
     "end_lease": "nobody reads without the lock here",
     "resize": "what may be behind a cut is known inside the simulator only",
+    "restore": "what snapshots hold is compared inside the simulator only",
+    "reopen": "a client that leaves ends no session there at a moment that is known",
     "collect_now": "there is no command that starts a collection",
     "crash_client_and_member": "which nodes have a volume's journal is not known here",
     "tell_half": "which nodes have a volume's journal is not known here",
@@ -557,6 +559,7 @@ NOT_REAL = {
     "tear_node": "no power is switched off here",
     "rot_index": "only on the simulated disk is it known what a byte of an index stands for",
     "metadata_unsure": "etcd answers whatever reaches it",
+    "late_requests": "etcd answers whatever reaches it",
     "break_after_reading": "nothing here breaks single connections",
 }
 """Faults without a real form, and why."""
