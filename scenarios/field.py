@@ -94,10 +94,14 @@ class Field:
         """The node is well again, as far as this fault goes."""
         self.broken.pop(host.name, None)
 
+    def changing(self) -> asyncio.Lock:
+        """To be held while the members of the ring are changed."""
+        return self._changing
+
     @contextlib.asynccontextmanager
     async def losing(self) -> AsyncIterator[None]:
         """While this lasts nodes may be lost for good; nobody else changes who is a member."""
-        async with self._changing:
+        async with self.changing():
             self.copies_missing = True
             try:
                 yield

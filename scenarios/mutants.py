@@ -578,6 +578,30 @@ _SNAPSHOTS = (
     ),
 )
 
+_RESTORES = (
+    _mutant(
+        "restore_fences_nobody",
+        "Who goes back to a snapshot fences the journal of the session before",
+        Edit(
+            "volume.snapshots:restore_snapshot",
+            "await recover(system, record.id, journal, epoch, present)",
+            "pass",
+        ),
+        hunted_in=("restores",),
+    ),
+    _mutant(
+        "restored_with_the_journal",
+        "What the journal has is not replayed over a snapshot to which a volume went back",
+        Edit(
+            "metadata.records:Head.handed_to",
+            "journal_seq=0, map_seq=0, replays=0",
+            "replays=self.journal_epoch",
+        ),
+        hunted_in=("restores",),
+        first_seed=4,
+    ),
+)
+
 _READERS = (
     _mutant(
         "collector_forgets_readers",
@@ -747,6 +771,26 @@ _RESIZES = (
     ),
 )
 
+_CLOSINGS = (
+    _mutant(
+        "closed_without_commit",
+        "A volume that is closed has all that was written",
+        Edit(
+            "volume.opening:_last_commit",
+            "if not session.epoch or session.file.failure is not None:",
+            "if True:",
+        ),
+        hunted_in=("closings",),
+    ),
+    _mutant(
+        "retires_what_is_owed",
+        "A journal is given up only when the head in the metadata has all that it has",
+        Edit("volume.opening:close_session", "error is None and session.all_covered", "not error"),
+        hunted_in=("closings",),
+        first_seed=9,
+    ),
+)
+
 _METADATA = (
     _mutant(
         "deleted_volume_leaves_its_counter",
@@ -880,8 +924,10 @@ MUTANTS: dict[str, Mutant] = {
         *_SESSIONS,
         *_JOURNAL,
         *_SNAPSHOTS,
+        *_RESTORES,
         *_READERS,
         *_RESIZES,
+        *_CLOSINGS,
         *_METADATA,
         *_CACHE,
         *_REQUESTS,

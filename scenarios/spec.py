@@ -51,7 +51,7 @@ DRAWN_APART = {"tear_node", "rot_index", "metadata_unsure", "break_after_reading
 own."""
 
 
-MANY_BROKEN = {"power_cut", "disk_full", "crash_client_and_member", "lose_journal"}
+MANY_BROKEN = {"power_cut", "disk_full", "all_full", "crash_client_and_member", "lose_journal"}
 """Faults that hit more nodes than there are copies less one, or leave no room on them."""
 
 
@@ -707,6 +707,34 @@ _LIST = (
         errors_allowed=True,
         duration_s=(25, 40),
         op_s_max=OUTAGE_S_MAX,
+    ),
+    Scenario(
+        "retired",
+        "A node that has left the ring can be switched off when it is said so, and is soon",
+        {"retire_node": (0.5, 3), "crash_client": (8, 25)},
+        clients=(1, 2),
+        volume_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, pause_s=0.3),
+        errors_allowed=True,
+        duration_s=(25, 40),
+    ),
+    Scenario(
+        "crash_when_full",
+        "What was flushed is there after a crash of the client, though no room is left to store it",
+        {
+            "all_full": (1, 4),
+            "collect_now": (4, 12),
+            "crash_at_flush": (5, 15),
+        },
+        clients=(1, 2),
+        volume_bytes=(256 << 10, 1 << 20),
+        write_cache_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, whole_blocks=0.4),
+        errors_allowed=True,
+        duration_s=(25, 40),
+        op_s_max=ROOM_S_MAX,
     ),
     Scenario(
         "requests",
