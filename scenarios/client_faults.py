@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from torus_actors.runtime.cell import State
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster
 from torus_actors.scenarios.cuts import Cut, ways_of
 from torus_actors.scenarios.field import Field
@@ -108,6 +109,21 @@ async def crash_at_flush(field: Field) -> None:
     if rng.random() < 0.5:
         driver.move(rng.choice(driver.hosts))
     await asyncio.sleep(rng.uniform(1.0, 5.0))
+
+
+async def kill_at_head(field: Field) -> None:
+    """A volume's actor dies when the metadata has a new head, and has not said so."""
+    rng = field.rng_of("kill_at_head")
+    driver = rng.choice(field.drivers)
+    await driver.wait_for("head recorded", 4.0)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    cell = host.tree.system.cells.get(f"volume:{driver.name}")
+    if cell is not None and cell.state is State.RUNNING:
+        field.say(f"actor {cell.name} of {host.name} dies when its head is recorded")
+        host.process.context.copy().run(cell.kill)
+    await asyncio.sleep(0.3)
 
 
 async def crash_beside_commit(field: Field) -> None:

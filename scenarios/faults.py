@@ -35,6 +35,7 @@ from torus_actors.scenarios.client_faults import (
     cut_client,
     freeze_client,
     hand_over_slowly,
+    kill_at_head,
     reopen,
     second_client,
     tell_half,
@@ -710,6 +711,7 @@ FAULTS: dict[str, Fault] = {
     "restore": restore,
     "retire_node": retire_node,
     "reopen": reopen,
+    "kill_at_head": kill_at_head,
     "late_requests": late_requests,
 }
 

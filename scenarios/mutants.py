@@ -865,7 +865,37 @@ _CACHE = (
     ),
 )
 
+_RETIRED = (
+    _mutant(
+        "journal_stays_on_who_left",
+        "The journal of a volume that is open leaves a node that has left the ring",
+        Edit(
+            "volume.journal:SessionJournal._wants_others",
+            "home not in ring and transport is not None and not transport.is_down(home)",
+            "False",
+        ),
+        hunted_in=("retired",),
+    ),
+    _mutant(
+        "needed_journal_not_counted",
+        "A node tells of volumes of which its journal may have what no head has",
+        Edit(
+            "actors.collector:Collector._read_metadata",
+            "unreplayed and me in journal.ensemble",
+            "False",
+        ),
+        hunted_in=("retired",),
+        first_seed=7,
+    ),
+)
+
 _REQUESTS = (
+    _mutant(
+        "discards_pages_of_a_head",
+        "Pages of a head that may have been recorded are not discarded",
+        Edit("volume.commit:Committer._commit_map", "if not may_be_named:", "if True:"),
+        hunted_in=("requests",),
+    ),
     _mutant(
         "fua_is_advice",
         "A write with FUA is answered when it is durable",
@@ -930,6 +960,7 @@ MUTANTS: dict[str, Mutant] = {
         *_CLOSINGS,
         *_METADATA,
         *_CACHE,
+        *_RETIRED,
         *_REQUESTS,
     )
 }

@@ -552,6 +552,7 @@ NOT_REAL = {
     "resize": "what may be behind a cut is known inside the simulator only",
     "retire_node": "what a disk has that is thrown away is looked at inside the simulator only",
     "restore": "what snapshots hold is compared inside the simulator only",
+    "kill_at_head": "when a head is recorded is known inside the simulator only",
     "reopen": "a client that leaves ends no session there at a moment that is known",
     "collect_now": "there is no command that starts a collection",
     "crash_client_and_member": "which nodes have a volume's journal is not known here",

@@ -744,6 +744,7 @@ _LIST = (
             "crash_at_flush": (2, 6),
             "crash_node": (6, 20),
             "kill_actor": (1, 5),
+            "kill_at_head": (0.5, 3),
             "slow_network": (4, 15),
         },
         clients=(1, 2),
