@@ -865,6 +865,20 @@ _CACHE = (
     ),
 )
 
+_FULL = (
+    _mutant(
+        "part_counts_as_replayed",
+        "A head that is recorded before all of a replay is in it says how far that has come",
+        Edit(
+            "volume.session:Session._record_head",
+            "if not complete and (replay := self.replaying) is not None:",
+            "if (replay := None) is not None:",
+        ),
+        hunted_in=("crash_when_full",),
+        first_seed=28,
+    ),
+)
+
 _RETIRED = (
     _mutant(
         "journal_stays_on_who_left",
@@ -960,6 +974,7 @@ MUTANTS: dict[str, Mutant] = {
         *_CLOSINGS,
         *_METADATA,
         *_CACHE,
+        *_FULL,
         *_RETIRED,
         *_REQUESTS,
     )
