@@ -39,6 +39,10 @@ RING_LAG_S = 60.0
 """A node knows a new ring after this time at the latest."""
 
 
+OF_VOLUMES = (table.MINT, table.HEAD, table.EPOCH, table.JOURNAL, table.SNAPSHOT)
+"""Keys that go with their volume."""
+
+
 class Unreadable(Exception):
     """A page of a committed tree cannot be read from any node that is up."""
 
@@ -389,8 +393,14 @@ class Checker:
     async def leavings(self) -> list[str]:
         """What clients that are gone have left behind, other than blocks."""
         found = []
-        for item in (await self.cluster.store.range(""))[0]:
+        items = (await self.cluster.store.range(""))[0]
+        there = {each.key for each in items}
+        for item in items:
             row = self._keys.row_of(item.key)
+            if row in OF_VOLUMES:
+                volume = item.key.removeprefix(self._keys.under(row)).partition("/")[0]
+                if self._keys.under(table.VOLUME) + volume not in there:
+                    found.append(f"{item.key} is there, and its volume is not")
             if row in (table.LOCK, table.READER, table.SNAPSHOT_REQUEST):
                 found.append(f"{item.key} is there, and nobody uses it")
             elif row is table.JOURNAL and Journal.decode(item.value).ensemble:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from torus_actors.runtime.cell import State
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster
 from torus_actors.scenarios.cuts import Cut, ways_of
 from torus_actors.scenarios.field import Field
+
+CLOSE_S_MAX = 60.0
+"""How long closing is waited for: without the metadata it takes as long as the last commit may."""
 
 
 async def cut_client(field: Field) -> None:
@@ -64,6 +68,19 @@ async def crash_client(field: Field) -> None:
     await asyncio.sleep(field.rng.uniform(1.0, 5.0))
 
 
+async def reopen(field: Field) -> None:
+    """A client closes its volume in order, whatever else happens, and it is opened again."""
+    rng = field.rng
+    driver = rng.choice(field.drivers)
+    driver.held = driver.closing = True
+    await driver.wait_closed(CLOSE_S_MAX)
+    field.say(f"{driver.name} is closed")
+    await asyncio.sleep(rng.choice((0.0, 1.0)) * rng.random())
+    if rng.random() < 0.5:
+        driver.move(rng.choice(driver.hosts))
+    driver.held = driver.closing = False
+
+
 TELLING = (
     "flush asked for",
     "flush acknowledged",
@@ -92,6 +109,21 @@ async def crash_at_flush(field: Field) -> None:
     if rng.random() < 0.5:
         driver.move(rng.choice(driver.hosts))
     await asyncio.sleep(rng.uniform(1.0, 5.0))
+
+
+async def kill_at_head(field: Field) -> None:
+    """A volume's actor dies when the metadata has a new head, and has not said so."""
+    rng = field.rng_of("kill_at_head")
+    driver = rng.choice(field.drivers)
+    await driver.wait_for("head recorded", 4.0)
+    host = driver.host
+    if not host.up or host.process is None:
+        return
+    cell = host.tree.system.cells.get(f"volume:{driver.name}")
+    if cell is not None and cell.state is State.RUNNING:
+        field.say(f"actor {cell.name} of {host.name} dies when its head is recorded")
+        host.process.context.copy().run(cell.kill)
+    await asyncio.sleep(0.3)
 
 
 async def crash_beside_commit(field: Field) -> None:

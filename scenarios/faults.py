@@ -35,14 +35,19 @@ from torus_actors.scenarios.client_faults import (
     cut_client,
     freeze_client,
     hand_over_slowly,
+    kill_at_head,
+    reopen,
     second_client,
     tell_half,
 )
 from torus_actors.scenarios.cluster import META_ADDRESS, Cluster, Host
 from torus_actors.scenarios.cuts import Cut, ways_of
 from torus_actors.scenarios.field import Field
+from torus_actors.scenarios.late_requests import late_requests
 from torus_actors.scenarios.readers import crash_reader, cut_reader, end_lease, read_beside
 from torus_actors.scenarios.resizes import resize
+from torus_actors.scenarios.restores import restore
+from torus_actors.scenarios.retiring import retire_node
 from torus_actors.scenarios.snapshots import take_snapshots
 from torus_actors.storage.index import Layout
 from torus_actors.storage.journal import JournalStore
@@ -485,8 +490,30 @@ async def disk_full(field: Field) -> None:
     if host is None:
         return
     field.say(f"the disk of {host.name} is full")
-    disks = [host.disks[f"/{host.name}/{area}"] for area in AREAS]
-    *stores, journal = disks
+    _fill(host)
+    await asyncio.sleep(field.rng.uniform(0.5, 6.0))
+    _empty(host)
+    field.whole(host)
+
+
+async def all_full(field: Field) -> None:
+    """There is no room on any node for a while; some clients die just then."""
+    cluster, rng = field.cluster, field.rng
+    hosts = cluster.members_up
+    field.say("all disks are full")
+    for host in hosts:
+        _fill(host)
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        await asyncio.sleep(rng.uniform(0.5, 4.0))
+        await crash_client(field)
+    await asyncio.sleep(rng.uniform(0.5, 6.0))
+    for host in hosts:
+        _empty(host)
+    field.say("there is room again")
+
+
+def _fill(host: Host) -> None:
+    *stores, journal = [host.disks[f"/{host.name}/{area}"] for area in AREAS]
     for disk in stores:
         disk.inject("write", errno.ENOSPC, path=DATA_PATH, times=1 << 30)
     # The journal's files were written in full when they were made; there can be no further one.
@@ -497,10 +524,11 @@ async def disk_full(field: Field) -> None:
     for index in range(count, count + 2):
         path = f"{segment_name(index)}.new"
         journal.inject("write", errno.ENOSPC, path=path, times=1 << 30)
-    await asyncio.sleep(field.rng.uniform(0.5, 6.0))
-    for disk in disks:
-        disk.heal()
-    field.whole(host)
+
+
+def _empty(host: Host) -> None:
+    for area in AREAS:
+        host.disks[f"/{host.name}/{area}"].heal()
 
 
 async def slow_disk(field: Field) -> None:
@@ -568,7 +596,7 @@ async def slow_network(field: Field) -> None:
 
 async def change_members(field: Field) -> None:
     """A node joins, or one leaves the ring in order, while clients are at work."""
-    async with field._changing:
+    async with field.changing():
         cluster, rng = field.cluster, field.rng
         ring = await cluster.ring()
         members = [h for h in cluster.members_up if h.node_id in ring.members]
@@ -586,7 +614,7 @@ async def change_members(field: Field) -> None:
 
 async def change_replication(field: Field) -> None:
     """Another number of copies is wanted."""
-    async with field._changing:
+    async with field.changing():
         cluster, rng = field.cluster, field.rng
         ring = await cluster.ring()
         # Never fewer than the cluster was made with: the faults count on them.
@@ -660,6 +688,7 @@ FAULTS: dict[str, Fault] = {
     "rot": rot,
     "disk_errors": disk_errors,
     "disk_full": disk_full,
+    "all_full": all_full,
     "slow_disk": slow_disk,
     "power_cut": power_cut,
     "reset_connections": reset_connections,
@@ -679,6 +708,11 @@ FAULTS: dict[str, Fault] = {
     "cut_reader": cut_reader,
     "end_lease": end_lease,
     "resize": resize,
+    "restore": restore,
+    "retire_node": retire_node,
+    "reopen": reopen,
+    "kill_at_head": kill_at_head,
+    "late_requests": late_requests,
 }
 
 DAMAGING = {"rot", "rot_index", "disk_errors"}

@@ -13,6 +13,7 @@ from torus_actors.scenarios.checks import Checker
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.readers import Readers
 from torus_actors.scenarios.resizes import Resizes
+from torus_actors.scenarios.restores import Restores
 from torus_actors.scenarios.snapshots import Snapshots
 from torus_actors.scenarios.workload import Driver
 
@@ -56,6 +57,7 @@ class Field:
         self.snapshots = Snapshots(cluster)
         self.readers = Readers(cluster)
         self.resizes = Resizes(cluster, drivers)
+        self.restores = Restores(cluster)
         self.ends_at = 0.0
         """When the last fault may begin."""
         self.only = rng.choice(cluster.nodes) if one_victim else None
@@ -92,10 +94,14 @@ class Field:
         """The node is well again, as far as this fault goes."""
         self.broken.pop(host.name, None)
 
+    def changing(self) -> asyncio.Lock:
+        """To be held while the members of the ring are changed."""
+        return self._changing
+
     @contextlib.asynccontextmanager
     async def losing(self) -> AsyncIterator[None]:
         """While this lasts nodes may be lost for good; nobody else changes who is a member."""
-        async with self._changing:
+        async with self.changing():
             self.copies_missing = True
             try:
                 yield

@@ -578,6 +578,30 @@ _SNAPSHOTS = (
     ),
 )
 
+_RESTORES = (
+    _mutant(
+        "restore_fences_nobody",
+        "Who goes back to a snapshot fences the journal of the session before",
+        Edit(
+            "volume.snapshots:restore_snapshot",
+            "await recover(system, record.id, journal, epoch, present)",
+            "pass",
+        ),
+        hunted_in=("restores",),
+    ),
+    _mutant(
+        "restored_with_the_journal",
+        "What the journal has is not replayed over a snapshot to which a volume went back",
+        Edit(
+            "metadata.records:Head.handed_to",
+            "journal_seq=0, map_seq=0, replays=0",
+            "replays=self.journal_epoch",
+        ),
+        hunted_in=("restores",),
+        first_seed=4,
+    ),
+)
+
 _READERS = (
     _mutant(
         "collector_forgets_readers",
@@ -747,6 +771,49 @@ _RESIZES = (
     ),
 )
 
+_CLOSINGS = (
+    _mutant(
+        "closed_without_commit",
+        "A volume that is closed has all that was written",
+        Edit(
+            "volume.opening:_last_commit",
+            "if not session.epoch or session.file.failure is not None:",
+            "if True:",
+        ),
+        hunted_in=("closings",),
+    ),
+    _mutant(
+        "retires_what_is_owed",
+        "A journal is given up only when the head in the metadata has all that it has",
+        Edit("volume.opening:close_session", "error is None and session.all_covered", "not error"),
+        hunted_in=("closings",),
+        first_seed=9,
+    ),
+)
+
+_METADATA = (
+    _mutant(
+        "deleted_volume_leaves_its_counter",
+        "Of a deleted volume nothing remains but a marker",
+        Edit(
+            "metadata.volumes:VolumeOperations.delete_volume",
+            "table.VOLUME, table.MINT, table.HEAD",
+            "table.VOLUME, table.HEAD",
+        ),
+        hunted_in=("calm",),
+    ),
+    _mutant(
+        "late_request_undoes",
+        "A creation that arrives late does not bring back what was deleted",
+        Edit(
+            "metadata.base:MetadataBase._touch",
+            "return [*gone, there], [Put(key, found.value)]",
+            "return [], []",
+        ),
+        hunted_in=("late_requests",),
+    ),
+)
+
 _CACHE = (
     _mutant(
         "written_is_a_hole",
@@ -798,6 +865,99 @@ _CACHE = (
     ),
 )
 
+_FULL = (
+    _mutant(
+        "part_counts_as_replayed",
+        "A head that is recorded before all of a replay is in it says how far that has come",
+        Edit(
+            "volume.session:Session._record_head",
+            "if not complete and (replay := self.replaying) is not None:",
+            "if (replay := None) is not None:",
+        ),
+        hunted_in=("crash_when_full",),
+        first_seed=28,
+    ),
+)
+
+_RETIRED = (
+    _mutant(
+        "journal_stays_on_who_left",
+        "The journal of a volume that is open leaves a node that has left the ring",
+        Edit(
+            "volume.journal:SessionJournal._wants_others",
+            "home not in ring and transport is not None and not transport.is_down(home)",
+            "False",
+        ),
+        hunted_in=("retired",),
+    ),
+    _mutant(
+        "needed_journal_not_counted",
+        "A node tells of volumes of which its journal may have what no head has",
+        Edit(
+            "actors.collector:Collector._read_metadata",
+            "unreplayed and me in journal.ensemble",
+            "False",
+        ),
+        hunted_in=("retired",),
+        first_seed=7,
+    ),
+)
+
+_REQUESTS = (
+    _mutant(
+        "discards_pages_of_a_head",
+        "Pages of a head that may have been recorded are not discarded",
+        Edit("volume.commit:Committer._commit_map", "if not may_be_named:", "if True:"),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "fua_is_advice",
+        "A write with FUA is answered when it is durable",
+        Edit("volume.session:Session._on_write", "if request.fua:", "if False:"),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "waiting_write_is_answered",
+        "A write that has to wait for room is answered when there is some, and once",
+        Edit(
+            "volume.session:Session._on_write",
+            "if self.file.write_at(request.offset, request.data, done):",
+            "if self.file.write_at(request.offset, request.data, done) or not request.fua:",
+        ),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "trimmed_stays_allocated",
+        "A block that was trimmed takes no room",
+        Edit(
+            "volume.file:File._put",
+            "if layer.is_all_zero and layer.is_full(self.block_length(index)):",
+            "if False:",
+        ),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "zeros_become_holes",
+        "Zeros that are to stay allocated are stored",
+        Edit(
+            "volume.session:Session._on_zero",
+            "keep = request.op == Op.WRITE_ZEROES and request.no_hole",
+            "keep = False",
+        ),
+        hunted_in=("requests",),
+    ),
+    _mutant(
+        "frozen_is_a_hole",
+        "What is on its way to the ring is not called a hole",
+        Edit(
+            "volume.read_side:ReadSide._pieces",
+            "if index in layers.dirty or index in layers.frozen:",
+            "if index in layers.dirty:",
+        ),
+        hunted_in=("requests",),
+    ),
+)
+
 MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
     for mutant in (
@@ -808,8 +968,14 @@ MUTANTS: dict[str, Mutant] = {
         *_SESSIONS,
         *_JOURNAL,
         *_SNAPSHOTS,
+        *_RESTORES,
         *_READERS,
         *_RESIZES,
+        *_CLOSINGS,
+        *_METADATA,
         *_CACHE,
+        *_FULL,
+        *_RETIRED,
+        *_REQUESTS,
     )
 }

@@ -11,6 +11,7 @@ to write. The rules:
 - Once a volume was opened anew, nothing that the earlier client writes may ever be seen, and none
   of its flushes may succeed for what was not there when the volume was opened.
 - What was cut off a volume is gone: should it grow again, there are zeros. Nothing else is gone.
+- A volume that went back to a snapshot has what that had, and nothing that came later.
 - Who only reads has the volume of one moment of the time in which it was opened: see `Reading`.
 
 Every write fills each of its sectors with a stamp of its own (volume, sector, sequence number), so
@@ -46,6 +47,11 @@ def describe(content: bytes) -> str:
         return f"garbage ({content[:16].hex()}...)"
     whole = "" if content == stamp(volume, sector, sequence) else ", torn"
     return f"write {sequence} of sector {sector} of volume {volume}{whole}"
+
+
+def sequence_of(content: bytes) -> int:
+    """The number of the write that a whole sector is from; 0 for zeros."""
+    return 0 if content == ZEROS else int(_STAMP.unpack_from(content)[3])
 
 
 class Write:
@@ -98,6 +104,12 @@ class Taking:
         """The volume became smaller: from this sector on there may be zeros, if it grew again."""
         self._cut_at = sector if self._cut_at is None else min(sector, self._cut_at)
         self.crossed = True  # by whoever cut it
+
+    def restored(self, content: dict[int, int]) -> None:
+        """The volume went back to a snapshot: what that had counts as written since."""
+        self.crossed = True  # by whoever did it
+        for sector, sequence in content.items():
+            self._begun.setdefault(sector, []).append(sequence)
 
     def hardened(self, covered: dict[int, int]) -> None:
         """A flush has made these writes durable, by sector."""
@@ -221,7 +233,7 @@ class VolumeOracle:
         self.sizes = [size]
         """All that it has had, the present one last."""
         self._cut_in = 0
-        """Epoch of the session that made it smaller last."""
+        """Epoch of the session that made it smaller last, or went back to a snapshot."""
         self._fail = fail
         self._sequence = 0
         self.durable: dict[int, int] = {}
@@ -298,6 +310,24 @@ class VolumeOracle:
         self.size = size
         self.sizes.append(size)
 
+    def restore(self, content: bytes, epoch: int) -> None:
+        """It has what a snapshot had, from now on.
+
+        Args:
+            content: that.
+            epoch: of the session that did it; all before it are fenced.
+        """
+        sectors = range(len(content) // SECTOR)
+        restored = {n: sequence_of(content[n * SECTOR : (n + 1) * SECTOR]) for n in sectors}
+        for table in (self.durable, self.later, self.acked, self.seen):
+            table.clear()
+        self.durable.update(restored)
+        for taking in self.takings:
+            taking.restored(restored)
+        self._cut_in = epoch
+        if self.session is not None:
+            self.session.fenced = True
+
     def next_sequence(self) -> int:
         """A number for a write."""
         self._sequence += 1
@@ -352,7 +382,7 @@ class Session:
     Attributes:
         epoch: number of the session, as the client has it.
         size: bytes, as the client has it.
-        fenced: another client has opened the volume since, or cut it.
+        fenced: another client has opened the volume since, or cut it, or went back to a snapshot.
         verified: all of it was read.
         flushing: flushes under way.
         unflushed: what it had been acknowledged, and not flushed, when it was fenced.

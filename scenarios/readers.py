@@ -266,7 +266,7 @@ async def read_beside(field: Field) -> None:
     if rng.random() < 0.5:
         # The heartbeat puts back what hung on it, just when the reader gives it up.
         await asyncio.sleep(max(0.0, until + rng.uniform(-0.5, 1.5) - cluster.loop.time()))
-        await _end_lease(field, readers.present.get(host.name))
+        await end_lease_of(field, readers.present.get(host.name))
     await reading
     for way in ways:
         cluster.network.slow(*way, 0.0)
@@ -306,10 +306,10 @@ async def cut_reader(field: Field) -> None:
 
 async def end_lease(field: Field) -> None:
     """The lease of a reader ends."""
-    await _end_lease(field, _one_of(field))
+    await end_lease_of(field, _one_of(field))
 
 
-async def _end_lease(field: Field, reader: Reader | None) -> None:
+async def end_lease_of(field: Field, reader: Reader | None) -> None:
     """Only once for each, so that its record is never away for two passes."""
     if reader is None or reader.gaps or not reader.host.up:
         return

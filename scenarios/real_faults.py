@@ -540,6 +540,7 @@ NOT_REAL = {
     "slow_disk": "a real disk is not slow on demand",
     "hang_syncs": "nor does it hang",
     "hand_over_slowly": "a real disk is not slow on demand",
+    "all_full": "a node takes its room when it is made, so that no write finds none",
     "disk_full": "a node takes its room when it is made, so that no write finds none",
     "reset_connections": "nothing here breaks single connections",
     "slow_network": "not every kernel can delay packets (netem)",
@@ -549,6 +550,10 @@ NOT_REAL = {
     "cut_reader": "nobody reads without the lock here",
     "end_lease": "nobody reads without the lock here",
     "resize": "what may be behind a cut is known inside the simulator only",
+    "retire_node": "what a disk has that is thrown away is looked at inside the simulator only",
+    "restore": "what snapshots hold is compared inside the simulator only",
+    "kill_at_head": "when a head is recorded is known inside the simulator only",
+    "reopen": "a client that leaves ends no session there at a moment that is known",
     "collect_now": "there is no command that starts a collection",
     "crash_client_and_member": "which nodes have a volume's journal is not known here",
     "tell_half": "which nodes have a volume's journal is not known here",
@@ -557,6 +562,7 @@ NOT_REAL = {
     "tear_node": "no power is switched off here",
     "rot_index": "only on the simulated disk is it known what a byte of an index stands for",
     "metadata_unsure": "etcd answers whatever reaches it",
+    "late_requests": "etcd answers whatever reaches it",
     "break_after_reading": "nothing here breaks single connections",
 }
 """Faults without a real form, and why."""

@@ -160,12 +160,12 @@ async def resize(field: Field) -> None:
         size -= size % block if rng.random() < 0.3 else 0
     grows = rng.choice(("at once", "in use", "not"))
     way = rng.choice(("closed", "killed", "cut off", "cut off"))
-    async with _without_client(field, driver, way):
+    async with without_client(field, driver, way):
         end = cluster.loop.time() + PATIENCE_S
         while cluster.loop.time() < end:
             if not host.up and await cluster.start_client(host) is None:
                 continue
-            with _trouble(field, driver, host):
+            with trouble(field, driver, host):
                 said = await resizes.shrink(host, driver.name, size)
             if said == "done" or (said in ("", "unknown") and rng.random() < 0.7):
                 break
@@ -180,7 +180,7 @@ async def resize(field: Field) -> None:
 
 
 @contextlib.contextmanager
-def _trouble(field: Field, driver: Driver, host: Host) -> Iterator[None]:
+def trouble(field: Field, driver: Driver, host: Host) -> Iterator[None]:
     """Mostly something happens to the command at some moment, if it runs for so long.
 
     It is killed, or it is cut off from the metadata for a while in which a client may come.
@@ -215,7 +215,7 @@ def _trouble(field: Field, driver: Driver, host: Host) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _without_client(field: Field, driver: Driver, way: str) -> AsyncIterator[None]:
+async def without_client(field: Field, driver: Driver, way: str) -> AsyncIterator[None]:
     """Nobody has the volume open meanwhile who would be asked.
 
     Its client has closed it; or was killed, and another may come; or is cut off from the metadata,

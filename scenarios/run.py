@@ -28,6 +28,7 @@ from torus_actors.scenarios.faults import (
 from torus_actors.scenarios.field import Field
 from torus_actors.scenarios.mutation import Mutant, put_in
 from torus_actors.scenarios.oracle import VolumeOracle
+from torus_actors.scenarios.requests import RequestDriver
 from torus_actors.scenarios.simloop import SimLoop, Stuck, current_process
 from torus_actors.scenarios.spec import KNOBS, Drawn, Scenario, draw
 from torus_actors.scenarios.trace import Trace
@@ -171,8 +172,9 @@ class _Play:
             VolumeOracle(number, size, cluster.fail)
             for number, size in enumerate(drawn.shape.volume_bytes)
         ]
+        make = RequestDriver if drawn.workload.requests else Driver
         self.drivers = [
-            Driver(
+            make(
                 cluster,
                 oracle,
                 f"v{oracle.number}",

@@ -51,7 +51,7 @@ DRAWN_APART = {"tear_node", "rot_index", "metadata_unsure", "break_after_reading
 own."""
 
 
-MANY_BROKEN = {"power_cut", "disk_full", "crash_client_and_member", "lose_journal"}
+MANY_BROKEN = {"power_cut", "disk_full", "all_full", "crash_client_and_member", "lose_journal"}
 """Faults that hit more nodes than there are copies less one, or leave no room on them."""
 
 
@@ -202,6 +202,7 @@ def draw(scenario: Scenario, seed: int) -> Drawn:
         hot_share=load.hot_share,
         span=load.span,
         fast=load.fast,
+        requests=load.requests,
     )
     faults = {
         kind: (_own_rng(scenario, seed, kind) if kind in DRAWN_APART else rng).uniform(*bounds)
@@ -662,6 +663,105 @@ _LIST = (
         errors_allowed=True,
         duration_s=(30, 45),
         op_s_max=OUTAGE_S_MAX,
+    ),
+    Scenario(
+        "restores",
+        "A volume that went back to a snapshot is what it was then, whatever its client had since",
+        {
+            "restore": (0.5, 3),
+            "take_snapshots": (0.5, 3),
+            "crash_client": (10, 30),
+            "crash_node": (6, 20),
+            "metadata_out": (15, 40),
+            "slow_network": (4, 15),
+            "collect_now": (4, 12),
+        },
+        clients=(1, 2),
+        spares=(1, 1),
+        volume_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, pause_s=0.1, whole_blocks=0.4),
+        errors_allowed=True,
+        duration_s=(30, 45),
+        op_s_max=OUTAGE_S_MAX,
+    ),
+    Scenario(
+        "late_requests",
+        "A request that arrives late brings back no lock and no reader, and costs nobody an error",
+        {"late_requests": (0.3, 1.5), "collect_now": (3, 8)},
+        spares=(1, 2),
+        volume_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=3,
+        duration_s=(20, 35),
+        op_s_max=BROKEN_S_MAX,
+    ),
+    Scenario(
+        "closings",
+        "What was written is there when a volume was closed in order, whatever happened meanwhile",
+        {
+            "reopen": (0.3, 2),
+            "metadata_out": (2, 6),
+            "metadata_unsure": (2, 8),
+            "crash_node": (6, 20),
+            "kill_actor": (3, 12),
+            "slow_network": (4, 15),
+        },
+        clients=(1, 2),
+        volume_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=2,
+        workload=Workload(flush=1.0, pause_s=0.1),
+        errors_allowed=True,
+        duration_s=(25, 40),
+        op_s_max=OUTAGE_S_MAX,
+    ),
+    Scenario(
+        "retired",
+        "A node that has left the ring can be switched off when it is said so, and is soon",
+        {"retire_node": (0.5, 3), "crash_client": (8, 25)},
+        clients=(1, 2),
+        volume_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, pause_s=0.3),
+        errors_allowed=True,
+        duration_s=(25, 40),
+    ),
+    Scenario(
+        "crash_when_full",
+        "What was flushed is there after a crash of the client, though no room is left to store it",
+        {
+            "all_full": (1, 4),
+            "collect_now": (4, 12),
+            "crash_at_flush": (5, 15),
+        },
+        clients=(1, 2),
+        volume_bytes=(256 << 10, 1 << 20),
+        write_cache_bytes=(256 << 10, 1 << 20),
+        lease_ttl_s=2,
+        workload=Workload(flush=3.0, whole_blocks=0.4),
+        errors_allowed=True,
+        duration_s=(25, 40),
+        op_s_max=ROOM_S_MAX,
+    ),
+    Scenario(
+        "requests",
+        "Each request is answered once: FUA makes a write durable, and holes are what was trimmed",
+        {
+            "crash_client": (5, 15),
+            "crash_at_flush": (2, 6),
+            "crash_node": (6, 20),
+            "kill_actor": (1, 5),
+            "kill_at_head": (0.5, 3),
+            "slow_network": (4, 15),
+        },
+        clients=(1, 2),
+        write_cache_bytes=(32 << 10, 64 << 10, 256 << 10),
+        lease_ttl_s=2,
+        workload=Workload(
+            read=5.0, trim=2.0, pause_s=0.1, whole_blocks=0.5, hot_share=0.8, requests=True
+        ),
+        errors_allowed=True,
+        duration_s=(15, 30),
+        op_s_max=BROKEN_S_MAX,
     ),
     Scenario(
         "everything",

@@ -24,6 +24,7 @@ from torus_actors.errors import (
     TorusError,
 )
 from torus_actors.metadata.kv import Operation, Put
+from torus_actors.metadata.records import Epoch, VolumeRecord
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.oracle import SECTOR, Session, VolumeOracle
 
@@ -56,6 +57,7 @@ class Workload:
         hot_share: share of the operations that go to a tenth of the volume.
         span: share of the volume that is used.
         fast: operations on a volume at this pace; those that follow come more slowly.
+        requests: whether clients use it as NBD connections do; see `RequestDriver`.
     """
 
     workers: int = 3
@@ -69,6 +71,7 @@ class Workload:
     hot_share: float = 0.5
     span: float = 1.0
     fast: int = 800
+    requests: bool = False
 
 
 def choose(
@@ -113,7 +116,8 @@ class Driver:
         hosts: client hosts it may be used from.
         workload: what to do.
         rng: what to do next.
-        errors_allowed: whether a session may end unasked for; a fenced one always may.
+        errors_allowed: whether a session may end unasked for; a fenced one always may. But none is
+            told that it is fenced while it is the newest.
         blocks_may_lack: whether an operation may fail because no node has a block, or room for it.
         op_s_max: how long an operation may take; of a client that a fault hit, up to its deadline.
     """
@@ -155,6 +159,10 @@ class Driver:
         self._busy: list[tuple[int, int]] = []
         self._moved = asyncio.Event()
         self._moments: dict[str, asyncio.Future[None]] = {}
+        self._epoch_key = ""
+        """In the metadata, once the volume is there."""
+        self._newest = 0
+        """The newest epoch of the volume that the metadata has."""
         cluster.store.watchers.append(self._on_change)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """The last session's task of each client process."""
@@ -187,8 +195,16 @@ class Driver:
                 return
 
     def _on_change(self, operation: Operation) -> None:
-        if isinstance(operation, Put) and "/heads/" in operation.key:
+        if not isinstance(operation, Put):
+            return
+        if "/heads/" in operation.key:
             self.note("head recorded")
+        elif operation.key == self._epoch_key:
+            self._newest = Epoch.decode(operation.value).epoch
+        elif "/volumes/" in operation.key and not self._epoch_key:
+            record = VolumeRecord.decode(operation.value)
+            if record.name == self.name:
+                self._epoch_key = operation.key.replace("/volumes/", "/epochs/")
 
     def move(self, host: Host) -> None:
         """Open the volume on another host, whatever becomes of the session there is."""
@@ -239,6 +255,7 @@ class Driver:
         self.sessions += 1
         self._busy = []
         volume = system.actor(f"volume:{self.name}")
+        self._begin(host, who)
         if await self._verify(volume, session) and await self._first_write(volume, session, who):
             workers = [
                 asyncio.ensure_future(self._work(volume, session, who))
@@ -248,10 +265,20 @@ class Driver:
             if self.stopping and not session.fenced:
                 await self._flush(volume, session, who)
         began = self.cluster.loop.time()
+        flush = session.begin_flush()
+        over = session.fenced or self._knows_it_is_over(system)
         try:
-            await give_back(system, self.name, OP_S_MAX)
+            if await give_back(system, self.name, OP_S_MAX) and not over:
+                session.flush_done(flush)
         except TorusError as error:
             self._failed("closing", error, who, session, began)
+
+    def _begin(self, host: Host, who: str) -> None:
+        """A client has the volume open."""
+
+    async def _make_durable(self, volume: Any, who: str) -> None:
+        """Flush."""
+        await volume.flush.remote(timeout_s=OP_S_MAX)
 
     async def _first_write(self, volume: Any, session: Session, who: str) -> bool:
         """Mostly a write and a flush, so that there is something for later crashes to threaten."""
@@ -271,6 +298,7 @@ class Driver:
             return
         session = self.oracle.open(who, self._epoch(system), size)
         self.errors_allowed = self.blocks_may_lack = False
+        self._begin(host, who)
         volume = system.actor(f"volume:{self.name}")
         try:
             # Another user, who leaves at once.
@@ -287,6 +315,11 @@ class Driver:
             await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
         except TorusError as error:
             self.cluster.fail(f"{who}: the last session of {self.name} failed: {error!r}")
+
+    def _knows_it_is_over(self, system: Any) -> bool:
+        """Whether a client's session takes no writes any more: then closing it saves nothing."""
+        session = system.heirlooms["sessions"].get(self.name)
+        return session is None or session.file.failure is not None
 
     def _epoch(self, system: Any) -> int:
         """Of the session that a client has opened."""
@@ -415,7 +448,7 @@ class Driver:
         beside_another = bool(session.flushing)
         session.flushing += 1
         try:
-            await volume.flush.remote(timeout_s=OP_S_MAX)
+            await self._make_durable(volume, who)
         except TorusError as error:
             return self._failed("flush", error, who, session, began)
         finally:
@@ -459,7 +492,8 @@ class Driver:
             self.cluster.fail(f"{who}: {what} of {self.name} got no answer in {OP_S_MAX:g} s")
             return False
         if isinstance(error, SESSION_ENDS):
-            if not ended and not self.errors_allowed:
+            nobody_else = isinstance(error, Fenced) and self._newest == session.epoch
+            if not ended and (nobody_else or not self.errors_allowed):
                 self.cluster.fail(f"{who}: {what} of {self.name} failed: {error!r}")
             self.cluster.say(f"{who}: {what} of {self.name}: {error!r}")
             return False
@@ -469,7 +503,13 @@ class Driver:
         return True
 
 
-async def give_back(system: Any, name: str, timeout_s: float) -> None:
-    """Close a volume or snapshot; if the actor dies over it, its successor does."""
+async def give_back(system: Any, name: str, timeout_s: float) -> bool:
+    """Close a volume or snapshot; if the actor dies over it, its successor does.
+
+    Returns:
+        Whether it is said to be closed, and with it to be flushed.
+    """
     with contextlib.suppress(ActorCrashed):
         await system.actor("volumes").release.remote(name, timeout_s=timeout_s)
+        return True
+    return False

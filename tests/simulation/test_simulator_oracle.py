@@ -433,6 +433,45 @@ def test_a_snapshot_during_a_cut_may_have_zeros_behind_it(judged: Judged) -> Non
     assert taking.loose(9) == [*before[9], 0]
 
 
+def test_a_volume_that_went_back_has_what_the_snapshot_had(judged: Judged) -> None:
+    """What came later is gone, flushed or not; and who had it open then is fenced."""
+    session = judged.open("a", epoch=1)
+    old = write(session, 1)
+    flush(session)
+    then = content(s1=old)
+    new, _ = write(session, 1), write(session, 2)
+    flush(session)
+    late = write(session, 3)
+    judged.oracle.restore(then, 2)
+    assert session.fenced and judged.oracle.open("b", 1).fenced
+    judged.open("c", then, epoch=3)
+    assert judged.complaints == []
+    judged.open("d", content(s1=new), epoch=4)
+    judged.open("e", content(s3=late), epoch=5)
+    assert len(judged.complaints) == 2
+    write(session, 4)
+    flush(session)
+    assert len(judged.complaints) == 3 and "fenced" in judged.complaints[2]
+
+
+def test_a_reader_beside_a_restore_has_what_was_there_before_or_after(judged: Judged) -> None:
+    """And nothing that was gone before it opened the volume."""
+    session = judged.open("a", epoch=1)
+    old = write(session, 1)
+    flush(session)
+    gone = write(session, 1)
+    flush(session)
+    new = write(session, 1)
+    flush(session)
+    for found, complaints in ((old, 0), (new, 0), (gone, 1)):
+        reading = judged.oracle.begin_reading()
+        judged.oracle.restore(content(s1=old), 2)
+        reading.check(0, content(s1=found), "reader")
+        assert len(judged.complaints) == complaints
+        judged.oracle.end_reading(reading)
+        judged.oracle.restore(content(s1=new), 3)
+
+
 # -- epochs ----------------------------------------------------------------------------------------
 
 

@@ -1652,6 +1652,48 @@ def test_going_back_to_a_snapshot_is_one_step_under_the_sessions_epoch(backend: 
     run(backend, test)
 
 
+@pytest.mark.parametrize(
+    ("lose", "told"), [("lose_answers", OutcomeUnknown), ("lose_requests", Fenced)]
+)
+def test_going_back_that_nobody_was_told_of_is_not_said_to_be_undone(
+    backend: Backend, lose: str, told: type[TorusError]
+) -> None:
+    """When it is asked for again, another session's head has taken the place of it, if it was made.
+
+    Found by the scenario ``restores``: the command said that another session had begun, as if
+    nothing had been done, and all that was written since the snapshot was gone.
+    """
+
+    async def test(f: Fixture) -> None:
+        service = f.service
+        demo = await service.create_volume("demo", GIB)
+        epoch = await service.attach(demo.id, "vm1", await service.grant_lease(60))
+        revision = await service.commit_head(demo.id, epoch, 0, head_of(1, epoch))
+        snapshot = await service.create_snapshot(demo.id, "monday", epoch=epoch)
+        await service.detach(demo.id, epoch)
+        ours = await service.attach(demo.id, "tool", await service.grant_lease(60))
+        back = head_of(1, epoch).handed_to(ours, 7)
+
+        class Overtaken(FaultyStore):
+            async def txn(self, compare: Sequence[Compare], then: Sequence[Operation]) -> TxnResult:
+                try:
+                    return await super().txn(compare, then)
+                except OutcomeUnknown:
+                    await service.detach(demo.id, ours)  # as its lease would end
+                    epoch = await service.attach(demo.id, "vm2", await service.grant_lease(60))
+                    _, now = await service.head(demo.id)
+                    await service.commit_head(demo.id, epoch, now, head_of(9, epoch))
+                    raise
+
+        store = Overtaken(f.store)
+        setattr(store, lose, 1)
+        tool = MetadataService(store, rng=random.Random(1))
+        with pytest.raises(told):
+            await tool.restore_snapshot(demo, ours, revision, snapshot, back)
+
+    run(backend, test)
+
+
 def test_a_ring_without_a_peer_that_is_registered_is_refused(backend: Backend) -> None:
     """The change names who must be away, and is not made if one of them is there."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator
 
-from torus_actors.errors import Again, CompareFailed, Exists, NotExist
+from torus_actors.errors import Again, CompareFailed, Exists, NotExist, OutcomeUnknown
 from torus_actors.metadata import keys as table
 from torus_actors.metadata.kv import Compare, Delete, Operation, Put
 from torus_actors.metadata.records import (
@@ -249,6 +249,7 @@ class SnapshotOperations(SessionOperations):
         Raises:
             Fenced: another session has begun since, or the volume is gone.
             CompareFailed: the head, the volume's record or the snapshot is another by now.
+            OutcomeUnknown: it may have been made, and another session has put its head there since.
         """
         head_key = self.keys.of(table.HEAD, volume.id)
         volume_key = self.keys.of(table.VOLUME, volume.id)
@@ -270,5 +271,14 @@ class SnapshotOperations(SessionOperations):
         then = [Put(head_key, head.encode()), Put(volume_key, resized.encode())]
         same = volume_revision is not None and snapshot_revision is not None
         if not same or await self._settle(compare, then, mine) is None:
+            _, head_at = await self._read(head_key, Head)
+            present, at = await self._read(volume_key, VolumeRecord)
+            # No other session writes the volume's record with its heads: where the answer was lost,
+            # this may have been made before such a head came.
+            if same and present and head_at != expected_revision and at != volume_revision:
+                raise OutcomeUnknown(
+                    f"volume {volume.name} may have gone back to snapshot {snapshot.name} before "
+                    "another session began: look at what it has"
+                )
             await self._check_epoch(volume.id, epoch)
             raise CompareFailed(f"the volume or its snapshot {snapshot.name} changed meanwhile")

@@ -166,6 +166,8 @@ async def restore_snapshot(
         BlockUnavailable: no member of its journal can be reached, so that a client that may still
             be writing cannot be fenced.
         Fenced, CompareFailed: somebody else came between; nothing was done.
+        OutcomeUnknown: the metadata cannot be reached, or somebody came when that was over; it may
+            have been done.
     """
     record = await meta.volume(volume)
     await meta.snapshot(record.id, name)
