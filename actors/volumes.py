@@ -29,6 +29,9 @@ from torus_actors.volume.snapshots import split_name
 
 log = logging.getLogger(__name__)
 
+NOT_CLOSED = "volumes_not_closed"
+"""The heirloom that says, a line each, which volumes have lost writes as the process ended."""
+
 VOLUME_KINDS = {"block"}
 """Kinds of volume that can be served."""
 
@@ -136,6 +139,8 @@ class Volumes(LoopActor):
                 await close_session(self._open[name].session, self._meta)
             except TorusError as error:
                 log.error("closing volume %s: %s", name, error)
+                lost = self.system.heirlooms.setdefault(NOT_CLOSED, [])
+                lost.append(f"closing volume {name}: {error}")
             self._open.pop(name, None)
             self._sessions.pop(name, None)
         if cell is not None:

@@ -397,7 +397,7 @@ class Checker:
         there = {each.key for each in items}
         for item in items:
             row = self._keys.row_of(item.key)
-            if row in OF_VOLUMES:
+            if row in OF_VOLUMES and item.key != self._keys.before_global:
                 volume = item.key.removeprefix(self._keys.under(row)).partition("/")[0]
                 if self._keys.under(table.VOLUME) + volume not in there:
                     found.append(f"{item.key} is there, and its volume is not")

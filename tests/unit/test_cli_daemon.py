@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from torus_actors.actors.volumes import NOT_CLOSED
 from torus_actors.cli import daemon
 from torus_actors.cli.common import Failed, Settings
 from torus_actors.cli.daemon import ONCE_S, Stop, serve_until_stopped
@@ -22,7 +23,8 @@ class Served:
     """Stands for a node that runs."""
 
     def __init__(self) -> None:
-        self.system = SimpleNamespace(fatal=asyncio.get_running_loop().create_future())
+        fatal = asyncio.get_running_loop().create_future()
+        self.system = SimpleNamespace(fatal=fatal, heirlooms={})
         self.stopped = False
         self.frozen = 0
 
@@ -63,6 +65,27 @@ def test_what_was_there_at_the_start_is_not_looked_through_again(then: object) -
     """Each time would stop the process for as long as a request may take."""
     served = asyncio.run(serve(then))
     assert served.stopped and served.frozen > 10_000
+
+
+def test_what_a_stop_could_not_store_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told to stop: that is no success if writes are lost."""
+
+    async def stop(served: Served) -> None:
+        served.system.heirlooms[NOT_CLOSED] = ["closing volume v: lost", "closing volume w: too"]
+
+    monkeypatch.setattr(Served, "stop", stop)
+
+    async def main() -> None:
+        async def start() -> Served:
+            return Served()
+
+        async def ready(_: Served) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(Failed, match=r"^closing volume v: lost; closing volume w: too$"):
+            await serve_until_stopped(start, ready, False)
+
+    asyncio.run(main())
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

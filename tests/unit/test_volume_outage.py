@@ -11,7 +11,7 @@ import pytest
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
 from tests.unit.test_volume_commits import begin_commit, hold_heads
 from tests.unit.test_volume_flush import journaling, reopened
-from torus_actors.actors.volumes import JOURNAL_S
+from torus_actors.actors.volumes import JOURNAL_S, NOT_CLOSED
 from torus_actors.errors import (
     BlockUnavailable,
     Corruption,
@@ -287,6 +287,20 @@ async def test_a_close_that_neither_commits_nor_journals_says_what_is_lost() -> 
         with pytest.raises(BlockUnavailable, match="was not flushed before is lost: there is no"):
             await device.release()
         assert asyncio.get_running_loop().time() - before < 90.0
+
+
+@virtual
+async def test_a_process_that_ends_leaves_word_of_what_is_lost() -> None:
+    """So that it does not end as if all was well."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        await device.write(0, b"second")
+        await cluster.nodes[device.client.session("v").journal.members[0]].crash()
+        system = device.client.system
+        assert system is not None
+        await device.client.stop()
+        (told,) = system.heirlooms[NOT_CLOSED]
+        assert told.startswith("closing volume v: ") and "is lost" in told
 
 
 @virtual

@@ -125,9 +125,12 @@ async def serve_until_stopped(
         over: called with it after that; raises ``Failed`` when it is of no use any more.
 
     Raises:
-        Failed: it gave up by itself, or is of no use any more.
+        Failed: it gave up by itself, or is of no use any more; or it could not store what was
+            written as it stopped.
         TorusError: it could not start.
     """
+    from torus_actors.actors.volumes import NOT_CLOSED
+
     stop = Stop(with_parent)
     running = await stop.unless(start())
     if running is None:
@@ -146,6 +149,9 @@ async def serve_until_stopped(
                 raise Failed(f"gave up: {one_line(error)}") from error
     finally:
         await running.stop()
+    lost = running.system.heirlooms.get(NOT_CLOSED)
+    if lost:
+        raise Failed("; ".join(lost))
     LIFECYCLE.info("stopped")
 
 
