@@ -787,7 +787,7 @@ _CLOSINGS = (
         "A journal is given up only when the head in the metadata has all that it has",
         Edit("volume.opening:close_session", "error is None and session.all_covered", "not error"),
         hunted_in=("closings",),
-        first_seed=9,
+        first_seed=35,
     ),
 )
 

@@ -44,6 +44,8 @@ class Restores:
     """What the command that is given now goes back to."""
     _under: dict[tuple[str, int], Kept] = field(default_factory=dict)
     """And by the volume's id as keys have it, and the epoch of its lock, any such command."""
+    _refused: set[tuple[str, int]] = field(default_factory=set)
+    """Those of the commands that said that they had done nothing."""
 
     def __post_init__(self) -> None:
         self.cluster.store.watchers.append(self._on_change)
@@ -62,13 +64,15 @@ class Restores:
             if kept is not None:
                 assert kept.content is not None
                 self.cluster.say(f"{kept.driver.name} is what {kept.export} was")
+                if (volume, epoch) in self._refused:
+                    self.cluster.fail(f"{kept.driver.name} went back to {kept.export} after all")
                 self.made[kept.driver.name] = self.made.get(kept.driver.name, 0) + 1
                 kept.driver.oracle.restore(kept.content, epoch)
 
     async def restore(self, host: Host, kept: Kept) -> str:
         """Give the command once, on a host for tools; returns what it said, or "" if it died."""
         name = kept.driver.name
-        before = self.made.get(name, 0)
+        before, earlier = self.made.get(name, 0), set(self._under)
         self._wanted = kept
         task = self.cluster.run_on(host, self._restore(host, kept))
         said: str | TorusError | None = await self.cluster.finish(host, task, RESTORE_S_MAX)
@@ -81,6 +85,7 @@ class Restores:
         if isinstance(said, TorusError):
             if made:
                 self.cluster.fail(f"{name} went back to {kept.export}, and who did it: {said!r}")
+            self._refused |= self._under.keys() - earlier
             return "refused"
         if not made:
             self.cluster.fail(f"{name} was said to be what {kept.export} was, and is not")

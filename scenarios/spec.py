@@ -673,6 +673,7 @@ _LIST = (
             "crash_client": (10, 30),
             "crash_node": (6, 20),
             "metadata_out": (15, 40),
+            "metadata_unsure": (2, 8),
             "slow_network": (4, 15),
             "collect_now": (4, 12),
         },

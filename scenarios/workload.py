@@ -264,14 +264,21 @@ class Driver:
             await asyncio.gather(*workers)
             if self.stopping and not session.fenced:
                 await self._flush(volume, session, who)
+        await self._close(system, session, who)
+
+    async def _close(self, system: Any, session: Session, who: str) -> None:
+        """In order; then all is durable, unless the session had ended before that."""
         began = self.cluster.loop.time()
+        ending = system.heirlooms["sessions"].get(self.name)
         flush = session.begin_flush()
-        over = session.fenced or self._knows_it_is_over(system)
         try:
-            if await give_back(system, self.name, OP_S_MAX) and not over:
-                session.flush_done(flush)
+            closed = await give_back(system, self.name, OP_S_MAX)
         except TorusError as error:
             self._failed("closing", error, who, session, began)
+            return
+        # What ends a session may come after the request and before the last commit: nobody is told.
+        if closed and ending is not None and isinstance(ending.file.failure, Closed):
+            session.flush_done(flush)
 
     def _begin(self, host: Host, who: str) -> None:
         """A client has the volume open."""
@@ -315,11 +322,6 @@ class Driver:
             await system.actor("volumes").release.remote(self.name, timeout_s=OP_S_MAX)
         except TorusError as error:
             self.cluster.fail(f"{who}: the last session of {self.name} failed: {error!r}")
-
-    def _knows_it_is_over(self, system: Any) -> bool:
-        """Whether a client's session takes no writes any more: then closing it saves nothing."""
-        session = system.heirlooms["sessions"].get(self.name)
-        return session is None or session.file.failure is not None
 
     def _epoch(self, system: Any) -> int:
         """Of the session that a client has opened."""
