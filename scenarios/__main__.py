@@ -59,7 +59,9 @@ def list_() -> None:
 @click.option("--quiet", is_flag=True, help="Print the events only of a run that fails.")
 @click.option("--real", is_flag=True, help="On real processes, in real time.")
 @click.option(
-    "--seconds", type=Seconds(min=0, min_open=True), help="Faults strike no longer than this."
+    "--seconds",
+    type=Seconds(min=0, min_open=True),
+    help="Faults strike no longer than this, and in the simulator the first ones as much sooner.",
 )
 @click.option(
     "--mutant",

@@ -96,7 +96,9 @@ def serve(
     with_parent: bool,
     **options: Any,
 ) -> None:
-    """Serve VOLUME over NBD until SIGINT or SIGTERM; without it, every volume by its name.
+    """Serve VOLUME over NBD until it is told to stop; without it, every volume by its name.
+
+    That is by SIGINT, SIGTERM or SIGHUP.
 
     VOLUME is opened at once and kept, until another client has taken it over and those that used it
     here have left; otherwise a volume is opened when a client asks for it, and a snapshot by

@@ -69,7 +69,7 @@ def aoe(
     with_parent: bool,
     **options: Any,
 ) -> None:
-    """Serve VOLUME over ATA over Ethernet on INTERFACE until SIGINT or SIGTERM.
+    """Serve VOLUME over ATA over Ethernet on INTERFACE until SIGINT, SIGTERM or SIGHUP.
 
     Linux with its aoe module shows it as /dev/etherd/eMAJOR.MINOR; MAJOR is the shelf, 0 to 65534,
     and MINOR the slot, 0 to 254. It needs the capability CAP_NET_RAW. What is answered as written

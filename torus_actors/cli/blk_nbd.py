@@ -62,7 +62,7 @@ def nbd(
     with_parent: bool,
     **options: Any,
 ) -> None:
-    """Attach VOLUME to /dev/nbdN, or the first that is free, until SIGINT or SIGTERM.
+    """Attach VOLUME to /dev/nbdN, or the first that is free, until SIGINT, SIGTERM or SIGHUP.
 
     Needs root, and the kernel's module (modprobe nbd). A device that is mounted is detached when it
     is unmounted. What was synced is durable; a volume is attached on one machine at a time.

@@ -210,7 +210,7 @@ def start(
     lease: int | None,
     with_parent: bool,
 ) -> None:
-    """Run a storage node until SIGINT or SIGTERM.
+    """Run a storage node until SIGINT, SIGTERM or SIGHUP.
 
     Without options, on a fresh machine, it is a cluster of its own: it keeps the metadata and is
     the only peer, with replication 1, on loopback. Wherever nothing names other metadata, it keeps
