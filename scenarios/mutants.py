@@ -600,6 +600,17 @@ _RESTORES = (
         hunted_in=("restores",),
         first_seed=4,
     ),
+    _mutant(
+        "restore_that_was_made_is_refused",
+        "Who is told that a volume did not go back to a snapshot has lost nothing",
+        Edit(
+            "metadata.snapshots:SnapshotOperations.restore_snapshot",
+            "same and present and head_at != expected_revision and at != volume_revision",
+            "False",
+        ),
+        hunted_in=("restores",),
+        first_seed=20,
+    ),
 )
 
 _READERS = (

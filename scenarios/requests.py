@@ -16,6 +16,7 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     DeadlineExceeded,
+    Fenced,
     Invalid,
     OutOfSpace,
     TorusError,
@@ -62,6 +63,7 @@ class Connection:
         self.number = 0
         self._submit = system.actor(f"volume:{name}").submit
         self._driver = driver
+        self._sessions = system.heirlooms["sessions"]
         self._asked = 0
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         system.heirlooms["nbd_connections"].number(self)
@@ -80,7 +82,7 @@ class Connection:
         """Have a request answered.
 
         Raises:
-            Closed, OutOfSpace, BlockUnavailable, Invalid: it was refused.
+            Closed, Fenced, OutOfSpace, BlockUnavailable, Invalid: it was refused.
             DeadlineExceeded: there is no answer.
         """
         self._asked += 1
@@ -93,7 +95,12 @@ class Connection:
         except TimeoutError:
             raise DeadlineExceeded(f"no answer to {op.name}") from None
         if reply.error:
-            raise ERRORS.get(Errno(reply.error), Invalid)(reply.message)
+            error = Errno(reply.error)
+            session = self._sessions.get(self.export)
+            failure = None if session is None else session.file.failure
+            if error is Errno.ESHUTDOWN and isinstance(failure, Fenced):
+                raise Fenced(reply.message)  # which has no errno of its own
+            raise ERRORS.get(error, Invalid)(reply.message)
         return reply
 
 

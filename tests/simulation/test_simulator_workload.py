@@ -14,7 +14,9 @@ from torus_actors.metadata.keys import Keys
 from torus_actors.metadata.kv import Put
 from torus_actors.metadata.records import Head, Lock
 from torus_actors.model.refs import ZERO_BLOCK
+from torus_actors.nbd.requests import Op, Reply, Request
 from torus_actors.scenarios.oracle import SECTOR, Taking, VolumeOracle
+from torus_actors.scenarios.requests import Connection
 from torus_actors.scenarios.restores import HOLDER, Restores
 from torus_actors.scenarios.snapshots import Kept
 from torus_actors.scenarios.workload import Driver, Workload
@@ -30,6 +32,7 @@ class FakeCluster:
         self.loop = asyncio.get_running_loop()
         self.failures: list[str] = []
         self.fail = self.failures.append
+        self.expendable: set[str] = set()
 
     def say(self, text: str) -> None:
         """Nobody listens."""
@@ -118,5 +121,35 @@ def test_who_was_told_that_nothing_was_done_has_lost_nothing_later(said: str | T
             cluster.put(table.HEAD, head.encode())
             assert bool(cluster.failures) == (said is not None)
         assert restores.made == {"v": 1}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("newest", [1, 2])
+@pytest.mark.parametrize("ends", [Fenced("another client came"), Closed("closed")])
+def test_by_requests_too_nobody_is_fenced_but_by_another(newest: int, ends: TorusError) -> None:
+    """Of which there is a session then; both have the same errno."""
+
+    async def main() -> None:
+        cluster: Any = FakeCluster()
+        connections: list[Any] = []
+
+        def tell(number: int, requests: list[Request]) -> None:
+            connections[0].reply([Reply.failed(each, ends) for each in requests])
+
+        system: Any = SimpleNamespace(
+            heirlooms={
+                "sessions": {"v": SimpleNamespace(file=SimpleNamespace(failure=ends))},
+                "nbd_connections": SimpleNamespace(number=connections.append),
+            },
+            actor=lambda _: SimpleNamespace(submit=SimpleNamespace(tell=tell)),
+        )
+        driver = driver_of(cluster)
+        driver._newest = newest
+        session = driver.oracle.open("a", 1)
+        with pytest.raises(type(ends)) as told:
+            await Connection(system, "v", driver).ask(Op.FLUSH, 0, 0)
+        assert not driver._failed("flush", told.value, "a", session, cluster.loop.time())
+        assert bool(cluster.failures) == (newest == 1 and isinstance(ends, Fenced))
 
     asyncio.run(main())
