@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -274,6 +275,35 @@ async def test_a_cluster_that_is_full_for_a_while_in_an_outage_stops_no_commit()
         assert device.client.store.down and session.heads.owed is not None
         again = await reopened(device)
         assert await again.read(BLOCK, 3 * BLOCK) == b"z" * 3 * BLOCK
+
+
+@pytest.mark.parametrize("why", ["away", "full"])
+@virtual
+async def test_heads_of_a_part_that_are_not_taken_leave_no_pages(
+    monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """No collector could take them before there is a later head, which needs room for pages."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        session = device.client.session("v")
+        if why == "away":
+            device.client.store.down = True
+        else:
+
+            async def refuse(*_: Any, **__: Any) -> int:
+                raise OutOfSpace("the metadata are full")
+
+            monkeypatch.setattr(type(cluster.meta), "commit_head", refuse)
+        await device.write(50 * BLOCK, b"y" * BLOCK)
+        await until(lambda: session.file.unsynced)
+        fill(cluster)
+        for n in range(120):
+            with contextlib.suppress(DeviceError):
+                await device.write(n % 8 * BLOCK, b"%04d" % n * 1000)
+                await device.flush()
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(10.0)
+        assert max(node.stores[1].stats().used for node in cluster.nodes.values()) < 20
 
 
 @virtual

@@ -25,6 +25,7 @@ from typing import Any
 from torus_actors.errors import (
     Again,
     BlockUnavailable,
+    OutcomeUnknown,
     OutOfSpace,
     TorusError,
     anew,
@@ -81,7 +82,9 @@ class Committer:
         next_inode: ends the present INode number and returns the one that blocks put from now on
             get: what a lower one marks is in the head that is being made, or dead.
         record: stores the new head of that INode number; retries by itself while the metadata
-            cannot be reached, or raises ``Again`` if the head is of a part.
+            cannot be reached. If the head is of a part, it raises ``Again`` where none was stored,
+            and ``OutcomeUnknown`` where nobody knows.
+        reach: sees whether the metadata can be reached, or raises ``Again``.
     """
 
     def __init__(
@@ -91,12 +94,14 @@ class Committer:
         next_inode_ref: Callable[[], BlockRef],
         next_inode: Callable[[], int],
         record: Callable[[CommitPlan, int], Awaitable[None]],
+        reach: Callable[[], Awaitable[None]],
     ) -> None:
         self._system = system
         self._file = file
         self._next_inode_ref = next_inode_ref
         self._next_inode = next_inode
         self._record = record
+        self._reach = reach
         self.complete = False
         """Whether the head being recorded has everything that was there when the commit began."""
         self.map_seq = 0
@@ -127,12 +132,21 @@ class Committer:
             raise anew(file.failure)
         if self.clean and not force:
             return
-        await self.write_out(list(file.layers.indexes()), self._checkpoint)
+        await self.write_out(list(file.layers.indexes()), self._checkpoint_of_part)
         self.complete = True
         try:
             await self._checkpoint()
         finally:
             self.complete = False
+
+    async def _checkpoint_of_part(self) -> None:
+        """The same while blocks are missing, unless the metadata are away.
+
+        Else each attempt would leave pages that no collector may take before a later head is
+        recorded; and that needs pages, for which there is no room in the end, in any volume.
+        """
+        await self._reach()
+        await self._checkpoint()
 
     async def _checkpoint(self) -> None:
         """Commit the map as it is: steps 2 to 5."""
@@ -175,9 +189,9 @@ class Committer:
                 raise anew(file.failure)
             may_be_named = True
             await self._record(plan, inode)
-        except BaseException:
+        except BaseException as error:
             file.map.commit_failed(plan)
-            if not may_be_named:
+            if not may_be_named or isinstance(error, Again):
                 # The next attempt names its pages anew, and these would fill those that took them.
                 file.discard_tried([ref for ref, _ in plan.blocks])
             raise
@@ -260,7 +274,7 @@ class Committer:
                 # head names them: that may be the very room that is missing.
                 try:
                     await checkpoint()
-                except Again as error:
+                except (Again, OutcomeUnknown) as error:
                     log.info("volume %s: no head to make room by: %s", file.name, error)
                     head_at = self._system.loop.time() + HEAD_PAUSE_S
             if len(file.unsynced) >= file.kept_max * SYNC_AHEAD_SHARE:

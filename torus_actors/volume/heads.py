@@ -113,6 +113,17 @@ class Heads:
             except TorusError as error:
                 raise self._away(error) from error
 
+    async def reach(self) -> None:
+        """See whether the metadata can be reached.
+
+        Raises:
+            Again: it cannot.
+        """
+        try:
+            await self._meta.head(self._volume_id)
+        except TorusError as error:
+            raise self._away(error) from error
+
     def _away(self, error: TorusError) -> TorusError:
         """What an error of the metadata means for a session."""
         if isinstance(error, (Again, Closed, Fenced, Invalid)):

@@ -21,6 +21,7 @@ from torus_actors.errors import (
     BlockUnavailable,
     Closed,
     Fenced,
+    OutcomeUnknown,
     OutOfSpace,
     Overloaded,
     TorusError,
@@ -155,7 +156,12 @@ class Session:
         zeros, and some of them may be in the layers alone: over the rest of a block, which still
         has what was cut off before."""
         self.committer = Committer(
-            system, self.file, self._inode_ref, self._next_inode, self._record_head
+            system,
+            self.file,
+            self._inode_ref,
+            self._next_inode,
+            self._record_head,
+            self.heads.reach,
         )
         self.keeper = Keeper(
             meta, self.file, self.committer, self.size, epoch, self._commit, self._revision_of_head
@@ -467,7 +473,8 @@ class Session:
         """Store the new head, however long the metadata is away; one of a part, if it is not.
 
         Raises:
-            Again: it is, or what became of the head of a part is not known.
+            Again: it is, and the head of a part was not stored.
+            OutcomeUnknown: nobody knows what became of that.
             Fenced: another session has begun.
         """
         complete = self.committer.complete
@@ -493,7 +500,10 @@ class Session:
                 return
             except Again as error:
                 if not complete:
-                    raise  # it is to make room, which may come otherwise; this may take hours
+                    # It is to make room, which may come otherwise; this may take hours.
+                    if isinstance(error.__cause__, (Again, OutOfSpace)):
+                        raise
+                    raise OutcomeUnknown(str(error)) from error
                 log.info("volume %s: waiting for the metadata: %s", self.name, error)
             # What a head does not cover, it cannot stand for in the journal.
             awaited = bool(self._committing or self._commit_waiting)
