@@ -307,6 +307,25 @@ async def test_heads_of_a_part_that_are_not_taken_leave_no_pages(
 
 
 @virtual
+async def test_a_close_speaks_of_no_loss_where_nobody_wrote(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What a crashed client had flushed cannot be committed, and stays in its journal."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        await device.write(BLOCK, b"small")
+        await device.flush()
+        fill(cluster)
+        for _ in range(2):
+            await device.client.crash()
+            await asyncio.sleep(30)
+            device = await (await cluster.client()).open("v")
+            assert await device.read(BLOCK, 5) == b"small"
+            await device.release()
+        assert "lost" not in caplog.text
+
+
+@virtual
 async def test_a_close_that_neither_commits_nor_journals_says_what_is_lost() -> None:
     """A member of the journal is lost while the metadata is away: there is no place for it."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:

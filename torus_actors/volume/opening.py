@@ -634,6 +634,9 @@ async def _keep_in_journal(session: Session, failure: TorusError) -> TorusError 
         session: that is to be closed.
         failure: of its last commit.
     """
+    if not session.was_written:
+        log.warning("volume %s: closed without a commit (%s), as it was opened", session.name, failure)
+        return None  # what it was opened with is where it was found
     kept: asyncio.Future[TorusError | None] = session.system.loop.create_future()
 
     def done(failed: TorusError | None) -> None:
