@@ -311,8 +311,18 @@ class OpenStores:
             other = min(cells, key=Cell.load)
             if cell.load()[0] and not other.load()[0]:
                 cell.pass_on(other)
+        self.share()
         if any(cell.waiting() for cell in cells):
             self._spreading = self.system.loop.call_later(LONG_CALL_S, self._spread)
+
+    def share(self) -> None:
+        """Where calls wait for one worker, another has not to be idle: all may be at one now."""
+        cells = [self.system.cells[name] for name in READERS if name in self.system.cells]
+        if self._spreading is None or not cells:
+            return
+        idle, busy = min(cells, key=Cell.load), max(cells, key=Cell.waiting)
+        if idle.load() == (False, 0) and busy.waiting():
+            busy.pass_on(idle, (busy.waiting() + 1) // 2)
 
     async def verify(self, kind: int, location: Location, cached_too: bool = False) -> bool:
         """Read a block from the disk, or both from there and from the page cache; check every byte.
@@ -760,6 +770,7 @@ class _ColdReads:
             self._by_thread([item])  # which finds out what is wrong, if anything is
 
     def _read(self, items: list[_Cold], future: asyncio.Future[Any]) -> None:
+        self._opened.share()
         error = None if future.cancelled() else future.exception()
         if error is None and not future.cancelled():
             found = future.result()

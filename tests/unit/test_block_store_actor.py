@@ -781,6 +781,21 @@ async def test_reads_that_came_before_one_was_known_to_hang_are_read_by_the_othe
 
 
 @virtual
+async def test_no_worker_is_idle_while_reads_wait_for_a_slow_disk() -> None:
+    """Each read takes so long that it might be one that hangs; both workers share them."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        for n in range(64):
+            await put(node, ref_of(n), b"x" * BLOCK)
+        rng, loop = random.Random(1), asyncio.get_running_loop()
+        node.blocking_s = Mock(get=lambda *_: rng.uniform(0.06, 0.12))
+        node.disks[0].miss_percent = 100
+        began = loop.time()
+        await asyncio.gather(*[read(node, (ref_of(n), 0, 4096)) for n in range(64)])
+        assert loop.time() - began < 1.2 * 64 / 2 * 0.09
+
+
+@virtual
 async def test_a_copy_that_only_the_page_cache_has_wrong_is_replaced() -> None:
     """Who read it wrong says so, and would read it wrong again for as long as the cache has it.
 

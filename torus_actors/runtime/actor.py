@@ -525,11 +525,11 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         self._wake()
         return [self._ended]
 
-    def take_waiting(self) -> list[Call]:
-        """Take the calls that wait behind the one it is in; they are the caller's now."""
+    def take_waiting(self, most: int) -> list[Call]:
+        """Take so many of the calls that wait behind the one it is in; they are the caller's now."""
         items = cast(Inbox, self.actor_inbox).items
         with self._turn:  # or the thread finds nothing where it has just seen something
-            taken = [items.popleft() for _ in range(len(items))]
+            taken = [items.popleft() for _ in range(min(most, len(items)))]
             items.extendleft(each for each in reversed(taken) if type(each) is not Call)
         return [each for each in taken if type(each) is Call]
 

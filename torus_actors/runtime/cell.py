@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,10 +140,10 @@ class Cell:
             return False, self.waiting()
         return actor.call_lasts_s > LONG_CALL_S, self.waiting() + 1
 
-    def pass_on(self, to: Cell) -> None:
+    def pass_on(self, to: Cell, most: int = sys.maxsize) -> None:
         """Have another actor of this kind do what waits here for a blocking actor's call to end."""
         if isinstance(self.actor, BlockingActor):
-            for call in self.actor.take_waiting():
+            for call in self.actor.take_waiting(most):
                 to.inbox.put(call)
             self.room_made()
 
