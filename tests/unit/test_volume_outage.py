@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from typing import Any
 
@@ -275,6 +276,26 @@ async def test_a_cluster_that_is_full_for_a_while_in_an_outage_stops_no_commit()
         assert device.client.store.down and session.heads.owed is not None
         again = await reopened(device)
         assert await again.read(BLOCK, 3 * BLOCK) == b"z" * 3 * BLOCK
+
+
+@virtual
+async def test_a_flush_with_nothing_to_tell_needs_no_room() -> None:
+    """The journal is due to be folded, which fails; it has all that was written all the same."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        fill(cluster)
+        owner = device.client.session("v")
+        for n in itertools.count():
+            with contextlib.suppress(DeviceError):
+                await device.write(n % 8 * BLOCK, b"%04d" % n * 1000)
+            await asyncio.sleep(0.5)
+            await device.flush()
+            if owner.journal.is_large and owner.commit_failed:
+                break
+        assert owner.log.empty
+        for _ in range(3):
+            await device.flush()
+            await asyncio.sleep(10.0)
 
 
 @pytest.mark.parametrize("why", ["away", "full"])

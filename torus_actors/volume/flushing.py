@@ -246,7 +246,8 @@ class Flusher:
 
     def _may_journal(self) -> bool:
         session = self._session
-        if session.commit_failed and session.journal.is_large and not self._no_commit:
+        grows = not (session.log.empty or self._no_commit)
+        if grows and session.commit_failed and session.journal.is_large:
             return False  # it would fill up, and with it the members' room for other volumes
         return session.journal.active and not session.log.waits_for_head
 
