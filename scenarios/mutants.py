@@ -918,7 +918,11 @@ _REQUESTS = (
     _mutant(
         "discards_pages_of_a_head",
         "Pages of a head that may have been recorded are not discarded",
-        Edit("volume.commit:Committer._commit_map", "if not may_be_named:", "if True:"),
+        Edit(
+            "volume.commit:Committer._commit_map",
+            "if not may_be_named or isinstance(error, Again):",
+            "if True:",
+        ),
         hunted_in=("requests",),
     ),
     _mutant(
