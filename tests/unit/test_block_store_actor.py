@@ -788,7 +788,7 @@ async def test_no_worker_is_idle_while_reads_wait_for_a_slow_disk() -> None:
         for n in range(64):
             await put(node, ref_of(n), b"x" * BLOCK)
         rng, loop = random.Random(1), asyncio.get_running_loop()
-        node.blocking_s = Mock(get=lambda *_: rng.uniform(0.06, 0.12))
+        node.blocking_s = cast(Any, Mock(get=lambda *_: rng.uniform(0.06, 0.12)))
         node.disks[0].miss_percent = 100
         began = loop.time()
         await asyncio.gather(*[read(node, (ref_of(n), 0, 4096)) for n in range(64)])

@@ -526,7 +526,7 @@ class BlockingActor(_Exposing, pykka.ThreadingActor):
         return [self._ended]
 
     def take_waiting(self, most: int) -> list[Call]:
-        """Take so many of the calls that wait behind the one it is in; they are the caller's now."""
+        """Take so many of the calls that wait behind the one it is in: the caller's now."""
         items = cast(Inbox, self.actor_inbox).items
         with self._turn:  # or the thread finds nothing where it has just seen something
             taken = [items.popleft() for _ in range(min(most, len(items)))]

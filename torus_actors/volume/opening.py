@@ -635,7 +635,8 @@ async def _keep_in_journal(session: Session, failure: TorusError) -> TorusError 
         failure: of its last commit.
     """
     if not session.was_written:
-        log.warning("volume %s: closed without a commit (%s), as it was opened", session.name, failure)
+        told = "volume %s: closed without a commit (%s), as it was opened"
+        log.warning(told, session.name, failure)
         return None  # what it was opened with is where it was found
     kept: asyncio.Future[TorusError | None] = session.system.loop.create_future()
 
