@@ -317,8 +317,10 @@ class OpenStores:
 
     def share(self) -> None:
         """Where calls wait for one worker, another has not to be idle: all may be at one now."""
+        if self._spreading is None:
+            return
         cells = [self.system.cells[name] for name in READERS if name in self.system.cells]
-        if self._spreading is None or not cells:
+        if not cells:
             return
         idle, busy = min(cells, key=Cell.load), max(cells, key=Cell.waiting)
         if idle.load() == (False, 0) and busy.waiting():

@@ -241,6 +241,7 @@ async def test_a_session_that_is_closed_twice_keeps_what_it_could_not_commit(
             patch.setattr(File, "_assemble", fails)
             again = await reopened(device)
             session = again.client.session("v")
+            await again.write(0, b"not flushed")
             with pytest.raises(BlockUnavailable):
                 await close_session(session, again.client.meta)
             await close_session(session, again.client.meta)
