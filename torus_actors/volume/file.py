@@ -160,6 +160,8 @@ class File(ReadSide):
         """Whether the cluster is full and garbage is being looked for."""
         self._reclaims = 0
         """How often that was begun."""
+        self.was_written = False
+        """Whether anybody has written to it, or made zeros, since it was opened."""
         self.commit_soon: Callable[[], None] = ignore
         self.yields: Callable[[], bool] = lambda: False
         """Whether puts are to leave the disks to something more urgent."""
@@ -265,6 +267,7 @@ class File(ReadSide):
         self._check_range(offset, len(data))
         self._check_writable()
         self._check_room()
+        self.was_written = True
         if self.held or self._waiting or self.layers.size + len(data) > self.layers.size_max:
             return self._wait_for_room(offset, data, len(data), done)
         self._write(offset, data)
@@ -370,6 +373,7 @@ class File(ReadSide):
         """
         self._check_range(offset, length)
         self._check_writable()
+        self.was_written = True
         if keep:
             return self._write_zeros(_Zeros(offset, offset + length, done))
         if self.held:

@@ -364,11 +364,6 @@ class Session:
                 self.file.fail(failed)
 
     @property
-    def was_written(self) -> bool:
-        """Whether anybody has written to it."""
-        return self._written_at > 0.0
-
-    @property
     def all_covered(self) -> bool:
         """Whether the head in the metadata has all that the journal has, or the last one had."""
         if self.replaying is not None or self.heads.owed is not None or self.follows_crash:
