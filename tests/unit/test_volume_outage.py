@@ -352,12 +352,14 @@ async def test_a_close_that_neither_commits_nor_journals_says_what_is_lost(by_to
     """A member of the journal is lost while the metadata is away: there is no place for it."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await reopened(await journaling(cluster, SIZE))
+        journal = device.client.session("v").journal
+        await until(lambda: journal.active)
         device.client.store.down = True
         if by_tool:
             await device.client.actor("volume:v").write.remote(0, b"second")
         else:
             await device.write(0, b"second")
-        await cluster.nodes[device.client.session("v").journal.members[0]].crash()
+        await cluster.nodes[journal.members[0]].crash()
         before = asyncio.get_running_loop().time()
         with pytest.raises(BlockUnavailable, match="was not flushed before is lost: there is no"):
             await device.release()
