@@ -305,21 +305,26 @@ class OpenStores:
 
     def _spread(self) -> None:
         """What waits for a call that has turned out to be long is for another worker."""
+        self.share()
         self._spreading = None
-        cells = [self.system.cells[name] for name in READERS if name in self.system.cells]
+        cells = self._readers()
         for cell in cells:
             other = min(cells, key=Cell.load)
             if cell.load()[0] and not other.load()[0]:
                 cell.pass_on(other)
-        self.share()
         if any(cell.waiting() for cell in cells):
             self._spreading = self.system.loop.call_later(LONG_CALL_S, self._spread)
+
+    def _readers(self) -> list[Cell]:
+        """The workers that read and are there: what waits for a dead one waits for a restart."""
+        cells = [self.system.cells[name] for name in READERS if name in self.system.cells]
+        return [cell for cell in cells if cell.actor is not None]
 
     def share(self) -> None:
         """Where calls wait for one worker, another has not to be idle: all may be at one now."""
         if self._spreading is None:
             return
-        cells = [self.system.cells[name] for name in READERS if name in self.system.cells]
+        cells = self._readers()
         if not cells:
             return
         idle, busy = min(cells, key=Cell.load), max(cells, key=Cell.waiting)

@@ -277,7 +277,10 @@ class Driver:
             self._failed("closing", error, who, session, began)
             return
         # What ends a session may come after the request and before the last commit: nobody is told.
-        if closed and ending is not None and isinstance(ending.file.failure, Closed):
+        # Nor does it vouch for what another had been told was taken, and this one did not see.
+        if not (closed and session.verified and ending is not None):
+            return
+        if isinstance(ending.file.failure, Closed):
             session.flush_done(flush)
 
     def _begin(self, host: Host, who: str) -> None:

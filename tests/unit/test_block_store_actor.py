@@ -34,12 +34,12 @@ from torus_actors.actors.block_store import (
     OpenStores,
     StoreConfig,
 )
-from torus_actors.actors.disk import disk_workers
+from torus_actors.actors.disk import READERS, disk_workers
 from torus_actors.cli.node import store_size
 from torus_actors.errors import Closed, Exists, Invalid, OutOfSpace, TorusError
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
-from torus_actors.runtime import ChildSpec
+from torus_actors.runtime import BlockingActor, ChildSpec
 from torus_actors.storage.disk import Disk
 from torus_actors.storage.index import ENTRIES_OFFSET
 from torus_actors.storage.mfile import MFileStore
@@ -778,6 +778,25 @@ async def test_reads_that_came_before_one_was_known_to_hang_are_read_by_the_othe
             reading = [read(node, (ref_of(n), 0, 4096)) for n in range(12)]
             assert await asyncio.gather(*reading) == 12 * [[(Status.OK, b"x" * 4096)]]
         assert not verifying.done() and await verifying
+
+
+@virtual
+async def test_reads_are_not_handed_to_a_worker_that_has_ended() -> None:
+    """It has nothing to do, and will do nothing."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        assert node.system is not None and node.opened is not None
+        busy, ended = (node.system.cells[name] for name in READERS)
+        await ended.stop(final=True)
+        assert isinstance(busy.actor, BlockingActor)
+        busy.actor.quiesce()  # as if in a call
+        for _ in range(4):
+            node.actor(busy.name).read_many.remote([])
+        node.opened._spread()
+        node.opened._spreading = asyncio.get_running_loop().call_later(1e6, node.opened._spread)
+        node.opened.share()
+        node.opened._spreading.cancel()
+        assert (busy.waiting(), ended.waiting()) == (4, 0)
 
 
 @virtual

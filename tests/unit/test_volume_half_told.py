@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from unittest.mock import AsyncMock
 
 import pytest
 
 from tests.fakes import Cluster, StorageNode, virtual
 from tests.unit.test_snapshots import content, pattern
 from tests.unit.test_volume_flush import SIZE
-from torus_actors.errors import OutOfSpace
+from torus_actors.errors import Again, OutOfSpace
 from torus_actors.volume.commit import Committer
+from torus_actors.volume.journal import SessionJournal
 from torus_actors.volume.recovery import RECOVER_PATIENCE_S
 
 TOLD = b"one member alone has this"
@@ -99,3 +101,19 @@ async def test_what_was_flushed_is_there_without_what_was_found(
         assert not await is_told(cluster)
         await has.start()
         assert not await is_told(cluster)
+
+
+@virtual
+async def test_a_close_tells_of_what_was_read_and_may_be_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is nowhere but where one member of the old journal has it, and nobody recorded that."""
+    async with Cluster(journals=True) as cluster:
+        await half_told(cluster, monkeypatch)
+        with monkeypatch.context() as patch:
+            away = AsyncMock(side_effect=Again("the metadata are away for a moment"))
+            patch.setattr(SessionJournal, "settle_end", away)
+            device = await (await cluster.client()).open("v")
+        assert await device.read(AT, len(TOLD)) == TOLD
+        with pytest.raises(OutOfSpace, match="lost"):
+            await device.release()

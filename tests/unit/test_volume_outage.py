@@ -22,6 +22,7 @@ from torus_actors.errors import (
     TorusError,
     Unauthenticated,
 )
+from torus_actors.metadata.keys import HEAD
 from torus_actors.metadata.records import Head
 from torus_actors.model.refs import BlockRef
 from torus_actors.nbd.protocol import Errno
@@ -666,3 +667,42 @@ async def test_metadata_that_takes_nothing_is_as_good_as_away(error: TorusError)
         device.client.store.txn = txn  # type: ignore[method-assign]
         again = await reopened(device)
         assert await again.read(0, SIZE) == content
+
+
+@virtual
+async def test_a_head_that_filled_up_the_metadata_keeps_its_pages() -> None:
+    """As etcd does: what crosses its bound is done, and answered like what comes after it."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await journaling(cluster, SIZE)
+        session = device.client.session("v")
+        await device.write(50 * BLOCK, b"y" * BLOCK)
+        await device.flush()
+        key = cluster.meta.keys.of(HEAD, session.volume_id)
+        store = device.client.store
+        txn = store.txn
+        of_parts: list[bool] = []
+
+        async def fills(compare: Any, then: Any) -> Any:
+            if of_parts:
+                raise OutOfSpace("database space exceeded")
+            result = await txn(compare, then)
+            if result.succeeded and any(each.key == key for each in then):
+                of_parts.append(not session.committer.complete)
+                raise OutOfSpace("database space exceeded")
+            return result
+
+        store.txn = fills  # type: ignore[method-assign]
+        await device.write(60 * BLOCK, b"y" * BLOCK)
+        await until(lambda: session.file.unsynced)
+        fill(cluster)
+        for n in range(120):
+            with contextlib.suppress(DeviceError):
+                await device.write(n % 8 * BLOCK, b"%04d" % n * 1000)
+                await device.flush()
+            if of_parts:
+                break
+            await asyncio.sleep(0.5)
+        assert of_parts == [True]
+        await asyncio.sleep(3.0)
+        again = await reopened(device)
+        assert await again.read(50 * BLOCK, BLOCK) == b"y" * BLOCK

@@ -238,6 +238,16 @@ class MetadataBase:
                 return made
             except (Again, OutcomeUnknown, OutOfSpace, Corruption) as error:
                 # Refused for want of room, say: the copy before may have been taken all the same.
+                if isinstance(error, OutOfSpace) and not unknown:
+                    # etcd makes the change that fills it up, and answers it with this.
+                    try:
+                        made = await mine()
+                    except (Again, OutcomeUnknown, OutOfSpace, Corruption):
+                        unknown = True
+                    else:
+                        if made is None:
+                            raise
+                        return made
                 unknown = unknown or isinstance(error, OutcomeUnknown)
                 if not unknown:
                     raise

@@ -634,7 +634,8 @@ async def _keep_in_journal(session: Session, failure: TorusError) -> TorusError 
         session: that is to be closed.
         failure: of its last commit.
     """
-    if not session.file.was_written:
+    replay = session.replaying
+    if not session.file.was_written and (replay is None or replay.certain):
         told = "volume %s: closed without a commit (%s), as it was opened"
         log.warning(told, session.name, failure)
         return None  # what it was opened with is where it was found
