@@ -124,7 +124,7 @@ class Corruption(TorusError):
 
 
 class OutOfSpace(TorusError):
-    """No room left; nothing was changed."""
+    """No room left; nothing was changed, but for what `MetadataBase._settle` says of etcd."""
 
 
 class NoPeer(TorusError):

@@ -215,6 +215,7 @@ class MetadataBase:
 
         Raises:
             Again: nothing happened.
+            OutOfSpace: nor here.
             OutcomeUnknown: the store did not come back in time to tell.
             Fenced: the cluster was wiped.
         """
