@@ -18,8 +18,7 @@ from torus_actors.metadata.kv import Operation, Put
 from torus_actors.metadata.records import Head, Lock
 from torus_actors.scenarios.cluster import Cluster, Host
 from torus_actors.scenarios.resizes import PATIENCE_S, trouble, without_client
-from torus_actors.scenarios.snapshots import Kept
-from torus_actors.volume.snapshots import restore_snapshot
+from torus_actors.scenarios.snapshots import Kept, go_back
 
 if TYPE_CHECKING:
     from torus_actors.scenarios.field import Field
@@ -94,15 +93,7 @@ class Restores:
     async def _restore(self, host: Host, kept: Kept) -> str | TorusError:
         """Runs in the command's process."""
         try:
-            await restore_snapshot(
-                host.tree.system,
-                host.tree.meta,
-                kept.driver.name,
-                kept.name,
-                holder=HOLDER,
-                block_size=self.cluster.shape.block_size,
-                block_spec="crc,base",
-            )
+            await go_back(host, kept, HOLDER)
         except TorusError as error:
             return error
         return "done"

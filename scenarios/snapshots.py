@@ -163,15 +163,7 @@ class Snapshots:
             return
         for kept in {kept.driver: kept for kept in self.kept}.values():
             try:
-                await restore_snapshot(
-                    host.tree.system,
-                    host.tree.meta,
-                    kept.driver.name,
-                    kept.name,
-                    holder="driver",
-                    block_size=cluster.shape.block_size,
-                    block_spec="crc,base",
-                )
+                await go_back(host, kept, "driver")
                 content = await read_all(host, kept.driver.name)
             except TorusError as error:
                 cluster.fail(f"{kept.driver.name} cannot go back to {kept.name}: {error!r}")
@@ -179,6 +171,28 @@ class Snapshots:
             if content != kept.content:
                 cluster.fail(f"{kept.driver.name} has gone back to {kept.name}, and is not like it")
             self.restored[kept.driver.name] = content
+
+
+async def go_back(host: Host, kept: Kept, holder: str) -> None:
+    """Let a volume be what a snapshot of it was, as ``torusctl snapshot restore`` does.
+
+    Args:
+        host: where the command runs.
+        kept: the snapshot.
+        holder: who takes the lock, by name.
+
+    Raises:
+        TorusError: as `restore_snapshot`.
+    """
+    await restore_snapshot(
+        host.tree.system,
+        host.tree.meta,
+        kept.driver.name,
+        kept.name,
+        holder=holder,
+        block_size=kept.driver.cluster.shape.block_size,
+        block_spec="crc,base",
+    )
 
 
 async def read_all(host: Host, export: str) -> bytes:
