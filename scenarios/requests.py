@@ -19,7 +19,6 @@ from torus_actors.errors import (
     Fenced,
     Invalid,
     OutOfSpace,
-    TorusError,
 )
 from torus_actors.nbd.protocol import STATE_HOLE, Errno
 from torus_actors.nbd.requests import Hole, Op, Reply, Request
@@ -126,20 +125,13 @@ class RequestDriver(Driver):
     def _connection(self, who: str) -> Connection:
         return self._how.choice(self._connections[who])
 
-    async def _operate(
+    async def _request(
         self, kind: str, volume: Any, session: Session, who: str, offset: int, length: int
-    ) -> bool:
-        began = self.cluster.loop.time()
-        try:
-            if kind == "read":
-                await self._read(session, who, offset, length)
-            else:
-                await self._change(kind, session, who, offset, length)
-            self._took(began, kind, who, session)
-            return True
-        except TorusError as error:
-            what = f"{kind} of {length} at {offset}"
-            return self._failed(what, error, who, session, began)
+    ) -> None:
+        if kind == "read":
+            await self._read(session, who, offset, length)
+        else:
+            await self._change(kind, session, who, offset, length)
 
     async def _read(self, session: Session, who: str, offset: int, length: int) -> None:
         if self._how.random() < CACHE_SHARE:

@@ -429,22 +429,27 @@ class Driver:
     ) -> bool:
         began = self.cluster.loop.time()
         try:
-            if kind == "read":
-                data = await volume.read.remote(offset, length, timeout_s=OP_S_MAX)
-                session.check_read(offset, data)
-            elif kind == "write":
-                write = session.begin_write(offset, length)
-                await volume.write.remote(offset, write.data, timeout_s=OP_S_MAX)
-                session.write_done(write)
-            else:
-                write = session.begin_write(offset, length, zeros=True)
-                await volume.zero.remote(offset, length, timeout_s=OP_S_MAX)
-                session.write_done(write)
+            await self._request(kind, volume, session, who, offset, length)
             self._took(began, kind, who, session)
             return True
         except TorusError as error:
             what = f"{kind} of {length} at {offset}"
             return self._failed(what, error, who, session, began)
+
+    async def _request(
+        self, kind: str, volume: Any, session: Session, who: str, offset: int, length: int
+    ) -> None:
+        if kind == "read":
+            data = await volume.read.remote(offset, length, timeout_s=OP_S_MAX)
+            session.check_read(offset, data)
+        elif kind == "write":
+            write = session.begin_write(offset, length)
+            await volume.write.remote(offset, write.data, timeout_s=OP_S_MAX)
+            session.write_done(write)
+        else:
+            write = session.begin_write(offset, length, zeros=True)
+            await volume.zero.remote(offset, length, timeout_s=OP_S_MAX)
+            session.write_done(write)
 
     async def _flush(self, volume: Any, session: Session, who: str) -> bool:
         flush = session.begin_flush()

@@ -38,8 +38,8 @@ EVERYTHING_GROUPS = 10
 """Tests that share the seeds of everything, so that two cores have equally much to do."""
 
 SPEED_MIN = 8.0
-"""Simulated seconds for a core's. A quiet machine does seven times as many, two busy ones that
-share a core four times: this is for a loop that does all its work many times over."""
+"""Simulated seconds for a core's. A quiet machine does five times as many, two busy ones that
+share a core three times: this is for a loop that does all its work many times over."""
 
 
 @pytest.fixture
