@@ -47,6 +47,10 @@ from torus_actors.wire.messages import encode_call
 
 SECRET = b"a secret of the cluster"
 
+NO_LONGER_YOUNG_S = 2 * bridge.REDIAL_AFTER_S
+"""Age of a link that is replaced at once when it breaks. Not just so long: by a clock of whole
+milliseconds that may be a little less."""
+
 
 class Echo(LoopActor):
     """What is called from the other side."""
@@ -210,7 +214,7 @@ async def under_way(caller: End, server: End) -> Any:
     """A call that waits at the gate, may be sent again, and is on a link that is not young."""
     call = caller.at(server).gated.remote(payload=b"x", timeout_s=60.0, resend=True)
     await until(lambda: server.echo.waiting == 1)
-    await asyncio.sleep(bridge.REDIAL_AFTER_S)
+    await asyncio.sleep(NO_LONGER_YOUNG_S)
     return call
 
 
@@ -358,7 +362,7 @@ async def test_what_may_be_done_twice_outlives_a_broken_connection(size: int) ->
         given_up = at.gated.remote(payload=payload, timeout_s=60.0, resend=True)
         await until(lambda: server.echo.waiting >= 60)
         given_up.future.cancel()
-        await asyncio.sleep(bridge.REDIAL_AFTER_S)
+        await asyncio.sleep(NO_LONGER_YOUNG_S)
         before = server.echo.waiting
         break_all(server.bridge)
         with pytest.raises(PeerLost, match="connection lost"):
@@ -409,8 +413,7 @@ async def test_a_call_that_breaks_every_connection_is_not_sent_for_ever() -> Non
     """A connection that breaks at once is not replaced at once, and what was on it fails."""
     async with pair() as (caller, server):
         await up(caller, server)
-        # Not just so long: by a clock of whole milliseconds that may be a little less.
-        await asyncio.sleep(2 * bridge.REDIAL_AFTER_S)
+        await asyncio.sleep(NO_LONGER_YOUNG_S)
         with pytest.raises(PeerLost):
             await caller.at(server).hang_up.remote(timeout_s=60.0, resend=True)
         assert server.echo.waiting == 2
