@@ -309,7 +309,8 @@ async def test_spawned_tasks_are_part_of_the_actor() -> None:
         await handle.turn.remote("in between")
         assert row(system, "worker")["restarts"] == 0
         await handle.spawn_bug.remote()
-        await until(lambda: row(system, "worker")["restarts"] == 1)
+        await until(lambda: diary.lines[-1] == "worker up")
+        assert row(system, "worker")["restarts"] == 1
         assert "in a task" in row(system, "worker")["last_death"]
         # The task has ended before the actor cleans up.
         assert diary.lines[-3:] == ["task ended", "worker down", "worker up"]
