@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 from collections.abc import Generator
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Commands that tests start can be interrupted, however the tests were started.
+
+    In the background of a shell script, or under nohup, SIGINT is ignored, which children inherit.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
