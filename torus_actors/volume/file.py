@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
@@ -160,8 +161,8 @@ class File(ReadSide):
         """Whether the cluster is full and garbage is being looked for."""
         self._reclaims = 0
         """How often that was begun."""
-        self.was_written = False
-        """Whether anybody has written to it, or made zeros, since it was opened."""
+        self.written_at = -math.inf
+        """When anybody last wrote to it, or made zeros, since it was opened; the loop's time."""
         self.commit_soon: Callable[[], None] = ignore
         self.yields: Callable[[], bool] = lambda: False
         """Whether puts are to leave the disks to something more urgent."""
@@ -248,6 +249,11 @@ class File(ReadSide):
 
     # -- writing -----------------------------------------------------------------------------------
 
+    @property
+    def was_written(self) -> bool:
+        """Whether anybody has written to it, or made zeros, since it was opened."""
+        return self.written_at > -math.inf
+
     def write_at(self, offset: int, data: Buffer, done: Done) -> bool:
         """Write into the cache.
 
@@ -267,7 +273,7 @@ class File(ReadSide):
         self._check_range(offset, len(data))
         self._check_writable()
         self._check_room()
-        self.was_written = True
+        self.written_at = self.loop.time()
         if self.held or self._waiting or self.layers.size + len(data) > self.layers.size_max:
             return self._wait_for_room(offset, data, len(data), done)
         self._write(offset, data)
@@ -373,7 +379,7 @@ class File(ReadSide):
         """
         self._check_range(offset, length)
         self._check_writable()
-        self.was_written = True
+        self.written_at = self.loop.time()
         if keep:
             return self._write_zeros(_Zeros(offset, offset + length, done))
         if self.held:

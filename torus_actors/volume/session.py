@@ -179,7 +179,6 @@ class Session:
         self._commit_waiting: list[Callable[[TorusError | None], None]] = []
         self._committing: list[Callable[[TorusError | None], None]] = []
         self._commit_wake = asyncio.Event()
-        self._written_at = 0.0
         self.closed = False
         """Whether its lock, or its reader's record, is being given up."""
         self.reader: Reader | None = None
@@ -379,7 +378,7 @@ class Session:
         if self.committer.clean:
             return False
         now = self.system.loop.time()
-        quiet = now - self._written_at > IDLE_FLUSH_S
+        quiet = now - self.file.written_at > IDLE_FLUSH_S
         old = now - journal.began_at > (COMMIT_AGE_S if quiet else COMMIT_AGE_S_MAX)
         return bool(
             journal.is_large or (journal.size and old) or len(self.file.unsynced) > UNSYNCED_MAX
@@ -397,7 +396,7 @@ class Session:
         )
 
     def _flush_if_quiet(self) -> None:
-        quiet = self.system.loop.time() - self._written_at > IDLE_FLUSH_S
+        quiet = self.system.loop.time() - self.file.written_at > IDLE_FLUSH_S
         told = self.journal.active and self.log.empty and not self.log.needs_commit
         waiting = self.flusher.busy or self.file.failure is not None
         if quiet and not told and not waiting and not self.committer.clean:
@@ -585,7 +584,6 @@ class Session:
     def _on_write(self, conn: int, request: Request, replies: list[Reply]) -> None:
         assert request.data is not None
         done = partial(self._write_done, conn, request)
-        self._written_at = self.system.loop.time()
         if self.file.write_at(request.offset, request.data, done):
             if request.fua:
                 self.flush_soon(partial(self._flush_done, conn, request))
@@ -600,7 +598,6 @@ class Session:
             text = "zeros that stay allocated are written like data"
             replies.append(Reply(request, Errno.ENOTSUP, text))
             return
-        self._written_at = self.system.loop.time()
         file = self.file
         if (
             file.zero_at(request.offset, request.length, keep, done)
