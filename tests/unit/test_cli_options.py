@@ -38,6 +38,7 @@ from torus_actors.cli.node import cli as node
 from torus_actors.cli.nodes import pick, short
 from torus_actors.cli.output import print_json, print_table
 from torus_actors.cli.profile import (
+    CONFIG_BYTES_MAX,
     changed_profiles,
     config_path,
     load_profiles,
@@ -185,7 +186,16 @@ def test_profiles_survive_a_round_trip_and_damage_is_told() -> None:
         save_profiles(config_path(), {"default": {"secret-file": "/etc/\udcff"}})
     assert load_profiles(config_path()) == odd
     nul = b'[default]\nsecret-file = "a\\u0000b"\n'
-    for damage in (b"not toml", b"[default]\nother = 1\n", b"default = 3\n", b"\xff\xfe[\0", nul):
+    large = b"#" * (CONFIG_BYTES_MAX + 1)
+    odd_ones = (
+        b"not toml",
+        b"[default]\nother = 1\n",
+        b"default = 3\n",
+        b"\xff\xfe[\0",
+        nul,
+        large,
+    )
+    for damage in odd_ones:
         config_path().write_bytes(damage)
         with pytest.raises(Invalid, match=r"config\.toml"):
             load_profiles(config_path())
@@ -454,6 +464,7 @@ def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> Non
         (node, ["start", "--zone", "a\nb"]),
         (node, ["start", "--zone", "z" * 256]),
         (node, ["start", "--config", "/nonexistent"]),
+        (node, ["start", "--config", "/dev/zero"]),
         (node, ["dev", "--volume", "demo"]),
         (node, ["dev", "--nodes", "0"]),
         (blk, ["serve", "demo"]),
@@ -464,6 +475,8 @@ def test_done_is_0_and_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> Non
         (scenarios, ["run", "calm", "--seconds", "-1"]),
         (scenarios, ["real", "calm", "--seconds", "nan"]),
         (blk, ["serve", "demo", "--unix", "/x", "--default-export", "y"]),
+        (blk, ["serve", "--unix", "/x", "--default-export", "no name"]),
+        (blk, ["serve", "--unix", "/x", "--default-export", "demo@"]),
     ],
 )
 def test_bad_usage_is_found_before_anything_is_done(

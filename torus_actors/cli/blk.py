@@ -114,9 +114,16 @@ def serve(
         raise click.UsageError("--default-export goes with no VOLUME: VOLUME is the default")
     from torus_actors.actors.nbd_server import NbdAddress
     from torus_actors.cli.daemon import run_daemon, serve_until_stopped
+    from torus_actors.metadata.records import check_name
     from torus_actors.nbd.connection import TlsSettings
     from torus_actors.process import check_exposure
+    from torus_actors.volume.snapshots import split_name
 
+    if default_export is not None:
+        try:
+            check_name(split_name(default_export)[0])
+        except Invalid as error:
+            raise click.BadParameter(str(error), param_hint="--default-export") from error
     client = ClientOptions(**options)
     if snapshot is not None:
         volume, read_only = f"{volume}@{snapshot}", True

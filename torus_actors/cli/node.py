@@ -25,7 +25,7 @@ from torus_actors.cli.common import (
     run_main,
     version_option,
 )
-from torus_actors.cli.profile import data_home, expanded
+from torus_actors.cli.profile import data_home, expanded, read_config
 from torus_actors.cli.units import format_size, parse_seconds, parse_size
 from torus_actors.errors import Invalid, TorusError
 from torus_actors.model.addresses import Address, format_address
@@ -118,8 +118,10 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     import tomllib
 
     try:
-        fields = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        fields = tomllib.loads(read_config(path))
+    except Invalid as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    except (OSError, tomllib.TOMLDecodeError) as error:
         raise click.BadParameter(f"{path}: {error}", ctx, param) from error
     known = {each.name: each for each in ctx.command.params}
     defaults: dict[str, Any] = {}

@@ -24,6 +24,9 @@ from torus_actors.errors import Invalid
 KEYS = ("metadata", "secret-file")
 """What a profile may hold."""
 
+CONFIG_BYTES_MAX = 1 << 20
+"""A larger file is no configuration: a device, say, or an image."""
+
 _PROFILE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Profiles = dict[str, dict[str, str]]
@@ -39,6 +42,23 @@ def expanded(path: Path | str) -> Path:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise Invalid(f"{path}: no such home directory; set HOME, or give a whole path") from error
+
+
+def read_config(path: Path) -> str:
+    """The text of a configuration file.
+
+    Raises:
+        Invalid: it is too large, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(CONFIG_BYTES_MAX + 1)
+    if len(data) > CONFIG_BYTES_MAX:
+        raise Invalid(f"{path} is no configuration: it has more than {CONFIG_BYTES_MAX >> 20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise Invalid(f"{path} is not TOML, which is UTF-8: {error}") from error
 
 
 def config_path() -> Path:
@@ -65,11 +85,9 @@ def load_profiles(path: Path) -> Profiles:
         Invalid: the file cannot be understood.
     """
     try:
-        text = path.read_text("utf-8")
+        text = read_config(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except UnicodeDecodeError as error:
-        raise Invalid(f"{path} is not TOML, which is UTF-8: {error}") from error
     import tomllib
 
     try:
