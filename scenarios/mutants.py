@@ -98,6 +98,7 @@ _RING = (
             "len(placed) + len(in_air) + len(failures) < copies",
         ),
         hunted_in=("one_bad_node",),
+        first_seed=3,
     ),
     _mutant(
         "full_is_one_copy_less",
@@ -126,6 +127,7 @@ _RING = (
             "self._data.preadv([both], ",
         ),
         hunted_in=("bit_rot",),
+        first_seed=6,
     ),
     _mutant(
         "presence_is_enough",
@@ -226,6 +228,7 @@ _COMMIT = (
         "A block is discarded when it is overwritten only if no head can name it",
         Edit("volume.commit:Committer._commit_map", "file.fresh.clear()", "pass"),
         hunted_in=("overwrites", "calm"),
+        first_seed=10,
     ),
     _mutant(
         "head_without_epoch",
@@ -267,7 +270,7 @@ _SESSIONS = (
             "fence_epoch = journal.epoch",
         ),
         hunted_in=("handover",),
-        first_seed=2,
+        first_seed=6,
     ),
     _mutant(
         "fenced_session_flushes",
@@ -316,6 +319,7 @@ _JOURNAL = (
             "store.fence(volume, epoch), lambda error: None)\n    settled(None)",
         ),
         hunted_in=("slow_handover",),
+        first_seed=7,
     ),
     _mutant(
         "journal_without_fdatasync",
@@ -377,7 +381,7 @@ _JOURNAL = (
             "self.appending = bool(self._under_way)",
         ),
         hunted_in=("foreseen_flush",),
-        first_seed=10,
+        first_seed=45,
     ),
     _mutant(
         "block_not_told",
@@ -408,7 +412,7 @@ _JOURNAL = (
             "changes.needs_commit = False",
         ),
         hunted_in=("flush_beside_commit",),
-        first_seed=41,
+        first_seed=51,
     ),
     _mutant(
         "cut_before_head",
@@ -420,6 +424,7 @@ _JOURNAL = (
             "    try:\n        await self.committer.commit(force)\n",
         ),
         hunted_in=("journal_replay",),
+        first_seed=5,
     ),
     _mutant(
         "head_covers_too_much",
@@ -430,7 +435,7 @@ _JOURNAL = (
             "self.log.seq",
         ),
         hunted_in=("journal_replay",),
-        first_seed=5,
+        first_seed=44,
     ),
     _mutant(
         "ensemble_not_recorded",
@@ -645,6 +650,7 @@ _READERS = (
             "upto=0",
         ),
         hunted_in=("readers",),
+        first_seed=3,
     ),
     _mutant(
         "deleted_snapshot_is_garbage",
@@ -686,7 +692,7 @@ _READERS = (
             "if True:",
         ),
         hunted_in=("readers",),
-        first_seed=9,
+        first_seed=47,
     ),
     _mutant(
         "reader_without_the_journal",
@@ -733,6 +739,7 @@ _RESIZES = (
             "recover(system, record.id, journal, 0 if shrink_to else epoch, head)",
         ),
         hunted_in=("resizes",),
+        first_seed=6,
     ),
     _mutant(
         "cut_without_the_journal",
@@ -778,7 +785,7 @@ _RESIZES = (
         "Who makes a volume smaller is told so only when the head is recorded",
         Edit("volume.resizing:shrink_volume", "if session.heads.resizing:", "if False:"),
         hunted_in=("resizes",),
-        first_seed=14,
+        first_seed=26,
     ),
 )
 
@@ -855,7 +862,7 @@ _CACHE = (
             "newer.merge_from(layer)\n        layer = newer",
         ),
         hunted_in=("disk_full",),
-        first_seed=11,
+        first_seed=18,
     ),
     _mutant(
         "failed_put_forgotten",
@@ -924,6 +931,7 @@ _REQUESTS = (
             "if True:",
         ),
         hunted_in=("requests",),
+        first_seed=3,
     ),
     _mutant(
         "fua_is_advice",

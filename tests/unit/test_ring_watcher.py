@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from tests.fakes import Client, Cluster, StorageNode, until, virtual
 from tests.unit.test_replicator import Block
-from torus_actors.actors.ring_watcher import RingWatcher
+from torus_actors.actors.ring_watcher import LARGE_RING, RingWatcher
 from torus_actors.metadata.records import PeerInfo
 from torus_actors.model import rings
+from torus_actors.model.ring_types import KetamaRing
+from torus_actors.model.rings import Peer
 from torus_actors.runtime import ChildSpec, LoopActor, expose
 
 ADDRESS = "127.0.0.1:40009"
@@ -93,3 +99,39 @@ async def test_an_address_outlives_its_registration_for_a_while() -> None:
         await cluster.meta.revoke_lease(lease)
         await asyncio.sleep(100)
         assert gone not in bridge.known
+
+
+@virtual
+async def test_a_large_ring_is_prepared_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first read would hold up the loop for that, and all I/O with it."""
+    beside: list[int] = []
+
+    async def thread(function: Callable[[], None]) -> None:
+        # Virtual time waits for no thread.
+        beside.append(client.view.ring.version)
+        await asyncio.sleep(1)
+        function()
+
+    monkeypatch.setattr(asyncio, "to_thread", thread)
+    prepared: list[int] = []
+    prepare = KetamaRing.prepare
+    monkeypatch.setattr(
+        KetamaRing, "prepare", lambda ring: (prepared.append(ring.version), prepare(ring))
+    )
+
+    async with Cluster(nodes=1, replication=1) as cluster:
+        client, _ = await watching(cluster)
+
+        async def grow() -> None:
+            peer = Peer(str(uuid.UUID(int=cluster.ring.version)), 1 << 30)
+            grown = cluster.ring.with_peer(peer)
+            cluster.ring = rings.make_ring("ketama", grown.peers, version=grown.version)
+            await cluster.meta.set_ring(rings.marshal(cluster.ring), cluster.ring.version)
+            await until(lambda: client.view.ring.version == cluster.ring.version)
+
+        while len(cluster.ring.peers) < LARGE_RING - 1:
+            await grow()
+        assert not beside
+        before = cluster.ring.version
+        await grow()
+        assert beside == [before] and prepared == [before + 1]
