@@ -33,9 +33,10 @@ slow as that, so that a commit, after its wait for the first, makes many such wa
 
 KNOBS: dict[str, Any] = {
     "torus_actors.actors.block_store.INODE_ROOM_MIN": 32 << 20,
+    "torus_actors.volume.session.COMMIT_AGE_S_MAX": 30.0,
 }
 """Constants that are set for every run: what makes a cluster small enough to be simulated, and
-large enough for the load of it."""
+large enough for the load of it; and its days short enough."""
 
 
 SMALL_JOURNALS: dict[str, Any] = {
@@ -460,6 +461,7 @@ _LIST = (
             "torus_actors.volume.change_log.RECORD_BYTES": 8 << 10,
             "torus_actors.volume.flushing.SPARSE_BYTES_MIN": 8 << 10,
             "torus_actors.volume.session.COMMIT_AGE_S": 2.0,
+            "torus_actors.volume.session.COMMIT_AGE_S_MAX": 2.0,
         },
     ),
     Scenario(
