@@ -531,6 +531,23 @@ async def test_a_commit_leaves_the_size_of_what_came_meanwhile() -> None:
         assert session.journal.size == before // 10 > 0
 
 
+@pytest.mark.parametrize("by_a_tool", [False, True])
+@virtual
+async def test_a_volume_that_is_written_to_is_not_quiet(by_a_tool: bool) -> None:
+    """What comes in the meantime shares its blocks with more, and waits in the journal for them."""
+    async with Cluster(nodes=2, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        heads = device.client.session("v").heads
+        before = heads.recorded
+        write = device.client.actor("volume:v").write.remote if by_a_tool else device.write
+        for index in range(int(journal.COMMIT_AGE_S)):
+            await write(index * BLOCK, bytes(PAGE))
+            await device.flush()
+            await asyncio.sleep(2)
+        assert heads.recorded == before
+        await until(lambda: heads.recorded > before, journal.COMMIT_AGE_S)
+
+
 @virtual
 async def test_a_journal_is_no_larger_than_a_replay_may_be() -> None:
     """A replay holds it in memory: it is folded at the size of the write cache."""
