@@ -317,3 +317,24 @@ def test_every_page_of_a_journal(end: Callable[[SimDisk], SimDisk]) -> None:
                 put(again, volume, 1, seq, bytes([volume, seq]) * 900)
             assert there(again, volume, 1, 1) == ([1, 2, 3, 4, 5], True)
     assert stopped > 20
+
+
+def test_a_fence_does_not_make_a_lost_log_an_empty_one(store: JournalStore, disk: SimDisk) -> None:
+    """Of a volume of which nothing else was here; who opens it fences first, and then asks."""
+    again, _ = lose_last(store, disk)
+    assert fence(again, 3, 2).damaged
+    with pytest.raises(Corruption):
+        again.read(3, 1, 1, 1000)
+    assert fence(again, 3, 4).damaged
+    # Its numbers tell whoever asks for it what is missing.
+    put(again, 3, 4, 7, b"new")
+    assert again.fenced(3) == Fence(4, 7, 7, False)
+    again.cut(3, 4, 7)
+    assert not again.fenced(3).damaged
+    # A head of a later session covers whatever it was.
+    assert fence(again, 6, 2).damaged
+    again.cut(6, 2, 5)
+    assert again.fenced(6).damaged
+    assert fence(again, 6, 3).damaged
+    again.cut(6, 3, 0)
+    assert not again.fenced(6).damaged

@@ -385,7 +385,7 @@ class JournalSpace:
 
     def _choose(self) -> Segment | None:
         """The segment to be emptied: the one with the least in it, if that is worth it."""
-        suspect = any(log.lost_tail is not None for log in self._logs.values())
+        suspect = any(log.suspect for log in self._logs.values())
         candidates = [
             segment
             for segment in self._segments
