@@ -168,10 +168,10 @@ class JournalStore(JournalSpace):
         if log is None:
             return Fence(0, 0, 0, self._incomplete)
         if not log.runs:
-            return Fence(0, 0, 0, log.damaged())
+            return Fence(0, 0, 0, log.damaged(0))
         epoch = max(log.runs)
         run = log.runs[epoch]
-        return Fence(epoch, run.first, run.last, log.damaged())
+        return Fence(epoch, run.first, run.last, log.damaged(epoch))
 
     @property
     def room(self) -> int:

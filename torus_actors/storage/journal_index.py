@@ -205,9 +205,17 @@ class Log:
         """Whether damage may have taken records that leave no gap in the numbers."""
         return self.lost_tail is not None or self.unknown is not None
 
-    def damaged(self) -> bool:
-        """Whether a record that was here cannot be given."""
-        return self.suspect or any(None in run.records for run in self.runs.values())
+    def damaged(self, epoch: int) -> bool:
+        """Whether a record of this epoch, or of a later one, that was here cannot be given.
+
+        What an earlier session has lost says nothing of what a later one has put here since.
+        """
+        lost = self.lost_tail is not None and epoch <= self.lost_tail
+        return (
+            lost
+            or self.unknown is not None
+            or any(None in run.records for each, run in self.runs.items() if each >= epoch)
+        )
 
 
 Waiter = Callable[[Exception | None], None]
@@ -260,7 +268,8 @@ class Fence(NamedTuple):
         epoch: newest that has records.
         first: number of its first record that was not cut.
         last: number of its last record.
-        damaged: records were lost here: another member may have more.
+        damaged: records of that epoch, or of a later one, were lost here: another member may have
+            more.
     """
 
     epoch: int
