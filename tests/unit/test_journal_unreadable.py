@@ -338,3 +338,27 @@ def test_a_fence_does_not_make_a_lost_log_an_empty_one(store: JournalStore, disk
     assert fence(again, 6, 3).damaged
     again.cut(6, 3, 0)
     assert not again.fenced(6).damaged
+
+
+def test_what_may_be_missing_is_not_forgotten_with_the_damage(disk: SimDisk) -> None:
+    """The segment that shows it is used anew; a volume of which nothing was left is asked for."""
+    store = open_store(disk)
+    put(store, 1, 1, 1, b"one")
+    put(store, 3, 1, 1, b"all of it")
+    put(store, 1, 1, 2, b"two")
+    store = open_store(lose(disk, place(store, 3, 1, 1)))
+    assert not store.fenced(1).damaged
+    for seq in range(3, 300):
+        put(store, 1, 1, seq, bytes(5000))
+        store.cut(1, 1, seq - 1)
+    put(store, 4, 1, 1, b"new here")
+    assert not any(segment.damaged for segment in store._segments), "it was reused"
+    for epoch in (2, 2, 3, 3):
+        store = open_store(store._disk.kill())
+        assert not store.fenced(1).damaged and not store.fenced(4).damaged
+        assert fence(store, 3, epoch).damaged
+        with pytest.raises(Corruption):
+            store.read(3, 1, 1, 1000)
+    put(store, 3, 3, 5, b"goes on")
+    store = open_store(store._disk.kill())
+    assert store.fenced(3) == Fence(3, 5, 5, False)
