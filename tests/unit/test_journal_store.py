@@ -446,7 +446,12 @@ def test_damaged_directory(store: JournalStore, disk: SimDisk) -> None:
         again.read(3, 1, 2, 1000)
     with pytest.raises(Corruption):
         again.append(3, 1, 2, [b"x"])
+    # What a new session has put there is whole, before a head of its own covers what was lost too.
+    assert fence(again, 3, 2).damaged
     put(again, 3, 2, 1, b"a new session")
+    assert again.fenced(3) == Fence(2, 1, 1, False)
+    put(again, 1, 2, 1, b"a new session")
+    assert again.fenced(1) == Fence(2, 1, 1, False)
     again.cut(3, 2, 1)
     assert not again.fenced(3).damaged
 

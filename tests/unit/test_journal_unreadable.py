@@ -317,3 +317,48 @@ def test_every_page_of_a_journal(end: Callable[[SimDisk], SimDisk]) -> None:
                 put(again, volume, 1, seq, bytes([volume, seq]) * 900)
             assert there(again, volume, 1, 1) == ([1, 2, 3, 4, 5], True)
     assert stopped > 20
+
+
+def test_a_fence_does_not_make_a_lost_log_an_empty_one(store: JournalStore, disk: SimDisk) -> None:
+    """Of a volume of which nothing else was here; who opens it fences first, and then asks."""
+    again, _ = lose_last(store, disk)
+    assert fence(again, 3, 2).damaged
+    with pytest.raises(Corruption):
+        again.read(3, 1, 1, 1000)
+    assert fence(again, 3, 4).damaged
+    # Its numbers tell whoever asks for it what is missing.
+    put(again, 3, 4, 7, b"new")
+    assert again.fenced(3) == Fence(4, 7, 7, False)
+    again.cut(3, 4, 7)
+    assert not again.fenced(3).damaged
+    # A head of a later session covers whatever it was.
+    assert fence(again, 6, 2).damaged
+    again.cut(6, 2, 5)
+    assert again.fenced(6).damaged
+    assert fence(again, 6, 3).damaged
+    again.cut(6, 3, 0)
+    assert not again.fenced(6).damaged
+
+
+def test_what_may_be_missing_is_not_forgotten_with_the_damage(disk: SimDisk) -> None:
+    """The segment that shows it is used anew; a volume of which nothing was left is asked for."""
+    store = open_store(disk)
+    put(store, 1, 1, 1, b"one")
+    put(store, 3, 1, 1, b"all of it")
+    put(store, 1, 1, 2, b"two")
+    store = open_store(lose(disk, place(store, 3, 1, 1)))
+    assert not store.fenced(1).damaged
+    for seq in range(3, 300):
+        put(store, 1, 1, seq, bytes(5000))
+        store.cut(1, 1, seq - 1)
+    put(store, 4, 1, 1, b"new here")
+    assert not any(segment.damaged for segment in store._segments), "it was reused"
+    for epoch in (2, 2, 3, 3):
+        store = open_store(store._disk.kill())
+        assert not store.fenced(1).damaged and not store.fenced(4).damaged
+        assert fence(store, 3, epoch).damaged
+        with pytest.raises(Corruption):
+            store.read(3, 1, 1, 1000)
+    put(store, 3, 3, 5, b"goes on")
+    store = open_store(store._disk.kill())
+    assert store.fenced(3) == Fence(3, 5, 5, False)

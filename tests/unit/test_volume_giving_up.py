@@ -11,8 +11,11 @@ from tests.fakes import Client, Cluster, StorageNode, virtual
 from tests.unit.test_snapshots import content, pattern
 from tests.unit.test_volume_flush import SIZE
 from torus_actors.errors import BlockUnavailable, DeadlineExceeded, Locked, NotExist
+from torus_actors.model.checksums import PAGE_SIZE
 from torus_actors.model.peers import Peer
 from torus_actors.model.rings import make_ring
+from torus_actors.storage.journal_format import segment_name
+from torus_actors.storage.journal_open import UNREADABLE_MAX
 from torus_actors.volume import recovery
 from torus_actors.volume.giving_up import give_up_journal
 
@@ -165,6 +168,24 @@ async def test_members_that_lost_their_journals_need_not_leave() -> None:
             await node.start(rebalancer=True)
         assert await give_up(await cluster.client())
         assert not await is_late(cluster)
+
+
+@virtual
+async def test_a_journal_of_which_nothing_can_be_read_is_no_empty_one() -> None:
+    """The other member has it, and may come back: until then the volume cannot be opened."""
+    async with Cluster(nodes=5, replication=2, journals=True) as cluster:
+        rotten, other = await crashed(cluster)
+        await rotten.crash()
+        for page in range(1, UNREADABLE_MAX):
+            rotten.disks[2].make_unreadable(segment_name(0), page * PAGE_SIZE)
+        await rotten.start(rebalancer=True)
+        await other.crash()
+        with pytest.raises(BlockUnavailable):
+            await (await cluster.client()).open("v")
+        with pytest.raises(BlockUnavailable, match="may have the journal"):
+            await give_up(await cluster.client())
+        await other.start(rebalancer=True)
+        assert await is_late(cluster)
 
 
 @virtual

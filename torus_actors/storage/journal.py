@@ -133,7 +133,7 @@ class JournalStore(JournalSpace):
             expected = log.expected(epoch)
         check_gap(at, expected)
         self._check_room(length)
-        log = self._log(volume)
+        log = self._log(volume, epoch)
         ticket = Ticket(RECORD, log, at, data, length, crc, expected is None)
         log.promised = epoch
         log.tail = at
@@ -150,7 +150,7 @@ class JournalStore(JournalSpace):
         """
         self._check_usable()
         _check_numbers(volume, epoch, 0)
-        log = self._log(volume)
+        log = self._log(volume, epoch)
         if epoch < log.promised:
             raise _fenced(volume, epoch, log.promised)
         if epoch == log.durable_promise:
@@ -168,10 +168,10 @@ class JournalStore(JournalSpace):
         if log is None:
             return Fence(0, 0, 0, self._incomplete)
         if not log.runs:
-            return Fence(0, 0, 0, log.damaged())
+            return Fence(0, 0, 0, log.damaged(0))
         epoch = max(log.runs)
         run = log.runs[epoch]
-        return Fence(epoch, run.first, run.last, log.damaged())
+        return Fence(epoch, run.first, run.last, log.damaged(epoch))
 
     @property
     def room(self) -> int:
@@ -262,6 +262,7 @@ class JournalStore(JournalSpace):
         if not step.items and (
             (run is not None and seq <= run.last)
             or (log.lost_tail is not None and epoch <= log.lost_tail)
+            or (log.unknown is not None and epoch <= log.unknown)
         ):
             raise Corruption(f"volume {volume}: record {from_seq} of epoch {epoch} is lost")
         for _, _, _, segment in step.items:
@@ -440,10 +441,13 @@ class JournalStore(JournalSpace):
         _check_same(at, length, crc, stored.length, stored.crc)
         return True
 
-    def _log(self, volume: int) -> Log:
+    def _log(self, volume: int, epoch: int) -> Log:
+        """The log of a volume; begun for this epoch if there is none."""
         log = self._logs.get(volume)
         if log is None:
-            log = self._logs[volume] = Log(volume)
+            # Who fences it asks what was here, and that is not known.
+            unknown = epoch if self._incomplete else None
+            log = self._logs[volume] = Log(volume, unknown=unknown)
         return log
 
     def _enqueue(self, ticket: Ticket) -> None:

@@ -56,9 +56,10 @@ RECORD, COPY, STATE, TABLE = 1, 2, 3, 4
 """Kinds of entry: a record; a record written again because its segment is to be reused; what is
 known of a volume; where the other segments end."""
 
-FIRST, SEEN = 1, 2
+FIRST, SEEN, INCOMPLETE = 1, 2, 4
 """Flags. FIRST: of a record, none of its epoch came before it. SEEN: there were records of the
-epoch that the cut is in, so that the next one has to follow it."""
+epoch that the cut is in, so that the next one has to follow it. INCOMPLETE: of a TABLE, damage may
+once have taken all that was here of a volume."""
 
 
 class SegmentHeader(NamedTuple):
@@ -95,7 +96,7 @@ class Entry(NamedTuple):
 
     Attributes:
         kind: RECORD, COPY, STATE or TABLE.
-        flags: FIRST, SEEN.
+        flags: FIRST, SEEN, INCOMPLETE.
         volume: whose it is; 0 for a TABLE.
         epoch: of the record; of a STATE: the epoch promised.
         seq: of the record.

@@ -114,6 +114,9 @@ class Log:
         drop_pending: its predecessor's drop is not durable.
         gone: dropped: what is still under way for it is void.
         lost_tail: damage may have taken records of epochs up to this; None without damage.
+        unknown: promised when the log was begun, if damage may have taken all that was known of the
+            volume before; None if it has not, or if a record has come since: its number shows what
+            is missing before it.
     """
 
     volume: int
@@ -131,6 +134,7 @@ class Log:
     drop_pending: bool = False
     gone: bool = False
     lost_tail: int | None = None
+    unknown: int | None = None
 
     @property
     def empty(self) -> bool:
@@ -164,6 +168,8 @@ class Log:
                 del self.runs[epoch]
         if self.lost_tail is not None and position.epoch > self.lost_tail:
             self.lost_tail = None
+        if self.unknown is not None and position.epoch > self.unknown:
+            self.unknown = None
         return gone
 
     def live(self) -> Iterator[tuple[Position, Stored]]:
@@ -187,15 +193,29 @@ class Log:
             run = self.runs[at.epoch] = Run(at.seq, [])
         assert at.seq == run.last + 1, (at, run.last)
         run.records.append(stored)
+        self.unknown = None
 
     def replace(self, at: Position, stored: Stored) -> None:
         """A record has another place."""
         run = self.runs[at.epoch]
         run.records[at.seq - run.first] = stored
 
-    def damaged(self) -> bool:
-        """Whether a record that was here cannot be given."""
-        return self.lost_tail is not None or any(None in run.records for run in self.runs.values())
+    @property
+    def suspect(self) -> bool:
+        """Whether damage may have taken records that leave no gap in the numbers."""
+        return self.lost_tail is not None or self.unknown is not None
+
+    def damaged(self, epoch: int) -> bool:
+        """Whether a record of this epoch, or of a later one, that was here cannot be given.
+
+        What an earlier session has lost says nothing of what a later one has put here since.
+        """
+        lost = self.lost_tail is not None and epoch <= self.lost_tail
+        return (
+            lost
+            or self.unknown is not None
+            or any(None in run.records for each, run in self.runs.items() if each >= epoch)
+        )
 
 
 Waiter = Callable[[Exception | None], None]
@@ -248,7 +268,8 @@ class Fence(NamedTuple):
         epoch: newest that has records.
         first: number of its first record that was not cut.
         last: number of its last record.
-        damaged: records were lost here: another member may have more.
+        damaged: records of that epoch, or of a later one, were lost here: another member may have
+            more.
     """
 
     epoch: int

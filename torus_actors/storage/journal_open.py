@@ -28,6 +28,7 @@ from torus_actors.storage.journal_format import (
     FIRST,
     GROUP_ENTRIES_MAX,
     HEADER_SIZE,
+    INCOMPLETE,
     NAME_PREFIX,
     RECORD,
     SEEN,
@@ -210,10 +211,10 @@ def _read(found: list[_Found], store_id: bytes) -> Opened:
     if hidden:
         unreadable = sum(len(each.unreadable) for each in found)
         following += (GROUP_ENTRIES_MAX + 1) * unreadable
-    _apply_table(found)
+    incomplete = _apply_table(found)
     for each in found:
         _measure(each, following - 1)
-    logs = _read_logs(found, lost)
+    logs = _read_logs(found, lost, incomplete)
     for each in found:
         for group in each.groups:
             each.segment.volumes.update(entry.volume for entry in group.entries if entry.volume)
@@ -223,7 +224,7 @@ def _read(found: list[_Found], store_id: bytes) -> Opened:
         None if newest is None or newest.hidden else newest.segment,
         logs,
         following,
-        any(each.gaps for each in found),
+        incomplete or any(each.gaps for each in found),
     )
 
 
@@ -235,9 +236,14 @@ def _newest(found: list[_Found]) -> _Found | None:
     )
 
 
-def _apply_table(found: list[_Found]) -> None:
-    """Hold the sealed segments to the ends that the newest whole table gives them."""
+def _apply_table(found: list[_Found]) -> bool:
+    """Hold the sealed segments to the ends that the newest whole table gives them.
+
+    Returns:
+        Whether it says that something is missing, of which nothing else may tell any more.
+    """
     newest: tuple[int, bytes] | None = None
+    incomplete = False
     for each in found:
         for group in each.groups:
             for number, entry in enumerate(group.entries, group.first):
@@ -249,8 +255,9 @@ def _apply_table(found: list[_Found]) -> None:
                         continue  # as one that is not right
                     if crc32c(payload) == entry.crc:
                         newest = number, payload
+                        incomplete = bool(entry.flags & INCOMPLETE)
     if newest is None:
-        return
+        return False
     for index, generation, end in parse_table(newest[1]):
         if index >= len(found):
             # A journal whose first segment does not tell yet how many there are.
@@ -260,6 +267,7 @@ def _apply_table(found: list[_Found]) -> None:
             continue  # reused since: nothing in it was needed
         each.segment.end = end
         each.proven = newest[0]
+    return incomplete
 
 
 def _measure(each: _Found, last: int) -> None:
@@ -333,8 +341,14 @@ def settle_newest(segment: Segment, group: Group) -> bool:
     return True
 
 
-def _read_logs(found: list[_Found], lost: set[int]) -> dict[int, Log]:
-    """The logs of all volumes; ``lost`` are numbers of records that are damaged."""
+def _read_logs(found: list[_Found], lost: set[int], incomplete: bool) -> dict[int, Log]:
+    """The logs of all volumes.
+
+    Args:
+        found: where they are.
+        lost: numbers of records that are damaged.
+        incomplete: whether damage that shows no more may have taken all that was here of a volume.
+    """
     ordered = sorted(
         ((group, each.segment) for each in found for group in each.groups),
         key=lambda pair: pair[0].first,
@@ -376,6 +390,8 @@ def _read_logs(found: list[_Found], lost: set[int]) -> dict[int, Log]:
     for volume, log in logs.items():
         if newest.get(volume, 0) < gap or newest.get(volume) in lost:
             log.lost_tail = log.promised
+        elif incomplete and not records[volume] and not log.cut_seen:
+            log.unknown = log.promised  # it was begun after that, as far as anybody can tell
     return logs
 
 

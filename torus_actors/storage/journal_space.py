@@ -29,6 +29,7 @@ from torus_actors.storage.journal_format import (
     GROUP_ENTRIES_MAX,
     GROUP_SIZE,
     HEADER_SIZE,
+    INCOMPLETE,
     RECORD,
     SEEN,
     START,
@@ -151,6 +152,8 @@ class JournalSpace:
         self._following = opened.following
         self._incomplete = opened.incomplete
         """Whether damage may have taken all that was here of a volume."""
+        self._incomplete_told = False
+        """Whether a table says so: what shows it now may be reused then."""
         self._free: deque[Segment] = deque()
         self._queue: deque[Ticket] = deque()
         """Records and fences, in order of arrival."""
@@ -233,7 +236,8 @@ class JournalSpace:
         placed: list[Placed] = []
         if with_table:
             table = self._table()
-            entries.append(Entry(TABLE, 0, 0, 0, 0, START, 0, crc32c(table), at, len(table)))
+            flags = INCOMPLETE * self._incomplete
+            entries.append(Entry(TABLE, flags, 0, 0, 0, START, 0, crc32c(table), at, len(table)))
             buffers.append(table)
             at += len(table)
         for ticket in taken:
@@ -274,6 +278,8 @@ class JournalSpace:
         segment = commit.segment
         segment.end = commit.offset + commit.length
         self._commits += 1
+        # The first group of a segment has a table.
+        self._incomplete_told |= self._incomplete and commit.offset == HEADER_SIZE
         for ticket, offset, cut in commit.placed:
             log = ticket.log
             segment.volumes.add(log.volume)
@@ -385,7 +391,8 @@ class JournalSpace:
 
     def _choose(self) -> Segment | None:
         """The segment to be emptied: the one with the least in it, if that is worth it."""
-        suspect = any(log.lost_tail is not None for log in self._logs.values())
+        suspect = any(log.suspect for log in self._logs.values())
+        suspect |= self._incomplete and not self._incomplete_told
         candidates = [
             segment
             for segment in self._segments
