@@ -321,21 +321,18 @@ class Replicator(LoopActor):
                         self._syncs.suspect(peer, PUT_TIMEOUT_S)
                 else:
                     raise error
+        if placed and len(placed) < copies:
+            self._counts["degraded_puts"] += 1
+        full = next((e for e in failures if isinstance(e, OutOfSpace)), None)
+        if full is not None and len(placed) < copies:
+            # Fewer copies because of a dead peer is a state that heals; because of a full cluster
+            # it is not, and the writer is the one who can do something about it. Whatever else
+            # keeps a peer from taking blocks, a failed disk for one, is as if it were dead.
+            raise full
         if not placed:
-            if failures and all(isinstance(e, (OutOfSpace, *TRANSIENT)) for e in failures):
-                for error in failures:
-                    if isinstance(error, OutOfSpace):
-                        raise error
             raise BlockUnavailable(
                 f"no peer took block {ref}: {failures[-1] if failures else 'none is left'}"
             )
-        if len(placed) < copies:
-            self._counts["degraded_puts"] += 1
-            full = next((e for e in failures if isinstance(e, OutOfSpace)), None)
-            if full is not None:
-                # Fewer copies because of a dead peer is a state that heals; because of a full
-                # cluster it is not, and the writer is the one who can do something about it.
-                raise full
         return placed
 
     @expose(idempotent=True)
