@@ -67,6 +67,10 @@ MISSING_ROUNDS = 3
 """How often all replicas are asked for a block that none has: it may be moving from one to another
 just then, and be missed on both."""
 
+ORDERS_PEERS_MAX = 1 << 21
+"""Peers in all orders of asking that are remembered: 32 MiB. A ring of 32 peers has fewer; one of
+256 would have more than a GiB."""
+
 FOLLOWING_MAX = 32
 """Blocks whose further copies are written in the background at write level one; beyond it the
 writer waits for all its copies."""
@@ -408,6 +412,8 @@ class Replicator(LoopActor):
         key = (permutation, copies, first)
         order = self._orders.get(key)
         if order is None:
+            if len(self._orders) * len(permutation) >= ORDERS_PEERS_MAX:
+                self._orders.clear()
             order = self._orders[key] = self._make_order(list(permutation), copies, first)
         return order
 
