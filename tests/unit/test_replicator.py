@@ -674,6 +674,25 @@ async def test_reads_do_not_wait_for_puts_that_hang() -> None:
 
 
 @virtual
+async def test_reads_do_not_wait_for_puts_whose_disk_hangs() -> None:
+    """In writes alone; of many volumes, each of which tries again until the node is left out.
+
+    Found by reading: reads waited behind the puts, and failed, until the disk went on.
+    """
+    async with Cluster(nodes=2, replication=1, blocks=2000) as cluster:
+        client = await cluster.client()
+        there = Block(1)
+        (hangs,) = await there.put(client)
+        cluster.nodes[hangs].blocking_s["write"] = 1000.0
+        for _ in range(4):
+            puts = [Block(n).put(client) for n in range(1000, 1400)]
+            await asyncio.gather(*puts, return_exceptions=True)
+        began = asyncio.get_running_loop().time()
+        assert await there.read(client) == there.data
+        assert asyncio.get_running_loop().time() - began < 0.5
+
+
+@virtual
 async def test_no_page_is_put_when_the_call_has_failed() -> None:
     """What went on would store pages that nobody knows of."""
     async with Cluster(nodes=2, replication=1) as cluster:
