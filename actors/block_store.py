@@ -82,6 +82,10 @@ DISK_PATIENCE_S = 3600.0
 """How long a disk may take. What it was asked cannot be taken back, so nobody may think it over
 before it is: callers have deadlines of their own."""
 
+CONCURRENCY = 4096
+"""Messages in work at once: more than many clients put, so that reads do not wait for puts whose
+disk hangs in writes alone. What waits holds as much memory as what is in work."""
+
 CHECK_REFS_MAX = 4096
 """Blocks of one check."""
 

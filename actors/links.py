@@ -340,8 +340,7 @@ class OutLink(Link):
         # Forget calls that were given up.
         for request_id in [i for i, call in self._in_flight.items() if call[0].done()]:
             del self._in_flight[request_id]
-        while self._held and self._held[0][0].done():
-            self._held.popleft()
+        self._held = deque(call for call in self._held if not call[0].done())
 
     def take_resent(self) -> list[OutCall]:
         """Calls without an answer that may be sent again, in order; they are the caller's now."""

@@ -67,6 +67,10 @@ MISSING_ROUNDS = 3
 """How often all replicas are asked for a block that none has: it may be moving from one to another
 just then, and be missed on both."""
 
+ORDERS_PEERS_MAX = 1 << 21
+"""Peers in all orders of asking that are remembered: 32 MiB. A ring of 32 peers has fewer; one of
+256 would have more than a GiB."""
+
 FOLLOWING_MAX = 32
 """Blocks whose further copies are written in the background at write level one; beyond it the
 writer waits for all its copies."""
@@ -321,21 +325,18 @@ class Replicator(LoopActor):
                         self._syncs.suspect(peer, PUT_TIMEOUT_S)
                 else:
                     raise error
+        if placed and len(placed) < copies:
+            self._counts["degraded_puts"] += 1
+        full = next((e for e in failures if isinstance(e, OutOfSpace)), None)
+        if full is not None and len(placed) < copies:
+            # Fewer copies because of a dead peer is a state that heals; because of a full cluster
+            # it is not, and the writer is the one who can do something about it. Whatever else
+            # keeps a peer from taking blocks, a failed disk for one, is as if it were dead.
+            raise full
         if not placed:
-            if failures and all(isinstance(e, (OutOfSpace, *TRANSIENT)) for e in failures):
-                for error in failures:
-                    if isinstance(error, OutOfSpace):
-                        raise error
             raise BlockUnavailable(
                 f"no peer took block {ref}: {failures[-1] if failures else 'none is left'}"
             )
-        if len(placed) < copies:
-            self._counts["degraded_puts"] += 1
-            full = next((e for e in failures if isinstance(e, OutOfSpace)), None)
-            if full is not None:
-                # Fewer copies because of a dead peer is a state that heals; because of a full
-                # cluster it is not, and the writer is the one who can do something about it.
-                raise full
         return placed
 
     @expose(idempotent=True)
@@ -411,6 +412,8 @@ class Replicator(LoopActor):
         key = (permutation, copies, first)
         order = self._orders.get(key)
         if order is None:
+            if len(self._orders) * len(permutation) >= ORDERS_PEERS_MAX:
+                self._orders.clear()
             order = self._orders[key] = self._make_order(list(permutation), copies, first)
         return order
 

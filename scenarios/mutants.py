@@ -103,7 +103,11 @@ _RING = (
     _mutant(
         "full_is_one_copy_less",
         "A put with fewer copies than wanted, because a peer is full, is no success",
-        Edit("actors.replicator:Replicator._put_copies", "if full is not None:", "if False:"),
+        Edit(
+            "actors.replicator:Replicator._put_copies",
+            "if full is not None and len(placed) < copies:",
+            "if full is not None and not placed:",
+        ),
         hunted_in=("disk_full",),
         first_seed=3,
     ),

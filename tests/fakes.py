@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from torus_actors.actors.block_store import CONCURRENCY as BLOCK_STORE_CONCURRENCY
 from torus_actors.actors.block_store import BlockStoreActor, OpenStores
 from torus_actors.actors.collector import Collector
 from torus_actors.actors.disk import READERS, disk_workers
@@ -512,7 +513,9 @@ class StorageNode(Member):
         children = [
             *disk_workers(opened.stores),
             ChildSpec(
-                "block_store", lambda: BlockStoreActor(opened, self.view), max_concurrency=256
+                "block_store",
+                lambda: BlockStoreActor(opened, self.view),
+                max_concurrency=BLOCK_STORE_CONCURRENCY,
             ),
         ]
         if self.cluster.journals:

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torus_actors import __version__
+from torus_actors.actors.block_store import CONCURRENCY as BLOCK_STORE_CONCURRENCY
 from torus_actors.actors.block_store import STORE_NAMES, BlockStoreActor, OpenStores, StoreConfig
 from torus_actors.actors.collector import Collector
 from torus_actors.actors.control import Control
@@ -196,7 +197,9 @@ class StorageNode(Process):
             (
                 *disk_workers(stores.stores),
                 ChildSpec(
-                    "block_store", lambda: BlockStoreActor(stores, view), max_concurrency=256
+                    "block_store",
+                    lambda: BlockStoreActor(stores, view),
+                    max_concurrency=BLOCK_STORE_CONCURRENCY,
                 ),
                 ChildSpec("journal_disk", JournalDisk),
                 ChildSpec("journal", lambda: JournalActor(journal), max_concurrency=64),

@@ -897,6 +897,25 @@ async def test_calls_that_were_given_up_are_forgotten() -> None:
         await until(lambda: all(not link._calls for link in server.bridge._in_links))
 
 
+@on_uvloop
+async def test_calls_that_were_given_up_are_not_held_behind_one_that_was_not() -> None:
+    """They would keep what they carry in memory, and have others refused.
+
+    Found by reading: only those in front were forgotten while the socket did not keep up.
+    """
+    async with pair() as (caller, server):
+        await up(caller, server)
+        link = caller.link_to(server)
+        link.pause_writing()
+        patient = caller.at(server).after.remote(0, 1, timeout_s=60.0)
+        for _ in range(links.HELD_CALLS_MAX - 1):
+            caller.at(server).gated.remote(payload=b"x", timeout_s=0.2)
+        await until(lambda: len(link._held) == 1)
+        late = caller.at(server).after.remote(0, 2, timeout_s=60.0)
+        link.resume_writing()
+        assert await patient == 1 and await late == 2
+
+
 # -- a stranger ------------------------------------------------------------------------------------
 
 

@@ -526,6 +526,22 @@ async def test_a_ring_that_was_read_again_costs_reads_nothing(
 
 
 @virtual
+async def test_orders_of_asking_take_a_bounded_part_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a large ring there are hundreds of thousands. Found by reading: all were kept."""
+    async with Cluster(nodes=4, replication=2) as cluster:
+        client = await cluster.client()
+        replicator: Any = client.system.cells["replicator"].actor
+        orders = {tuple(replicator._read_order(Block(n).ref)) for n in range(1000)}
+        assert len(orders) > 4
+        monkeypatch.setattr("torus_actors.actors.replicator.ORDERS_PEERS_MAX", 16)
+        client.view.peers = dict(client.view.peers)
+        assert orders == {tuple(replicator._read_order(Block(n).ref)) for n in range(1000)}
+        assert len(replicator._orders) <= 4
+
+
+@virtual
 async def test_nothing_is_left_behind() -> None:
     """After reads that were answered, hedged and failed, no batch and no timer remains."""
     async with Cluster(nodes=2, replication=2) as cluster:
@@ -655,6 +671,25 @@ async def test_reads_do_not_wait_for_puts_that_hang() -> None:
         assert await there.read(client) == there.data
         assert len(puts) == 300 and asyncio.get_running_loop().time() - began < 0.5
         await asyncio.gather(*puts, return_exceptions=True)
+
+
+@virtual
+async def test_reads_do_not_wait_for_puts_whose_disk_hangs() -> None:
+    """In writes alone; of many volumes, each of which tries again until the node is left out.
+
+    Found by reading: reads waited behind the puts, and failed, until the disk went on.
+    """
+    async with Cluster(nodes=2, replication=1, blocks=2000) as cluster:
+        client = await cluster.client()
+        there = Block(1)
+        (hangs,) = await there.put(client)
+        cluster.nodes[hangs].blocking_s["write"] = 1000.0
+        for _ in range(4):
+            puts = [Block(n).put(client) for n in range(1000, 1400)]
+            await asyncio.gather(*puts, return_exceptions=True)
+        began = asyncio.get_running_loop().time()
+        assert await there.read(client) == there.data
+        assert asyncio.get_running_loop().time() - began < 0.5
 
 
 @virtual

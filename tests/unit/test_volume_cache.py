@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from torus_actors.model.inode_tree_walk import PageNeeded
 from torus_actors.model.refs import BlockRef, BlockType
 from torus_actors.nbd.protocol import Errno
 from torus_actors.nbd.requests import Op, Request
+from torus_actors.storage.mfile_open import DATA_PATH
 from torus_actors.volume.block_status import PIECES_MAX
 from torus_actors.volume.file import File
 from torus_actors.volume.read_cache import ReadCache
@@ -176,6 +178,27 @@ async def test_torus_401_out_of_space_reaches_the_writer_and_goes_away() -> None
             await asyncio.sleep(1.0)
         assert await device.read(BLOCK, 5) == b"again"
         assert device.client.session("v").file.put_error is None
+
+
+@pytest.mark.parametrize(("operation", "error"), [("sync", errno.EIO), ("write", errno.EROFS)])
+@virtual
+async def test_room_is_made_on_a_full_node_beside_one_whose_disk_failed(
+    operation: str, error: int
+) -> None:
+    """As beside a dead one: what was overwritten is collected, and the flush goes through.
+
+    Found by reading: that nobody took a block was told as if no node were full, and no flush ever
+    went through again until the other node was started anew.
+    """
+    async with Cluster(nodes=2, replication=2, blocks=8, collect_s=1.0) as cluster:
+        failed, full = cluster.node(0), cluster.node(1)
+        failed.disks[0].inject(operation, error, path=DATA_PATH, times=10**9)
+        device = await cluster.volume(SIZE)
+        for content in (b"a", b"b", b"c"):
+            for n in range(full.stores[0].stats().total - 2):
+                await device.write(n * BLOCK, content * BLOCK)
+            await device.flush()
+        assert await device.read(0, BLOCK) == b"c" * BLOCK
 
 
 @virtual
