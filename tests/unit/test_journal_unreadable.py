@@ -362,3 +362,37 @@ def test_what_may_be_missing_is_not_forgotten_with_the_damage(disk: SimDisk) -> 
     put(store, 3, 3, 5, b"goes on")
     store = open_store(store._disk.kill())
     assert store.fenced(3) == Fence(3, 5, 5, False)
+    # What was known of a volume since is not in doubt when all of it was cut.
+    assert not fence(store, 3, 4).damaged
+    for volume in (1, 3, 4):
+        store.cut(volume, max(1, store.fenced(volume).epoch), 1000)
+    store.cut(3, 4, 0)
+    churn(store)
+    store = open_store(store._disk.kill())
+    assert store._incomplete
+    assert store.fenced(3) == Fence(0, 0, 0, False)
+    assert fence(store, 6, 1).damaged
+
+
+def churn(store: JournalStore) -> None:
+    """Have all segments used anew; those with the fewest volumes are so first."""
+    for seq in range(1, 100):
+        for volume in range(10, 16):
+            put(store, volume, 1, seq, bytes(5000))
+            store.cut(volume, 1, seq - 1)
+
+
+def test_who_asks_for_what_was_never_there_keeps_no_segment_from_reuse(disk: SimDisk) -> None:
+    """The tables and the entries of the volumes say it all: the damage is not needed for that."""
+    store = open_store(disk)
+    for seq in (1, 2, 3):
+        put(store, 1, 1, seq, b"x")
+    store = open_store(lose(disk, place(store, 1, 1, 2)))
+    store.cut(1, 1, 3)
+    assert fence(store, 3, 1).damaged
+    churn(store)
+    assert not any(segment.damaged for segment in store._segments)
+    store = open_store(store._disk.kill())
+    assert store._incomplete and fence(store, 3, 2).damaged
+    with pytest.raises(Corruption):
+        store.read(3, 1, 1, 1000)

@@ -228,3 +228,44 @@ async def test_who_is_killed_on_the_way_leaves_the_volume_whole() -> None:
             await asyncio.sleep(60)
             await give_up(await cluster.client())
             assert not await is_late(cluster)
+
+
+async def with_damage(cluster: Cluster) -> StorageNode:
+    """Let a node's journal have lost a record, not the last one; volume ``old`` is done with it."""
+    (node,) = cluster.nodes.values()
+    device = await cluster.volume(SIZE, name="old")
+    for number in (1, 2, 3):
+        await device.write(0, pattern(number))
+        await device.flush()
+    stored = node.system.cells["journal"].actor._store._logs[1].runs[1].records[1]
+    await device.client.stop()
+    await node.crash()
+    node.disks[2].make_unreadable(segment_name(0), stored.offset // PAGE_SIZE * PAGE_SIZE)
+    await node.start(rebalancer=True)
+    return node
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+@pytest.mark.parametrize("restarted", [False, True])
+@virtual
+async def test_a_journal_that_once_lost_something_keeps_no_volume_closed(
+    restarted: bool, reopened: bool
+) -> None:
+    """Of one that came later it has lost nothing, though nobody has flushed to it yet."""
+    async with Cluster(nodes=1, replication=1, journals=True) as cluster:
+        node = await with_damage(cluster)
+        device = await cluster.volume(SIZE)
+        for _ in range(1 + reopened):
+            await device.write(0, pattern(1))
+            await device.client.actor("volume:v").commit.remote()
+            assert device.client.session("v").journal.active
+            if reopened:
+                await device.client.stop()
+                device = await (await cluster.client()).open("v")
+                await asyncio.sleep(10)
+        await device.client.crash()
+        if restarted:
+            await node.crash()
+            await node.start(rebalancer=True)
+        await asyncio.sleep(30)
+        assert await content(cluster, "v") == pattern(1)

@@ -58,8 +58,8 @@ known of a volume; where the other segments end."""
 
 FIRST, SEEN, INCOMPLETE = 1, 2, 4
 """Flags. FIRST: of a record, none of its epoch came before it. SEEN: there were records of the
-epoch that the cut is in, so that the next one has to follow it. INCOMPLETE: of a TABLE, damage may
-once have taken all that was here of a volume."""
+epoch that the cut is in, so that the next one has to follow it. INCOMPLETE: damage may once
+have taken all that was here of a volume: of a TABLE, of any; of a STATE, of its own."""
 
 
 class SegmentHeader(NamedTuple):

@@ -200,11 +200,6 @@ class Log:
         run = self.runs[at.epoch]
         run.records[at.seq - run.first] = stored
 
-    @property
-    def suspect(self) -> bool:
-        """Whether damage may have taken records that leave no gap in the numbers."""
-        return self.lost_tail is not None or self.unknown is not None
-
     def damaged(self, epoch: int) -> bool:
         """Whether a record of this epoch, or of a later one, that was here cannot be given.
 

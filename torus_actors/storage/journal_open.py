@@ -214,7 +214,7 @@ def _read(found: list[_Found], store_id: bytes) -> Opened:
     incomplete = _apply_table(found)
     for each in found:
         _measure(each, following - 1)
-    logs = _read_logs(found, lost, incomplete)
+    logs = _read_logs(found, lost)
     for each in found:
         for group in each.groups:
             each.segment.volumes.update(entry.volume for entry in group.entries if entry.volume)
@@ -341,13 +341,12 @@ def settle_newest(segment: Segment, group: Group) -> bool:
     return True
 
 
-def _read_logs(found: list[_Found], lost: set[int], incomplete: bool) -> dict[int, Log]:
+def _read_logs(found: list[_Found], lost: set[int]) -> dict[int, Log]:
     """The logs of all volumes.
 
     Args:
         found: where they are.
         lost: numbers of records that are damaged.
-        incomplete: whether damage that shows no more may have taken all that was here of a volume.
     """
     ordered = sorted(
         ((group, each.segment) for each in found for group in each.groups),
@@ -390,8 +389,8 @@ def _read_logs(found: list[_Found], lost: set[int], incomplete: bool) -> dict[in
     for volume, log in logs.items():
         if newest.get(volume, 0) < gap or newest.get(volume) in lost:
             log.lost_tail = log.promised
-        elif incomplete and not records[volume] and not log.cut_seen:
-            log.unknown = log.promised  # it was begun after that, as far as anybody can tell
+        if records[volume] or log.cut_seen:
+            log.unknown = None
     return logs
 
 
@@ -403,6 +402,7 @@ def _take_in(log: Log, entry: Entry, segment: Segment) -> None:
         log.promised = log.durable_promise = entry.epoch
     if entry.kind != COPY:
         log.anchor, log.durable_cut = segment.index, entry.cut
+        log.unknown = log.promised if entry.flags & INCOMPLETE else None
 
 
 def _build_runs(

@@ -247,6 +247,7 @@ class JournalSpace:
             flags = FIRST * ticket.first | SEEN * log.cut_seen
             epoch, seq = ticket.at
             if ticket.kind == STATE:
+                flags |= INCOMPLETE * (log.unknown is not None)
                 # A state that makes room may overtake a fence in the queue: it must not promise
                 # what is not yet in order with the records before the fence.
                 epoch = max(epoch, log.durable_promise)
@@ -391,7 +392,8 @@ class JournalSpace:
 
     def _choose(self) -> Segment | None:
         """The segment to be emptied: the one with the least in it, if that is worth it."""
-        suspect = any(log.suspect for log in self._logs.values())
+        # Of one of which nothing was here its own entries tell.
+        suspect = any(log.lost_tail is not None for log in self._logs.values())
         suspect |= self._incomplete and not self._incomplete_told
         candidates = [
             segment

@@ -249,7 +249,7 @@ class SessionJournal:
                 self.member_failed(member, error)
                 failure = f"; peer {member[:8]}: {error}"
                 continue
-            homes[member] = _Home(home, fenced[4])
+            homes[member] = _Home(home, fenced[4], fenced[3])
             room.append(fenced[5])
         if len(homes) < wanted:
             raise BlockUnavailable(f"{len(homes)} peers take records, {wanted} are wanted{failure}")
@@ -313,6 +313,14 @@ class SessionJournal:
     def members(self) -> tuple[str, ...]:
         """Ids of the peers in the ensemble, the last one if there is none now."""
         return tuple(self._homes)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a member says of the time before that it may have lost records.
+
+        It says so until it has a record of this session: nobody could tell that none is missing.
+        """
+        return any(home.lost for home in self._homes.values())
 
     @property
     def homes(self) -> dict[str, _Home]:
@@ -475,10 +483,17 @@ class SessionJournal:
 
 
 class _Home(NamedTuple):
-    """A member: its journal actor, and which journal that was when the records began."""
+    """A member: its journal actor, and how that was when the records began.
+
+    Attributes:
+        actor: see above.
+        identity: of the journal.
+        lost: whether it might have lost some by then.
+    """
 
     actor: Any
     identity: int
+    lost: bool
 
 
 class _Append:

@@ -37,7 +37,7 @@ from torus_actors.nbd.protocol import Errno
 from torus_actors.nbd.requests import Op, Piece, Reply, Request
 from torus_actors.runtime import ActorSystem
 from torus_actors.volume.block_status import BlockStatus
-from torus_actors.volume.change_log import Replay
+from torus_actors.volume.change_log import Replay, empty_record
 from torus_actors.volume.commit import Committer
 from torus_actors.volume.file import File, Spawn
 from torus_actors.volume.flushing import Flusher
@@ -50,6 +50,7 @@ from torus_actors.volume.journal import (
 from torus_actors.volume.keeper import Keeper
 from torus_actors.volume.prefetch import Prefetch
 from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.read_side import ignore
 
 log = logging.getLogger(__name__)
 
@@ -467,6 +468,13 @@ class Session:
                 return
             changes.needs_commit = True
             log.info("volume %s: no journal for now: %s", self.name, error)
+            return
+        if journal.in_doubt:
+            # A crash before the first flush must not leave the next session without a member that
+            # vouches for what it has. The head covers what that record tells: nothing.
+            changes.seq += 1
+            self.covered_seq = changes.seq
+            journal.append_soon(changes.seq, empty_record(), ignore)
 
     async def _record_head(self, plan: CommitPlan, inode: int) -> None:
         """Store the new head, however long the metadata is away; one of a part, if it is not.
