@@ -396,3 +396,25 @@ def test_who_asks_for_what_was_never_there_keeps_no_segment_from_reuse(disk: Sim
     assert store._incomplete and fence(store, 3, 2).damaged
     with pytest.raises(Corruption):
         store.read(3, 1, 1, 1000)
+
+
+@pytest.mark.parametrize("fill", [0, 4])
+def test_damage_keeps_room_from_no_journal_on_a_full_disk(fill: int, disk: SimDisk) -> None:
+    """The damaged segment is needed until a table says it, and there is hardly one free."""
+    store = open_store(disk)
+    seq = 0
+    while len(store._segments) < 3 or store._active is not store._segments[1]:
+        seq += 1
+        put(store, 1, 1, seq, bytes(12000))
+        disk.capacity_bytes = (3 if len(store._segments) < 3 else 0) * SEGMENT
+    for _ in range(fill):
+        seq += 1
+        put(store, 1, 1, seq, bytes(12000))
+    store = open_store(lose(disk, 4 * PAGE_SIZE))
+    assert store._segments[0].damaged
+    store.cut(1, 1, seq)
+    for later in range(seq + 1, seq + 50):
+        put(store, 1, 1, later, bytes(12000))
+        store.cut(1, 1, later)
+    assert len(store._segments) == 3
+    assert fence(open_store(store._disk.kill()), 2, 1).damaged

@@ -152,6 +152,8 @@ class JournalSpace:
         self._following = opened.following
         self._incomplete = opened.incomplete
         """Whether damage may have taken all that was here of a volume."""
+        self._tells = False
+        """Whether the group that was formed last has a table."""
         self._incomplete_told = False
         """Whether a table says so: what shows it now may be reused then."""
         self._free: deque[Segment] = deque()
@@ -181,18 +183,20 @@ class JournalSpace:
         if not self._queue and not self._urgent:
             return None
         active = self._active
+        # At once: until a table says it, no segment that shows it makes room.
+        tell = self._incomplete and not self._incomplete_told
         if active is not None:
             # The last free segment is for copies, and so is what is left of it once it is in use.
             records = bool(self._free) or len(self._segments) == 1
-            taken = self._take(active.size - active.end, records)
+            taken = self._take(active.size - active.end - tell * self._table_size(), records)
             if taken:
-                return self._form(active, taken, False)
+                return self._form(active, taken, tell)
         if not self._free:
             return None
         fresh = self._free[0]
         records = len(self._free) > 1 or active is None
         taken = self._take(fresh.size - HEADER_SIZE - self._table_size(), records)
-        if not taken:
+        if not (taken or tell):
             return None
         self._free.popleft()
         self._active = fresh
@@ -229,6 +233,7 @@ class JournalSpace:
 
     def _form(self, segment: Segment, taken: list[Ticket], with_table: bool) -> Commit:
         """Make a group at the segment's end."""
+        self._tells = with_table
         start, first = segment.end, self._following
         at = GROUP_SIZE + (len(taken) + with_table) * ENTRY_SIZE
         entries: list[Entry] = []
@@ -279,8 +284,7 @@ class JournalSpace:
         segment = commit.segment
         segment.end = commit.offset + commit.length
         self._commits += 1
-        # The first group of a segment has a table.
-        self._incomplete_told |= self._incomplete and commit.offset == HEADER_SIZE
+        self._incomplete_told |= self._incomplete and self._tells
         for ticket, offset, cut in commit.placed:
             log = ticket.log
             segment.volumes.add(log.volume)
