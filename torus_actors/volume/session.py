@@ -469,9 +469,10 @@ class Session:
             changes.needs_commit = True
             log.info("volume %s: no journal for now: %s", self.name, error)
             return
-        if journal.in_doubt:
+        if journal.in_doubt and changes.seq == self.covered_seq:
             # A crash before the first flush must not leave the next session without a member that
-            # vouches for what it has. The head covers what that record tells: nothing.
+            # vouches for what it has. The head covers what that record tells: nothing. It does not
+            # cover one that came while there was no journal; that is committed next.
             changes.seq += 1
             self.covered_seq = changes.seq
             journal.append_soon(changes.seq, empty_record(), ignore)
