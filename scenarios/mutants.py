@@ -74,7 +74,7 @@ _STORE = (
             "peer not in confirmed",
         ),
         hunted_in=("many_crashes", "node_crash"),
-        first_seed=5,
+        first_seed=8,
     ),
 )
 
@@ -98,7 +98,7 @@ _RING = (
             "len(placed) + len(in_air) + len(failures) < copies",
         ),
         hunted_in=("one_bad_node",),
-        first_seed=3,
+        first_seed=7,
     ),
     _mutant(
         "full_is_one_copy_less",
@@ -131,7 +131,7 @@ _RING = (
             "self._data.preadv([both], ",
         ),
         hunted_in=("bit_rot",),
-        first_seed=6,
+        first_seed=8,
     ),
     _mutant(
         "presence_is_enough",
@@ -192,7 +192,7 @@ _COLLECTOR = (
             "pass",
         ),
         hunted_in=("journal_members", "node_crash"),
-        first_seed=2,
+        first_seed=3,
     ),
     _mutant(
         "no_second_pass",
@@ -323,7 +323,7 @@ _JOURNAL = (
             "store.fence(volume, epoch), lambda error: None)\n    settled(None)",
         ),
         hunted_in=("slow_handover",),
-        first_seed=7,
+        first_seed=12,
     ),
     _mutant(
         "journal_without_fdatasync",
@@ -385,7 +385,7 @@ _JOURNAL = (
             "self.appending = bool(self._under_way)",
         ),
         hunted_in=("foreseen_flush",),
-        first_seed=45,
+        first_seed=64,
     ),
     _mutant(
         "block_not_told",
@@ -416,7 +416,7 @@ _JOURNAL = (
             "changes.needs_commit = False",
         ),
         hunted_in=("flush_beside_commit",),
-        first_seed=51,
+        first_seed=62,
     ),
     _mutant(
         "cut_before_head",
@@ -439,7 +439,7 @@ _JOURNAL = (
             "self.log.seq",
         ),
         hunted_in=("journal_replay",),
-        first_seed=44,
+        first_seed=58,
     ),
     _mutant(
         "ensemble_not_recorded",
@@ -530,7 +530,7 @@ _JOURNAL = (
             for method, indent in (("_end", 4), ("_appended", 8))
         ],
         hunted_in=("journal_replay",),
-        first_seed=2,
+        first_seed=7,
     ),
 )
 
@@ -597,6 +597,7 @@ _RESTORES = (
             "pass",
         ),
         hunted_in=("restores",),
+        first_seed=4,
     ),
     _mutant(
         "restored_with_the_journal",
@@ -665,6 +666,7 @@ _READERS = (
             'b"", 0,',
         ),
         hunted_in=("readers",),
+        first_seed=41,
     ),
     _mutant(
         "reader_not_put_back",
@@ -696,7 +698,7 @@ _READERS = (
             "if True:",
         ),
         hunted_in=("readers",),
-        first_seed=47,
+        first_seed=52,
     ),
     _mutant(
         "reader_without_the_journal",
@@ -743,7 +745,7 @@ _RESIZES = (
             "recover(system, record.id, journal, 0 if shrink_to else epoch, head)",
         ),
         hunted_in=("resizes",),
-        first_seed=6,
+        first_seed=13,
     ),
     _mutant(
         "cut_without_the_journal",
@@ -789,7 +791,7 @@ _RESIZES = (
         "Who makes a volume smaller is told so only when the head is recorded",
         Edit("volume.resizing:shrink_volume", "if session.heads.resizing:", "if False:"),
         hunted_in=("resizes",),
-        first_seed=26,
+        first_seed=53,
     ),
 )
 
@@ -809,7 +811,7 @@ _CLOSINGS = (
         "A journal is given up only when the head in the metadata has all that it has",
         Edit("volume.opening:close_session", "error is None and session.all_covered", "not error"),
         hunted_in=("closings",),
-        first_seed=35,
+        first_seed=47,
     ),
 )
 
