@@ -418,3 +418,27 @@ def test_damage_keeps_room_from_no_journal_on_a_full_disk(fill: int, disk: SimDi
         store.cut(1, 1, later)
     assert len(store._segments) == 3
     assert fence(open_store(store._disk.kill()), 2, 1).damaged
+
+
+def test_damage_in_every_segment_keeps_no_cut_from_being_made(disk: SimDisk) -> None:
+    """They are all kept as long as a log may lack records, and only a later cut ends that."""
+    store = open_store(disk)
+    for epoch in range(1, LIMITS.segments_max + 1):
+        put(store, 1, epoch, 1, b"x" * 100)
+        active, stored = store._active, store._logs[1].runs[epoch].records[0]
+        assert active is not None and stored is not None and stored.segment == active.index
+        disk.make_unreadable(segment_name(active.index), stored.offset)
+        disk = disk.kill()
+        store = open_store(disk)
+    held = store._segments[: LIMITS.segments_max]
+    assert all(segment.damaged for segment in held) and store.fenced(1).damaged
+    fence(store, 1, 100)
+    store.cut(1, 100, 0)
+    put(store, 1, 100, 1, b"again")
+    assert not store.fenced(1).damaged
+    for seq in range(2, 200):
+        put(store, 1, 100, seq, bytes(5000))
+        store.cut(1, 100, seq - 1)
+    # What shows the damage is used anew, and no more files are made than that takes.
+    assert not any(segment.damaged for segment in store._segments)
+    assert len(store._segments) <= 2 * LIMITS.segments_max

@@ -383,7 +383,11 @@ class JournalSpace:
         return self._empty(self._emptying)
 
     def _may_grow(self) -> bool:
-        return len(self._segments) < self.limits.segments_max and not self._growth_refused
+        # Damaged ones may be kept for what they show, and were all of them damaged, no cut and no
+        # fence could be written by which that ends.
+        whole, most = sum(not each.damaged for each in self._segments), self.limits.segments_max
+        few = whole < most and len(self._segments) < 2 * most
+        return few and not self._growth_refused
 
     def _grow(self) -> Step | None:
         if not self._may_grow():
