@@ -68,8 +68,8 @@ MISSING_ROUNDS = 3
 just then, and be missed on both."""
 
 ORDERS_PEERS_MAX = 1 << 21
-"""Peers in all orders of asking that are remembered: some tens of MiB. A ring of 32 peers has fewer;
-one of 200 had filled 232 MiB after 80,000 reads, and would have gone on."""
+"""Peers in all orders of asking that are remembered: some tens of MiB. A ring of 32 peers has
+fewer; one of 200 had filled 232 MiB after 80,000 reads, and would have gone on."""
 
 FOLLOWING_MAX = 32
 """Blocks whose further copies are written in the background at write level one; beyond it the
