@@ -152,8 +152,6 @@ class JournalSpace:
         self._following = opened.following
         self._incomplete = opened.incomplete
         """Whether damage may have taken all that was here of a volume."""
-        self._tells = False
-        """Whether the group that was formed last has a table."""
         self._incomplete_told = False
         """Whether a table says so: what shows it now may be reused then."""
         self._free: deque[Segment] = deque()
@@ -233,7 +231,6 @@ class JournalSpace:
 
     def _form(self, segment: Segment, taken: list[Ticket], with_table: bool) -> Commit:
         """Make a group at the segment's end."""
-        self._tells = with_table
         start, first = segment.end, self._following
         at = GROUP_SIZE + (len(taken) + with_table) * ENTRY_SIZE
         entries: list[Entry] = []
@@ -278,13 +275,13 @@ class JournalSpace:
         seed = seed_of(self._store_id, segment.index)
         buffers[0] = pack_directory(seed, segment.index, segment.generation, first, length, entries)
         self._following += len(entries)
-        return Commit(self._lock, segment, buffers, placed, start, length)
+        return Commit(self._lock, segment, buffers, placed, start, length, with_table)
 
     def _committed(self, commit: Commit) -> None:
         segment = commit.segment
         segment.end = commit.offset + commit.length
         self._commits += 1
-        self._incomplete_told |= self._incomplete and self._tells
+        self._incomplete_told |= self._incomplete and commit.with_table
         for ticket, offset, cut in commit.placed:
             log = ticket.log
             segment.volumes.add(log.volume)

@@ -49,6 +49,7 @@ class Commit(Step):
         placed: what is in it.
         offset: of the group.
         length: of the group.
+        with_table: whether it has a table.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Commit(Step):
         placed: list[Placed],
         offset: int,
         length: int,
+        with_table: bool,
     ) -> None:
         super().__init__(lock)
         self.segment = segment
@@ -66,6 +68,7 @@ class Commit(Step):
         self.placed = placed
         self.offset = offset
         self.length = length
+        self.with_table = with_table
 
     def _work(self) -> None:
         self.segment.file.pwritev(self.buffers, self.offset)
