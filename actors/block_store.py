@@ -521,7 +521,14 @@ class BlockStoreActor(LoopActor):
 
     @expose(remote=True, idempotent=True)
     async def put_block(
-        self, ref: BlockRef, root: int, sums: bytes, replace: bool = False, *, payload: memoryview
+        self,
+        ref: BlockRef,
+        root: int,
+        sums: bytes,
+        replace: bool = False,
+        ring_version: int = 0,
+        *,
+        payload: memoryview,
     ) -> int:
         """Store a block.
 
@@ -530,14 +537,20 @@ class BlockStoreActor(LoopActor):
             root: CRC-32C of ``sums``.
             sums: checksum list of the payload.
             replace: put this copy in the place of one that turns out to be damaged.
+            ring_version: of the ring by which this node was chosen; 0 if it does not matter, or
+                from an earlier version of this program, which does not say.
             payload: the block; its buffer is the store's until the answer.
 
         Returns:
             The id of the store's incarnation: a later ``flush`` that answers the same one covers
             the block; until then a crash may lose it.
+
+        Raises:
+            Again: this node has left the ring since; the block may be stored nevertheless.
         """
         if not replace:
             self._opened.requests += 1
+        self._check_member(ring_version)
         try:
             await self._opened.put(ref, root, sums, replace, payload)
         except Exists:
@@ -546,7 +559,23 @@ class BlockStoreActor(LoopActor):
             # Blocks are immutable: other content under the same ref is a damaged copy, on one side
             # or the other. It is never overwritten on a guess.
             await self._opened.put(ref, root, sums, True, payload)
+        # Only now it is in the index, where a pass of the rebalancer by the later ring, after which
+        # this node may be switched off, finds it.
+        self._check_member(ring_version)
         return self._opened.incarnation_id
+
+    def _check_member(self, ring_version: int) -> None:
+        """Refuse what somebody sends here by a ring from which this node has been taken out.
+
+        It may be switched off for good once its blocks are elsewhere, and is not asked about those
+        that come later.
+        """
+        if not ring_version or self._view is None:
+            return
+        ring = self._view.ring
+        # A node that has not heard yet that it is in the ring has an earlier one.
+        if ring_version <= ring.version and self.system.node_id not in ring.members:
+            raise Again(f"this node is not in the ring any more: {ring.version} is the last one")
 
     @expose(remote=True, idempotent=True, deferred=True)
     def read_ranges(self, reply: Any, items: bytes) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from torus_actors.errors import (
     Closed,
     Corruption,
     DeadlineExceeded,
+    Invalid,
     NoPeer,
     OutOfSpace,
     PeerLost,
@@ -186,6 +188,8 @@ class Replicator(LoopActor):
         self._repairing: set[tuple[BlockRef, str]] = set()
         self._not_before: dict[str, float] = {}
         """Loop time before which reads repair nothing on a peer."""
+        self._before_rings: set[str] = set()
+        """Peers that do not let a writer say by which ring it goes: of an earlier version."""
         self._following = 0
         self._counts = {"degraded_puts": 0, "hedged": 0, "repaired": 0, "corrupt": 0, "missing": 0}
 
@@ -240,7 +244,7 @@ class Replicator(LoopActor):
             ref: its name; a block already stored under it is the same one.
             root: checksum of ``sums``.
             sums: checksum list.
-            copies: how many, 0 for as many as the ring says.
+            copies: how many, if more than the ring says.
             payload: the block; not to be changed before the answer.
 
         Returns:
@@ -254,7 +258,7 @@ class Replicator(LoopActor):
         order = list(self._view.ring.permutation(ref))
         if not order:
             raise NoPeer("no peer is in the ring: add one with 'torusctl peer add'")
-        copies = min(copies or self._copies(ref), len(order))
+        copies = min(max(copies, self._copies(ref)), len(order))
         order = [peer for peer in order if not self._syncs.hangs(peer)]
         if self._write_level is WriteLevel.LOCAL and self._has_store:
             order.sort(key=lambda peer: peer != self.system.node_id)
@@ -293,17 +297,16 @@ class Replicator(LoopActor):
     ) -> list[list[Any]]:
         placed: list[list[Any]] = []
         failures: list[TorusError] = []
-        rest = iter(candidates)
+        rest: Iterator[str] = iter(candidates)
         in_air: dict[asyncio.Future[Any], str] = {}
         while True:
             while len(placed) + len(in_air) < copies:
                 peer = next(rest, None)
                 if peer is None:
                     break
+                version = () if peer in self._before_rings else (self._view.ring.version,)
                 put = self._store(peer).put_block.remote(
-                    ref,
-                    root,
-                    sums,
+                    *(ref, root, sums, False, *version),
                     payload=payload,
                     timeout_s=PUT_TIMEOUT_S,
                     checked=True,
@@ -319,6 +322,9 @@ class Replicator(LoopActor):
                 error = future.exception()
                 if error is None:
                     placed.append([peer, future.result()])
+                elif isinstance(error, Invalid) and peer not in self._before_rings:
+                    self._before_rings.add(peer)
+                    rest = itertools.chain((peer,), rest)
                 elif isinstance(error, TorusError):
                     failures.append(error)
                     if isinstance(error, DeadlineExceeded):
@@ -356,7 +362,7 @@ class Replicator(LoopActor):
         """How many copies of a block that is put now its writer waits for.
 
         Args:
-            wanted: of a block of data; 0 for as many as the ring says.
+            wanted: of a block of data, if more than the ring says.
 
         Returns:
             Of a block of data, and of a page: no more than there are peers that are well.
@@ -364,7 +370,7 @@ class Replicator(LoopActor):
         if self._write_level is not WriteLevel.ALL:
             return [1, 1]
         up = self._well()
-        wanted = wanted or self._view.ring.replication
+        wanted = max(wanted, self._view.ring.replication)
         return [min(wanted, up), min(self._view.inode_replication, up)]
 
     # -- reading -----------------------------------------------------------------------------------
@@ -653,7 +659,7 @@ class Replicator(LoopActor):
         Args:
             ref: the block.
             root: its checksum.
-            copies: how many copies to have, 0 for as many as the ring says.
+            copies: how many copies to have, if more than the ring says.
 
         Returns:
             As ``put_block``.

@@ -26,7 +26,7 @@ from torus_actors.model.buffers import BufferPool
 from torus_actors.nbd import handshake as hs
 from torus_actors.nbd.protocol import errno_of
 from torus_actors.nbd.requests import BlockDevice, ExportInfo, Exports, Reply
-from torus_actors.nbd.transmission import Transmission
+from torus_actors.nbd.transmission import Load, Transmission
 
 if TYPE_CHECKING:
     from torus_actors.nbd.server import NbdListener
@@ -101,6 +101,7 @@ class NbdState:
         self.wakeful = wakeful
         self.connections: dict[NbdConnection, None] = {}
         """In the order in which they came."""
+        self.load = Load()
         self.listeners: list[NbdListener] = []
         self.open_names: Counter[str] = Counter()
         """Exports that connections hold open, by the name each of them gave to ``open``."""
@@ -244,6 +245,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Forget the client; its export is released when its requests have been answered."""
         self._transport = None
         self._state.connections.pop(self, None)
+        self._state.load.waiting.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
         if self.lost is not None and not self.lost.done():
@@ -271,8 +273,15 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._drain_handshake()
 
     def eof_received(self) -> bool:
-        """The client is gone; the transport closes itself."""
-        return False
+        """The client sends nothing more; whether the transport stays open for what it is owed.
+
+        So it does behind a DISC: libnbd shuts its side down at once then, and waits for the answers
+        to what it had sent before. TLS has no such state, in asyncio's eyes.
+        """
+        tx, transport = self._tx, self._transport
+        owed = tx is not None and tx.disconnecting and tx.inflight > 0
+        plain = transport is not None and transport.get_extra_info("sslcontext") is None
+        return owed and plain
 
     def pause_writing(self) -> None:
         """The client does not read its replies: take no more requests from it."""
@@ -293,7 +302,11 @@ class NbdConnection(asyncio.BufferedProtocol):
         tx = self._tx
         assert tx is not None
         buffers = tx.encode(replies)
-        transport = self._transport
+        load, transport = self._state.load, self._transport
+        if load.waiting and load.relaxed:
+            waiting, load.waiting = load.waiting, {}
+            for connection in waiting:
+                asyncio.get_running_loop().call_soon(connection.go_on)
         if transport is None:
             self._release_if_done()
             return
@@ -301,6 +314,11 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._wakeful is not None:
             self._wakeful.expect()
         if not self._pumping and (self._reading_paused or tx.disconnecting or self._closing):
+            self._pump()
+
+    def go_on(self) -> None:
+        """There may be room for its next requests."""
+        if self._transport is not None and not self._pumping:
             self._pump()
 
     def _pump(self) -> None:
@@ -326,6 +344,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         except BaseException:
             # The device is broken and may never answer this batch: do not wait for it.
             self._lost_track = True
+            tx.write_off()
             self.abort()
             raise
         finally:
@@ -347,6 +366,8 @@ class NbdConnection(asyncio.BufferedProtocol):
                 # one is running), and close the TCP session."
                 self._close("")
                 return
+        if tx is not None and tx.crowded_out:
+            self._state.load.waiting[self] = None
         if self._write_paused or (tx is not None and tx.full):
             if not self._reading_paused:
                 self._reading_paused = True
@@ -485,7 +506,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._early = memoryview(b"")
         self._device = device
         self._tx = Transmission(
-            info, event.structured, event.allocation, self._state.pool, event.leftover
+            *(info, event.structured, event.allocation, self._state.pool, event.leftover),
+            self._state.load,
         )
         if self._timer is not None:
             self._timer.cancel()

@@ -11,8 +11,9 @@ each request. Quotations are from doc/proto.md of https://github.com/NetworkBloc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torus_actors.model.buffers import BufferPool
+from torus_actors.model.buffers import BufferPool, aligned
 from torus_actors.nbd import protocol as p
 from torus_actors.nbd.protocol import Cmd, CmdFlag, Errno
 from torus_actors.nbd.replies import Buffer, Encoder
@@ -38,6 +39,11 @@ INFLIGHT_BYTES_MAX = 64 << 20
 """Payload, arrived or asked for, of one connection's requests in flight. Twice the largest
 request, so that even those overlap. May be exceeded by one request."""
 
+ALL_BYTES_MAX = 128 << 20
+"""The same of all connections of a server: its memory must not grow with the number of clients
+while a slow or a full cluster keeps their writes waiting, or it is killed with what nobody has
+flushed. Beyond it each connection has one request at a time, for which it waits for nobody."""
+
 _HEADER_BYTES = p.REQUEST.size
 _READ, _WRITE, _FLUSH, _CACHE = Op.READ, Op.WRITE, Op.FLUSH, Op.CACHE
 _DISC = int(Cmd.DISC)
@@ -58,6 +64,26 @@ _NO_HOLE, _FAST_ZERO = int(CmdFlag.NO_HOLE), int(CmdFlag.FAST_ZERO)
 _REQ_ONE = int(CmdFlag.REQ_ONE)
 
 
+class Load:
+    """Payload in flight on all connections of a server.
+
+    Attributes:
+        bytes: so much, arrived or asked for.
+        waiting: connections that have something in flight and take no more, until it is less.
+    """
+
+    __slots__ = ("bytes", "waiting")
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.waiting: dict[Any, None] = {}
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether enough was answered to go on; half, so as not to flap."""
+        return self.bytes <= ALL_BYTES_MAX // 2
+
+
 class Transmission:
     """One connection's transmission phase.
 
@@ -67,6 +93,7 @@ class Transmission:
         allocation: the base:allocation context was selected; implies ``structured``.
         pool: where buffers for large payloads come from.
         leftover: bytes that arrived behind the handshake.
+        load: of the whole server.
     """
 
     __slots__ = (
@@ -78,7 +105,7 @@ class Transmission:
         "_dropped",
         "_encoder",
         "_end",
-        "_memory",
+        "_load",
         "_pool",
         "_read_only",
         "_size",
@@ -101,6 +128,7 @@ class Transmission:
         allocation: bool,
         pool: BufferPool,
         leftover: bytes = b"",
+        load: Load | None = None,
     ) -> None:
         self._size = info.size
         self._read_only = info.read_only
@@ -108,8 +136,8 @@ class Transmission:
         self._allocation = allocation
         self._encoder = Encoder(structured)
         self._pool = pool
-        self._memory = bytearray(max(RECEIVE_BYTES, 2 * len(leftover)))
-        self._view = memoryview(self._memory)
+        self._load = load if load is not None else Load()
+        self._view = aligned(max(RECEIVE_BYTES, 2 * len(leftover)))
         self._view[: len(leftover)] = leftover
         self._start = 0
         self._end = len(leftover)
@@ -138,7 +166,16 @@ class Transmission:
     @property
     def full(self) -> bool:
         """Whether the limits let nothing more through, so that nothing more should be read."""
-        return self.inflight >= INFLIGHT_REQUESTS_MAX or self.inflight_bytes >= INFLIGHT_BYTES_MAX
+        return (
+            self.inflight >= INFLIGHT_REQUESTS_MAX
+            or self.inflight_bytes >= INFLIGHT_BYTES_MAX
+            or (self.inflight > 0 and self._load.bytes >= ALL_BYTES_MAX)
+        )
+
+    @property
+    def crowded_out(self) -> bool:
+        """Whether it has its share of what all connections have in flight, which is too much."""
+        return self.inflight > 0 and self._load.bytes >= ALL_BYTES_MAX
 
     @property
     def relaxed(self) -> bool:
@@ -146,6 +183,7 @@ class Transmission:
         return (
             self.inflight <= INFLIGHT_REQUESTS_MAX // 2
             and self.inflight_bytes <= INFLIGHT_BYTES_MAX // 2
+            and (self._load.relaxed or not self.inflight)
         )
 
     def get_buffer(self) -> memoryview:
@@ -185,17 +223,20 @@ class Transmission:
                 self._body = None
                 self.inflight += 1
                 self.inflight_bytes += body.length
+                self._load.bytes += body.length
                 batch.append(body)
             return batch
         if self.disconnecting or self.failure:
             self._start = self._end = 0
             return batch
         append, unpack = batch.append, p.REQUEST.unpack_from
-        memory, size, plain = self._memory, self._size, not self.shutting_down
+        memory, size, plain = self._view, self._size, not self.shutting_down
         writable = plain and not self._read_only
         pos, end = self._start, self._end
         room = INFLIGHT_REQUESTS_MAX - self.inflight
-        room_bytes = INFLIGHT_BYTES_MAX - self.inflight_bytes
+        room_bytes = min(INFLIGHT_BYTES_MAX - self.inflight_bytes, ALL_BYTES_MAX - self._load.bytes)
+        if not self.inflight:
+            room_bytes = max(room_bytes, 1)  # one goes in any case
         full_room, full_room_bytes = room, room_bytes
         self.limited = False
         while True:
@@ -251,6 +292,7 @@ class Transmission:
                     room_bytes -= length
         self.inflight += full_room - room
         self.inflight_bytes += full_room_bytes - room_bytes
+        self._load.bytes += full_room_bytes - room_bytes
         if pos != self._start:
             self._bulk = self._body is not None
         self._start, self._end = pos, end
@@ -266,7 +308,13 @@ class Transmission:
         out, payload = self._encoder.encode(replies)
         self.inflight -= len(replies)
         self.inflight_bytes -= payload
+        self._load.bytes -= payload
         return out
+
+    def write_off(self) -> None:
+        """What is in flight may never be answered: no other connection is to wait for it."""
+        self._load.bytes -= self.inflight_bytes
+        self._load = Load()
 
     def cut_off(self) -> None:
         """No more will arrive: a refused WRITE whose payload has not gone by gets no answer."""

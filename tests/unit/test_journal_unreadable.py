@@ -331,13 +331,76 @@ def test_a_fence_does_not_make_a_lost_log_an_empty_one(store: JournalStore, disk
     assert again.fenced(3) == Fence(4, 7, 7, False)
     again.cut(3, 4, 7)
     assert not again.fenced(3).damaged
-    # A head of a later session covers whatever it was.
-    assert fence(again, 6, 2).damaged
-    again.cut(6, 2, 5)
+    # Of which session the lost records were nobody knows: no cut is behind them for sure.
+    for epoch in (2, 3):
+        assert fence(again, 6, epoch).damaged
+        again.cut(6, epoch, 0)
+        assert again.fenced(6).damaged
+    again.cut(6, 3, 5)
     assert again.fenced(6).damaged
-    assert fence(again, 6, 3).damaged
-    again.cut(6, 3, 0)
-    assert not again.fenced(6).damaged
+    put(again, 6, 3, 6, b"new")
+    assert again.fenced(6) == Fence(3, 6, 6, False)
+
+
+@pytest.mark.parametrize("reopened", ["never", "after the fence", "after the cut", "when reused"])
+def test_no_cut_makes_a_log_whole_whose_newest_promise_may_be_lost(
+    reopened: str, disk: SimDisk
+) -> None:
+    """A session's promise was lost with all its records, and the collector comes before who opens.
+
+    Found by reading: it promises the session anew, and takes what earlier ones left. Then nothing
+    told of the loss, and with the other member away what was flushed was gone.
+    """
+
+    def again(when: str) -> None:
+        nonlocal store
+        if when == reopened:
+            store = open_store(store._disk.kill())
+
+    store = open_store(disk)
+    put(store, 5, 1, 1, b"of the session before")
+    at = store._active.end if store._active is not None else 0
+    fence(store, 5, 2)
+    put(store, 5, 2, 1, b"flushed")
+    put(store, 7, 1, 1, b"behind it")
+    for offset in (at, at + PAGE_SIZE):
+        disk.rot(FIRST, offset + 20, 8)
+    store = open_store(disk.kill())
+    assert store.fenced(5) == Fence(1, 1, 1, True)
+    for epoch in (2, 2, 3):
+        assert fence(store, 5, epoch).damaged
+        again("after the fence")
+        store.cut(5, epoch, 0)
+        again("after the cut")
+        assert store.fenced(5).damaged
+        with pytest.raises(Corruption):
+            store.read(5, epoch, 1, 1000)
+    store.cut(7, 1, 1)
+    churn(store)
+    # Who finds the damage again keeps what shows it.
+    pinned = reopened in ("after the fence", "after the cut")
+    assert any(segment.damaged for segment in store._segments) == pinned
+    again("when reused")
+    assert store.fenced(5).damaged
+    put(store, 5, 4, 8, b"goes on")
+    again("when reused")
+    assert store.fenced(5) == Fence(4, 8, 8, False)
+    assert store.read(5, 4, 8, 1000) == [(8, b"goes on")]
+
+
+def test_a_record_and_a_fence_that_are_written_together_tell_of_no_loss(disk: SimDisk) -> None:
+    """The entry of the fence is made before its record counts."""
+    store = open_store(disk)
+    for seq in (1, 2, 3):
+        put(store, 1, 1, seq, b"x")
+    store = open_store(lose(disk, place(store, 1, 1, 2)))
+    assert fence(store, 3, 1).damaged
+    assert store.append(3, 1, 1, [b"new"]) is not None
+    assert store.fence(3, 2) is not None
+    store.settle()
+    assert store.fenced(3) == Fence(1, 1, 1, False)
+    store = open_store(store._disk.kill())
+    assert store.fenced(3) == Fence(1, 1, 1, False)
 
 
 def test_what_may_be_missing_is_not_forgotten_with_the_damage(disk: SimDisk) -> None:

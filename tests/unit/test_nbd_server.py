@@ -395,8 +395,14 @@ def test_the_actor_gives_a_volume_back_to_who_is_overloaded(run: Callable[[Test]
     run(body)
 
 
-def test_disconnect_waits_for_what_is_in_flight(run: Callable[[Test], None]) -> None:
-    """DISC is honoured after the outstanding requests were handled and answered."""
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_disconnect_waits_for_what_is_in_flight(
+    half_closed: bool, run: Callable[[Test], None]
+) -> None:
+    """DISC is honoured after the outstanding requests were handled and answered.
+
+    Also where the client, as libnbd does, closes its side behind it: it was answered nothing more.
+    """
 
     async def body(folder: Path) -> None:
         device = Held()
@@ -404,7 +410,10 @@ def test_disconnect_waits_for_what_is_in_flight(run: Callable[[Test], None]) -> 
         client = await Client.connect(folder / "s")
         client.send(Cmd.WRITE, 0, 10, cookie=1)
         client.send(Cmd.DISC)
+        if half_closed:
+            client.writer.write_eof()
         await device.until(1)
+        await asyncio.sleep(0.05)
         assert listener.state.connections
         device.answer(1)
         assert await client.reply() == (1, 0)
@@ -434,6 +443,62 @@ def test_too_many_requests_wait_in_the_socket(run: Callable[[Test], None]) -> No
             done += len(ready)
         assert [await client.reply() for _ in range(count)] == [(i, 0) for i in range(count)]
         await client.leave()
+        await listener.close()
+
+    run(body)
+
+
+def test_payload_of_all_connections_together_is_bounded(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has one request at a time in any case, and more when others were answered.
+
+    Found by reading: with the writes of forty clients waiting a server took 3 GiB.
+    """
+    size = MIB // 2
+    monkeypatch.setattr(tr, "ALL_BYTES_MAX", 2 * size)
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        listener = await start(folder, One(device))
+        load = listener.state.load
+        first, second = await Client.connect(folder / "s"), await Client.connect(folder / "s")
+
+        async def under_way(*cookies: int) -> None:
+            await device.until(len(cookies))
+            await asyncio.sleep(0.05)
+            assert {request.cookie for request in device.requests} == set(cookies)
+
+        for cookie in (1, 2, 3):
+            first.send(Cmd.WRITE, 0, size, cookie=cookie)
+        await under_way(1, 2)
+        for cookie in (11, 12, 13):
+            second.send(Cmd.WRITE, 0, size, cookie=cookie)
+        await under_way(1, 2, 11)
+        assert load.bytes == 3 * size
+        device.answer(1)  # there is less now, and not little
+        await under_way(1, 2, 11)
+        # The first goes on in any case, and the second because of it, though answered nothing.
+        device.answer(2)
+        await under_way(1, 2, 11, 12, 3)
+        device.answer(3)
+        await under_way(1, 2, 11, 12, 3)
+        device.answer(11)
+        await under_way(1, 2, 11, 12, 3, 13)
+        device.answer(13, 12)
+        for client, cookies in (first, (1, 2, 3)), (second, (11, 13, 12)):
+            assert [await client.reply() for _ in cookies] == [(cookie, 0) for cookie in cookies]
+        assert not load.bytes
+        # Who is cut off with a request under way leaves nothing behind when that is answered.
+        first.send(Cmd.WRITE, 0, size, cookie=4)
+        await under_way(1, 2, 11, 12, 3, 13, 4)
+        await first.leave()
+        await second.leave()
+        await until(lambda: not listener.state.connections)
+        assert load.bytes == size
+        device.answer(4)
+        await gone(listener.state)
+        assert not load.bytes and not load.waiting
         await listener.close()
 
     run(body)
@@ -485,9 +550,10 @@ def test_a_device_that_refuses_a_batch(run: Callable[[Test], None]) -> None:
         first, second = await Client.connect(folder / "s"), await Client.connect(folder / "s")
         first.send(Cmd.WRITE, 0, 10, cookie=5)
         assert await first.reply() == (5, Errno.ENOSPC)
-        second.send(Cmd.FLUSH, cookie=666)
+        second.send(Cmd.WRITE, 0, 10, cookie=666)
         await second.ended()
         assert seen
+        assert not listener.state.load.bytes, "nobody waits for what is never answered"
         first.send(Cmd.WRITE, 0, 10, cookie=6)
         assert await first.reply() == (6, Errno.ENOSPC)
         await first.leave()

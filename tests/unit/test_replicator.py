@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.fakes import Client, Cluster, DeviceError, until, virtual
 from torus_actors.actors.replicator import REPAIR_PAUSE_S, ReadLevel, WriteLevel
-from torus_actors.errors import BlockUnavailable, Corruption, NoPeer, OutOfSpace, TorusError
+from torus_actors.errors import (
+    BlockUnavailable,
+    Corruption,
+    Invalid,
+    NoPeer,
+    OutOfSpace,
+    TorusError,
+)
 from torus_actors.model import rings
 from torus_actors.model.checksums import root_of, sums_of
 from torus_actors.model.refs import BlockRef, BlockType
@@ -136,6 +145,57 @@ async def test_a_hanging_peer_is_passed_over() -> None:
         placed = await block.put(client)
         assert hung not in placed and len(placed) == 2
         assert asyncio.get_running_loop().time() - started < 3.5
+
+
+@virtual
+async def test_a_node_that_left_the_ring_takes_nothing_from_who_has_not_heard_of_it() -> None:
+    """It may be switched off by then: the block goes where it can stay.
+
+    Found by reading: a client that was cut off from the metadata had flushes acknowledged, and what
+    it had flushed was gone with the nodes that everybody else knew to be empty.
+    """
+    async with Cluster(nodes=4, replication=2) as cluster:
+        client = await cluster.client()
+        old, leavers = cluster.ring, set(owners(cluster, Block(0)))
+        block, another, *_ = (
+            each for each in map(Block, range(20)) if set(owners(cluster, each)) == leavers
+        )
+        ring = old
+        for peer in leavers:
+            ring = ring.without_peer(peer)
+        for node in cluster.nodes.values():
+            node.view.ring = ring
+        assert client.view.ring is old
+        assert set(await block.put(client)) == set(cluster.ids) - leavers
+        assert await block.read(client) == block.data
+        # One that joins, and has not heard of it yet, takes blocks.
+        for member in old.peers:
+            if member.peer_id in leavers:
+                ring = ring.with_peer(member)
+        client.view.ring = ring
+        assert set(await another.put(client)) == leavers
+
+
+@virtual
+async def test_a_node_of_the_version_before_takes_blocks() -> None:
+    """It does not let a writer say by which ring it goes, and refuses what it does not know."""
+    async with Cluster(nodes=2, replication=2) as cluster:
+        client = await cluster.client()
+        cell: Any = cluster.node(0).system.cells["block_store"]
+        now = cell.handlers["put_block"]
+        refused = 0
+
+        def check(args: Sequence[Any], has_payload: bool) -> None:
+            nonlocal refused
+            if len(args) > 4:
+                refused += 1
+                raise Invalid(f"put_block takes 3 to 4 arguments, not {len(args)}")
+            now.check(args, has_payload)
+
+        cell.handlers = {**cell.handlers, "put_block": replace(now, check=check)}
+        for n in range(5):
+            assert sorted(await Block(n).put(client)) == sorted(cluster.ids)
+        assert refused == 1
 
 
 @virtual

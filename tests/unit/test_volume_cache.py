@@ -25,6 +25,7 @@ from torus_actors.storage.mfile_open import DATA_PATH
 from torus_actors.volume.block_status import PIECES_MAX
 from torus_actors.volume.file import File
 from torus_actors.volume.read_cache import ReadCache
+from torus_actors.volume.read_side import READAHEAD_MAX, SEQUENTIAL_AFTER, STREAM_COUNT_MAX
 from torus_actors.volume.write_back import WriteBack
 
 BLOCK = 16 << 10
@@ -735,6 +736,17 @@ async def test_a_request_to_cache_all_of_a_volume_takes_little_memory() -> None:
         assert max(length for _, length in asked) <= 4 * BLOCK
         assert max(offset + length for offset, length in asked) == 5 + cache_bytes // 4
         assert sum(length for _, length in asked) <= 5 * cache_bytes // 4
+
+
+@virtual
+async def test_no_read_costs_more_for_all_the_reads_before_it() -> None:
+    """Found by reading: how far to read ahead was a number of as many bits as reads in a row."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE, read_bytes=SIZE)
+        for offset in range(0, SIZE, 4096):
+            await device.read(offset, 4096)
+        assert device.client.session("v").file._streams == {SIZE: STREAM_COUNT_MAX}
+        assert 1 << (STREAM_COUNT_MAX - SEQUENTIAL_AFTER) >= READAHEAD_MAX
 
 
 @virtual

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import Client, Cluster, StorageNode, virtual
+from tests.fakes import Client, Cluster, StorageNode, until, virtual
 from tests.unit.test_snapshots import content, pattern
 from tests.unit.test_volume_flush import SIZE
 from torus_actors.errors import BlockUnavailable, DeadlineExceeded, Locked, NotExist
@@ -18,6 +18,7 @@ from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_open import UNREADABLE_MAX
 from torus_actors.volume import recovery
 from torus_actors.volume.giving_up import give_up_journal
+from torus_actors.volume.snapshots import take_snapshot
 
 LATE = b"flushed after the last commit"
 AT = 5000
@@ -269,3 +270,29 @@ async def test_a_journal_that_once_lost_something_keeps_no_volume_closed(
             await node.start(rebalancer=True)
         await asyncio.sleep(30)
         assert await content(cluster, "v") == pattern(1)
+
+
+@pytest.mark.parametrize("how", ["commit", "snapshot"])
+@virtual
+async def test_what_comes_behind_the_record_that_tells_nothing_is_not_alone(how: str) -> None:
+    """A commit that has nothing to do makes no head, and must not cut what no head covers.
+
+    Found by reading: no member could give what was flushed then, and all of them were whole.
+    """
+    async with Cluster(nodes=1, replication=1, journals=True) as cluster:
+        await with_damage(cluster)
+        device = await cluster.volume(SIZE)
+        session = device.client.session("v")
+        await until(lambda: session.journal.active)
+        assert session.journal.in_doubt and session.log.seq == 1
+        if how == "commit":
+            await device.client.actor("volume:v").commit.remote()
+        else:
+            await take_snapshot(cluster.meta, (await cluster.meta.volume("v")).id, "s", 20.0)
+        await device.write(AT, LATE)
+        await device.flush()
+        assert session.journal.active and session.journal.size
+        await device.client.crash()
+        await asyncio.sleep(30)
+        again = await (await cluster.client()).open("v")
+        assert await again.read(AT, len(LATE)) == LATE

@@ -2,8 +2,8 @@
 
 The last layer, ``base``, maps each index to the block that holds it, in the paged tree of
 ``inode_tree``. The layers above add to it: ``crc`` insists on a checksum for each block and checks
-what was read against it, ``rep=3`` has the volume's blocks kept in three copies whatever the ring
-says. The outermost layer is the volume's map. What a layer needs to know of each block is in the
+what was read against it, ``rep=3`` has the volume's blocks kept in three copies where the ring says
+fewer. The outermost layer is the volume's map. What a layer needs to know of each block is in the
 one entry that the tree keeps, so that a stack takes no more memory than its tree.
 
 As in ``inode_tree``, a call that needs a page which is not in memory raises ``PageNeeded`` before
@@ -69,7 +69,7 @@ class Blockset(ABC):
     @property
     @abstractmethod
     def replication(self) -> int | None:
-        """How many copies this volume's blocks get, or ``None`` for as many as the ring says."""
+        """How many copies this volume's blocks get at least; ``None``: as many as the ring says."""
 
     @property
     @abstractmethod
@@ -366,7 +366,7 @@ class CrcBlockset(Layer):
 
 @register_layer("rep")
 class RepBlockset(Layer):
-    """``rep=N``: the volume's blocks are kept in N copies, whatever the ring's replication is."""
+    """``rep=N``: the volume's blocks are kept in N copies at least: more where the ring says so."""
 
     takes_arg = True
     __slots__ = ("_replication",)

@@ -157,6 +157,9 @@ class JournalStore(JournalSpace):
             return None
         if log.promise is not None and log.promise.at.epoch == epoch:
             return log.promise
+        if log.is_suspect:
+            # This epoch may have been promised here before, and that be lost with its records.
+            log.unknown = epoch
         log.promised = epoch
         log.promise = Ticket(STATE, log, Position(epoch, 0))
         self._enqueue(log.promise)

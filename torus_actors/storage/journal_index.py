@@ -114,9 +114,9 @@ class Log:
         drop_pending: its predecessor's drop is not durable.
         gone: dropped: what is still under way for it is void.
         lost_tail: damage may have taken records of epochs up to this; None without damage.
-        unknown: promised when the log was begun, if damage may have taken all that was known of the
-            volume before; None if it has not, or if a record has come since: its number shows what
-            is missing before it.
+        unknown: the last promise, if damage may have taken one as high with all its records, or all
+            that was known of the volume; None if it has not, or if a record has come since: its
+            number shows what is missing before it. No cut tells that.
     """
 
     volume: int
@@ -168,8 +168,6 @@ class Log:
                 del self.runs[epoch]
         if self.lost_tail is not None and position.epoch > self.lost_tail:
             self.lost_tail = None
-        if self.unknown is not None and position.epoch > self.unknown:
-            self.unknown = None
         return gone
 
     def live(self) -> Iterator[tuple[Position, Stored]]:
@@ -199,6 +197,12 @@ class Log:
         """A record has another place."""
         run = self.runs[at.epoch]
         run.records[at.seq - run.first] = stored
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether records of any epoch may be lost that is promised before a record comes."""
+        lost = self.lost_tail is not None and self.tail.epoch <= self.lost_tail
+        return lost or self.unknown is not None
 
     def damaged(self, epoch: int) -> bool:
         """Whether a record of this epoch, or of a later one, that was here cannot be given.

@@ -389,7 +389,8 @@ def _read_logs(found: list[_Found], lost: set[int]) -> dict[int, Log]:
     for volume, log in logs.items():
         if newest.get(volume, 0) < gap or newest.get(volume) in lost:
             log.lost_tail = log.promised
-        if records[volume] or log.cut_seen:
+        known = max((at.epoch for at in records[volume]), default=0)
+        if log.unknown is not None and known >= log.unknown:
             log.unknown = None
     return logs
 

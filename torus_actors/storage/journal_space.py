@@ -242,6 +242,7 @@ class JournalSpace:
             entries.append(Entry(TABLE, flags, 0, 0, 0, START, 0, crc32c(table), at, len(table)))
             buffers.append(table)
             at += len(table)
+        told = {ticket.log for ticket in taken if ticket.kind == RECORD}
         for ticket in taken:
             log = ticket.log
             if ticket.drop:
@@ -249,7 +250,7 @@ class JournalSpace:
             flags = FIRST * ticket.first | SEEN * log.cut_seen
             epoch, seq = ticket.at
             if ticket.kind == STATE:
-                flags |= INCOMPLETE * (log.unknown is not None)
+                flags |= INCOMPLETE * (log.unknown is not None and log not in told)
                 # A state that makes room may overtake a fence in the queue: it must not promise
                 # what is not yet in order with the records before the fence.
                 epoch = max(epoch, log.durable_promise)

@@ -210,7 +210,7 @@ async def _audit(
         raise NoPeer("no node is in the ring")
     blockset = unmarshal_blockset(heads[0].extra) if heads else None
     if blockset is not None and blockset.replication is not None:
-        audit.wanted = blockset.replication
+        audit.wanted = max(audit.wanted, blockset.replication)
     audit.expected = min(audit.wanted, len(members))
     if blockset is None:
         return

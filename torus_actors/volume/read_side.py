@@ -41,6 +41,9 @@ SEQUENTIAL_AFTER = 2
 READAHEAD_MAX = 8
 """Blocks fetched ahead of a sequential reader."""
 
+STREAM_COUNT_MAX = SEQUENTIAL_AFTER + READAHEAD_MAX.bit_length()
+"""Reads in a row are counted so far: no more change anything."""
+
 MAP_PAGES_MAX = 2048
 """Pages of the block map kept in memory: 56 MiB, which map 1 TiB of the default block size."""
 
@@ -317,7 +320,7 @@ class ReadSide:
     def _note_stream(self, offset: int, end: int, length: int) -> bool:
         """Whether this read continues others; fetches ahead if it does."""
         streams = self._streams
-        count = streams.pop(offset, -1) + 1
+        count = min(streams.pop(offset, -1) + 1, STREAM_COUNT_MAX)
         streams[end] = count
         if len(streams) > STREAMS_MAX:
             del streams[next(iter(streams))]

@@ -471,10 +471,10 @@ class Session:
             return
         if journal.in_doubt and changes.seq == self.covered_seq:
             # A crash before the first flush must not leave the next session without a member that
-            # vouches for what it has. The head covers what that record tells: nothing. It does not
-            # cover one that came while there was no journal; that is committed next.
+            # vouches for what it has. It is the next one after what the head covers: one that came
+            # while there was no journal is committed first. Though it tells nothing, no head covers
+            # it yet, and it must not be cut before one does: what follows it would lack it.
             changes.seq += 1
-            self.covered_seq = changes.seq
             journal.append_soon(changes.seq, empty_record(), ignore)
 
     async def _record_head(self, plan: CommitPlan, inode: int) -> None:
