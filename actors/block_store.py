@@ -135,6 +135,9 @@ class OpenStores:
         self._verifying: dict[tuple[int, Location, bool], asyncio.Task[Any]] = {}
         self._flush_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
+        self.refusal = ""
+        """Why no block is taken although no store has failed: the disk refuses what a flush writes,
+        so that none would ever be confirmed. Empty while flushes go through."""
         self.requests = 0
         """Reads, and puts of new blocks, since the stores were opened: how busy clients are."""
         self._idle_flush: asyncio.TimerHandle | None = None
@@ -258,6 +261,8 @@ class OpenStores:
             if each.failure is not None:
                 # A flush is of both stores: none would ever confirm this block.
                 raise Closed(f"block store {each.failure}")
+        if self.refusal:
+            raise Closed(f"block store {self.refusal}")
         instead: Location | None = None
         if replace and store.has(ref):
             location = store.locate(ref)
@@ -438,12 +443,16 @@ class OpenStores:
                 await self.system.actor("disk_flusher").sync.remote(
                     batches, timeout_s=DISK_PATIENCE_S
                 )
-        except BaseException:
+        except BaseException as error:
             for store, batch in begun:
                 store.fail_flush(batch)
+            if isinstance(error, Corruption):
+                self.refusal = f"takes no blocks: {error}"
+                self.flush_later()  # nothing else comes by which it would be tried again
             raise
         for store, batch in begun:
             store.end_flush(batch)
+        self.refusal = ""
 
     def vouch(self, ref: BlockRef) -> None:
         """Promise to keep a copy for ``VOUCH_S``: somebody may drop another one because of it."""
@@ -740,8 +749,10 @@ class BlockStoreActor(LoopActor):
             "incarnation_id": self._opened.incarnation_id,
             "requests": self._opened.requests,
         }
+        refusal = self._opened.refusal
         for name, store in zip(STORE_NAMES, self._stores, strict=True):
             stats = store.stats()
+            failure, refusal = store.failure or refusal, ""
             answer[name] = {
                 "block_size": store.block_size,
                 "total": stats.total,
@@ -750,7 +761,7 @@ class BlockStoreActor(LoopActor):
                 "pending": stats.pending,
                 "quarantined": stats.quarantined,
                 "level": store.level().value,
-                "failure": store.failure or "",
+                "failure": failure,
             }
         return answer
 

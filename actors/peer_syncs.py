@@ -63,6 +63,8 @@ class PeerSyncs:
         self._ring = ring
         self._asked: dict[str, dict[asyncio.Future[Any], float]] = {}
         """Calls that were not answered, by peer: since when it has to."""
+        self._stood_until = 0.0
+        """When this process was last seen to have stood still, until then."""
         self.closed = False
         """Whether nobody is to be asked any more."""
 
@@ -92,11 +94,9 @@ class PeerSyncs:
         }
         left = set(asked)
         while left:
-            began = self._loop.time()
+            due = self._loop.time() + TICK_S
             _, left = await asyncio.wait(left, timeout=TICK_S)
-            late_s = self._loop.time() - began - TICK_S
-            if late_s > LATE_S_MAX:
-                self._forgive(late_s)
+            self._forgive(due)
             left = {future for future in left if not self.hangs(asked[future])}
         confirmed: dict[str, int] = {}
         for future, peer in asked.items():
@@ -112,11 +112,19 @@ class PeerSyncs:
                 raise error
         return confirmed
 
-    def _forgive(self, late_s: float) -> None:
-        """This process stood still for so long, and answers may be there that it has not read."""
+    def _forgive(self, due: float) -> None:
+        """Who was to be woken at that time, and is late, tells how long this process stood still.
+
+        Answers may be there that it has not read. Of all who wait only the first one counts.
+        """
+        now = self._loop.time()
+        late_s = now - max(due, self._stood_until)
+        if late_s <= LATE_S_MAX:
+            return
+        self._stood_until = now
         for asked in self._asked.values():
-            for future in asked:
-                asked[future] += late_s
+            for future, since in asked.items():
+                asked[future] = min(since + late_s, now)
 
     def suspect(self, peer: str, waited_s: float) -> None:
         """A peer has not done something else for so long: ask whether it syncs."""

@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 PUT_TIMEOUT_S = 2.5
 """A peer that has not taken a block by then is passed over. A dead link is noticed sooner."""
 
+BEFORE_RINGS_S = 30.0
+"""How long a peer counts as one of an earlier version: it may be brought up to date at any time."""
+
 READ_TIMEOUT_S = 5.0
 """A peer's answer to a read; another replica overtakes it long before."""
 
@@ -188,8 +191,9 @@ class Replicator(LoopActor):
         self._repairing: set[tuple[BlockRef, str]] = set()
         self._not_before: dict[str, float] = {}
         """Loop time before which reads repair nothing on a peer."""
-        self._before_rings: set[str] = set()
-        """Peers that do not let a writer say by which ring it goes: of an earlier version."""
+        self._before_rings: dict[str, float] = {}
+        """Peers that do not let a writer say by which ring it goes, as those of an earlier version,
+        and the loop time until which they are not asked to."""
         self._following = 0
         self._counts = {"degraded_puts": 0, "hedged": 0, "repaired": 0, "corrupt": 0, "missing": 0}
 
@@ -255,22 +259,24 @@ class Replicator(LoopActor):
             OutOfSpace: no peer took it, and one had no room.
             BlockUnavailable: no peer took it.
         """
-        order = list(self._view.ring.permutation(ref))
+        ring = self._view.ring
+        order = list(ring.permutation(ref))
         if not order:
             raise NoPeer("no peer is in the ring: add one with 'torusctl peer add'")
+        block = (ref, root, sums, payload, ring.version)
         copies = min(max(copies, self._copies(ref)), len(order))
         order = [peer for peer in order if not self._syncs.hangs(peer)]
         if self._write_level is WriteLevel.LOCAL and self._has_store:
             order.sort(key=lambda peer: peer != self.system.node_id)
-            return await self._put_copies(ref, root, sums, payload, order, 1)
+            return await self._put_copies(*block, order, 1)
         # A peer known to be down is asked last: it may be back, and the others may be full.
         candidates = [p for p in order if not self._down(p)] + [p for p in order if self._down(p)]
         if self._write_level is WriteLevel.ALL:
-            return await self._put_copies(ref, root, sums, payload, candidates, copies)
-        placed = await self._put_copies(ref, root, sums, payload, candidates, 1)
+            return await self._put_copies(*block, candidates, copies)
+        placed = await self._put_copies(*block, candidates, 1)
         rest = [p for p in candidates if p != placed[0][0]]
         if copies > 1 and rest:
-            following = self._put_quietly(ref, root, sums, payload, rest, copies - 1)
+            following = self._put_quietly(*block, rest, copies - 1)
             if self._following < FOLLOWING_MAX:
                 self.spawn(following)
             else:
@@ -292,38 +298,41 @@ class Replicator(LoopActor):
         root: int,
         sums: bytes,
         payload: Buffer,
+        version: int,
         candidates: list[str],
         copies: int,
     ) -> list[list[Any]]:
+        """Have so many of the candidates, of a ring of that version, take a block."""
         placed: list[list[Any]] = []
         failures: list[TorusError] = []
         rest: Iterator[str] = iter(candidates)
-        in_air: dict[asyncio.Future[Any], str] = {}
+        in_air: dict[asyncio.Future[Any], tuple[str, bool]] = {}
         while True:
             while len(placed) + len(in_air) < copies:
                 peer = next(rest, None)
                 if peer is None:
                     break
-                version = () if peer in self._before_rings else (self._view.ring.version,)
+                told = self._before_rings.get(peer, 0.0) < self._loop.time()
                 put = self._store(peer).put_block.remote(
-                    *(ref, root, sums, False, *version),
+                    *(ref, root, sums, False),
+                    *([version] if told else []),
                     payload=payload,
                     timeout_s=PUT_TIMEOUT_S,
                     checked=True,
                     resend=True,
                 )
-                in_air[put.future] = peer
+                in_air[put.future] = peer, told
             if not in_air:
                 break
             done, _ = await asyncio.wait(in_air, return_when=asyncio.FIRST_COMPLETED)
             # In the order they were sent: that of a set differs from run to run.
             for future in [future for future in in_air if future in done]:
-                peer = in_air.pop(future)
+                peer, told = in_air.pop(future)
                 error = future.exception()
                 if error is None:
                     placed.append([peer, future.result()])
-                elif isinstance(error, Invalid) and peer not in self._before_rings:
-                    self._before_rings.add(peer)
+                elif isinstance(error, Invalid) and told:
+                    self._before_rings[peer] = self._loop.time() + BEFORE_RINGS_S
                     rest = itertools.chain((peer,), rest)
                 elif isinstance(error, TorusError):
                     failures.append(error)

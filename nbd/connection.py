@@ -102,6 +102,7 @@ class NbdState:
         self.connections: dict[NbdConnection, None] = {}
         """In the order in which they came."""
         self.load = Load()
+        """Of all connections."""
         self.listeners: list[NbdListener] = []
         self.open_names: Counter[str] = Counter()
         """Exports that connections hold open, by the name each of them gave to ``open``."""
@@ -116,6 +117,14 @@ class NbdState:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def ease(self) -> None:
+        """Let connections go on that wait for less to be in flight, if it is."""
+        load = self.load
+        if load.waiting and load.relaxed:
+            waiting, load.waiting = load.waiting, {}
+            for connection in waiting:
+                asyncio.get_running_loop().call_soon(connection.go_on)
 
     def make_room(self) -> bool:
         """End the first connection that is silent in its handshake; False if there is none."""
@@ -175,6 +184,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._pumping = False
         self._reading_paused = False
         self._write_paused = False
+        self._unread_bytes = 0
         self._closing = False
         self._lost_track = False
         self.number = 0
@@ -246,6 +256,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._transport = None
         self._state.connections.pop(self, None)
         self._state.load.waiting.pop(self, None)
+        self._count_unread(0)
         if self._timer is not None:
             self._timer.cancel()
         if self.lost is not None and not self.lost.done():
@@ -286,11 +297,14 @@ class NbdConnection(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """The client does not read its replies: take no more requests from it."""
         self._write_paused = True
+        if self._transport is not None:
+            self._count_unread(self._transport.get_write_buffer_size())
         self._settle()
 
     def resume_writing(self) -> None:
         """The client reads again."""
         self._write_paused = False
+        self._count_unread(0)
         if self._tx is None:
             self._drain_handshake()
         self._pump()
@@ -302,15 +316,15 @@ class NbdConnection(asyncio.BufferedProtocol):
         tx = self._tx
         assert tx is not None
         buffers = tx.encode(replies)
-        load, transport = self._state.load, self._transport
-        if load.waiting and load.relaxed:
-            waiting, load.waiting = load.waiting, {}
-            for connection in waiting:
-                asyncio.get_running_loop().call_soon(connection.go_on)
+        transport = self._transport
         if transport is None:
+            self._state.ease()
             self._release_if_done()
             return
         transport.writelines(buffers)
+        if self._write_paused:
+            self._count_unread(transport.get_write_buffer_size())
+        self._state.ease()
         if self._wakeful is not None:
             self._wakeful.expect()
         if not self._pumping and (self._reading_paused or tx.disconnecting or self._closing):
@@ -345,6 +359,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             # The device is broken and may never answer this batch: do not wait for it.
             self._lost_track = True
             tx.write_off()
+            self._state.ease()
             self.abort()
             raise
         finally:
@@ -366,8 +381,6 @@ class NbdConnection(asyncio.BufferedProtocol):
                 # one is running), and close the TCP session."
                 self._close("")
                 return
-        if tx is not None and tx.crowded_out:
-            self._state.load.waiting[self] = None
         if self._write_paused or (tx is not None and tx.full):
             if not self._reading_paused:
                 self._reading_paused = True
@@ -375,6 +388,16 @@ class NbdConnection(asyncio.BufferedProtocol):
         elif self._reading_paused and (tx is None or tx.relaxed):
             self._reading_paused = False
             transport.resume_reading()
+        load = self._state.load
+        if self._reading_paused and not load.relaxed:
+            load.waiting[self] = None  # its own answers may be the last to come
+
+    def _count_unread(self, now: int) -> None:
+        """What it was answered, and its client does not read, is still in memory."""
+        self._state.load.bytes += now - self._unread_bytes
+        self._unread_bytes = now
+        if not now:
+            self._state.ease()
 
     def _close(self, reason: str) -> None:
         if reason:

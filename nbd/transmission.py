@@ -41,8 +41,12 @@ request, so that even those overlap. May be exceeded by one request."""
 
 ALL_BYTES_MAX = 128 << 20
 """The same of all connections of a server: its memory must not grow with the number of clients
-while a slow or a full cluster keeps their writes waiting, or it is killed with what nobody has
-flushed. Beyond it each connection has one request at a time, for which it waits for nobody."""
+while a slow or a full cluster keeps their writes waiting, or clients do not read what they asked
+for: it would be killed with what nobody has flushed."""
+
+EACH_BYTES_MIN = 4 << 20
+"""What each connection may have in flight in any case: others may hold all of that for minutes, and
+what is small needs its depth. May be exceeded by one request."""
 
 _HEADER_BYTES = p.REQUEST.size
 _READ, _WRITE, _FLUSH, _CACHE = Op.READ, Op.WRITE, Op.FLUSH, Op.CACHE
@@ -68,8 +72,8 @@ class Load:
     """Payload in flight on all connections of a server.
 
     Attributes:
-        bytes: so much, arrived or asked for.
-        waiting: connections that have something in flight and take no more, until it is less.
+        bytes: so much: arrived or asked for, or answered and not read.
+        waiting: connections that take nothing more until it is less.
     """
 
     __slots__ = ("bytes", "waiting")
@@ -80,7 +84,7 @@ class Load:
 
     @property
     def relaxed(self) -> bool:
-        """Whether enough was answered to go on; half, so as not to flap."""
+        """Whether it is little enough to go on; half, so as not to flap."""
         return self.bytes <= ALL_BYTES_MAX // 2
 
 
@@ -169,13 +173,8 @@ class Transmission:
         return (
             self.inflight >= INFLIGHT_REQUESTS_MAX
             or self.inflight_bytes >= INFLIGHT_BYTES_MAX
-            or (self.inflight > 0 and self._load.bytes >= ALL_BYTES_MAX)
+            or (self._load.bytes >= ALL_BYTES_MAX and self.inflight_bytes >= EACH_BYTES_MIN)
         )
-
-    @property
-    def crowded_out(self) -> bool:
-        """Whether it has its share of what all connections have in flight, which is too much."""
-        return self.inflight > 0 and self._load.bytes >= ALL_BYTES_MAX
 
     @property
     def relaxed(self) -> bool:
@@ -183,7 +182,7 @@ class Transmission:
         return (
             self.inflight <= INFLIGHT_REQUESTS_MAX // 2
             and self.inflight_bytes <= INFLIGHT_BYTES_MAX // 2
-            and (self._load.relaxed or not self.inflight)
+            and (self._load.relaxed or self.inflight_bytes <= EACH_BYTES_MIN // 2)
         )
 
     def get_buffer(self) -> memoryview:
@@ -234,9 +233,10 @@ class Transmission:
         writable = plain and not self._read_only
         pos, end = self._start, self._end
         room = INFLIGHT_REQUESTS_MAX - self.inflight
-        room_bytes = min(INFLIGHT_BYTES_MAX - self.inflight_bytes, ALL_BYTES_MAX - self._load.bytes)
-        if not self.inflight:
-            room_bytes = max(room_bytes, 1)  # one goes in any case
+        room_bytes = min(
+            INFLIGHT_BYTES_MAX - self.inflight_bytes,
+            max(ALL_BYTES_MAX - self._load.bytes, EACH_BYTES_MIN - self.inflight_bytes),
+        )
         full_room, full_room_bytes = room, room_bytes
         self.limited = False
         while True:

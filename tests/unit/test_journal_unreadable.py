@@ -505,3 +505,52 @@ def test_damage_in_every_segment_keeps_no_cut_from_being_made(disk: SimDisk) -> 
     # What shows the damage is used anew, and no more files are made than that takes.
     assert not any(segment.damaged for segment in store._segments)
     assert len(store._segments) <= 2 * LIMITS.segments_max
+
+
+def test_a_record_that_is_cut_before_it_is_written_shows_what_is_missing_too(
+    disk: SimDisk,
+) -> None:
+    """Found by review: the log was said to be lost for ever, with a head that covered all of it."""
+    store = open_store(disk)
+    for seq in (1, 2, 3):
+        put(store, 1, 1, seq, b"x")
+    store = open_store(lose(disk, place(store, 1, 1, 2)))
+    assert fence(store, 3, 1).damaged
+    assert store.append(3, 1, 1, [b""]) is not None
+    store.cut(3, 1, 1)
+    store.settle()
+    assert store.fenced(3) == Fence(0, 0, 0, False)
+    assert not fence(store, 3, 2).damaged
+    store = open_store(store._disk.kill())
+    assert not store.fenced(3).damaged
+
+
+def test_a_dropped_volume_keeps_no_damage(disk: SimDisk) -> None:
+    """Nobody asks for it: it would be suspect for ever, and keep the segment that shows why.
+
+    Found by review: then all other volumes were suspect again after each start.
+    """
+    limits = JournalLimits(segment_bytes=SEGMENT, journal_bytes_max=20 * SEGMENT)
+    store = open_store(disk, limits)
+    put(store, 5, 1, 1, b"deleted later")
+    seq = 0
+    while store._active is None or store._active.index == 0:
+        seq += 1
+        put(store, 9, 1, seq, bytes(5000))
+    assert store.drop(5) is not None
+    store.settle()
+    disk.rot(FIRST, place(store, 9, 1, seq - 1) // PAGE_SIZE * PAGE_SIZE + 20, 8)
+    store = open_store(disk.kill(), limits)
+    assert store._segments[0].damaged
+    for life in range(6):
+        epoch = 2 + life
+        fence(store, 9, epoch)
+        put(store, 9, epoch, 1, b"of a new session")
+        store.cut(9, epoch, 0)
+        for number in range(1, 200):
+            put(store, 8, epoch, number, bytes(5000))
+            store.cut(8, epoch, number)
+        store.close()
+        store = open_store(store._disk.kill(), limits)
+    assert not any(segment.damaged for segment in store._segments)
+    assert not store.fenced(8).damaged and not store.fenced(9).damaged

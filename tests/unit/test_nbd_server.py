@@ -451,12 +451,13 @@ def test_too_many_requests_wait_in_the_socket(run: Callable[[Test], None]) -> No
 def test_payload_of_all_connections_together_is_bounded(
     run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has one request at a time in any case, and more when others were answered.
+    """Each has its share in any case, here one request, and more when others were answered.
 
     Found by reading: with the writes of forty clients waiting a server took 3 GiB.
     """
     size = MIB // 2
     monkeypatch.setattr(tr, "ALL_BYTES_MAX", 2 * size)
+    monkeypatch.setattr(tr, "EACH_BYTES_MIN", 1)
 
     async def body(folder: Path) -> None:
         device = Held()
@@ -499,6 +500,90 @@ def test_payload_of_all_connections_together_is_bounded(
         device.answer(4)
         await gone(listener.state)
         assert not load.bytes and not load.waiting
+        await listener.close()
+
+    run(body)
+
+
+def test_a_paused_connection_is_woken_by_what_others_are_answered(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was paused for. Found by review: else by its own answers only, a slow flush say.
+
+    What takes no memory is held back by nobody else's.
+    """
+    size = MIB // 2
+    monkeypatch.setattr(tr, "ALL_BYTES_MAX", 4 * size)
+    monkeypatch.setattr(tr, "EACH_BYTES_MIN", 1)
+
+    async def body(folder: Path) -> None:
+        device = Held()
+        listener = await start(folder, One(device))
+        slow = await Client.connect(folder / "s")
+        (connection,) = listener.state.connections
+        slow.send(Cmd.FLUSH, cookie=1)
+        slow.send(Cmd.READ, 0, 4096, cookie=2)
+        await device.until(2)
+        other = await Client.connect(folder / "s")
+        for cookie in (11, 12, 13):
+            other.send(Cmd.WRITE, 0, size, cookie=cookie)
+        await device.until(5)
+        # As if it did not read for a moment; the load lies between half and all.
+        connection.pause_writing()
+        connection.resume_writing()
+        slow.send(Cmd.READ, 0, 4096, cookie=3)
+        device.answer(11, 12, 13)
+        await device.until(6)
+        for cookie in (14, 15, 16, 17):
+            other.send(Cmd.WRITE, 0, size, cookie=cookie)
+        await device.until(10)
+        device.answer(2, 3, data=bytes(4096))
+        slow.send(Cmd.TRIM, 0, 4096, cookie=4)
+        slow.send(Cmd.FLUSH, cookie=5)
+        await device.until(12)
+        device.answer(1, 4, 5, 14, 15, 16, 17)
+        for client in (slow, other):
+            await client.leave()
+        await gone(listener.state)
+        assert not listener.state.load.bytes and not listener.state.load.waiting
+        await listener.close()
+
+    run(body)
+
+
+def test_what_clients_do_not_read_counts_for_all(run: Callable[[Test], None]) -> None:
+    """It is in the server's memory until they do, or are gone."""
+
+    class Fresh:
+        def submit(self, conn: Replies, requests: list[Request]) -> None:
+            for request in requests:
+                asyncio.get_running_loop().call_soon(
+                    conn.reply, [Reply(request, buffers=[bytes(request.length)])]
+                )
+
+    async def body(folder: Path) -> None:
+        listener = await start(folder, One(Fresh()))
+        load = listener.state.load
+        deaf, asks = await Client.connect(folder / "s"), 40
+        deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        for cookie in range(asks):
+            deaf.send(Cmd.READ, 0, MIB, cookie=cookie)
+        (connection,) = listener.state.connections
+        await until(lambda: connection._write_paused and not connection.inflight)
+        assert 2 * MIB < load.bytes <= asks * MIB
+        deaf.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        for cookie in range(asks):
+            assert await deaf.reply() == (cookie, 0)
+            await deaf.reader.readexactly(MIB)
+        await until(lambda: not load.bytes)
+        deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        for cookie in range(asks):
+            deaf.send(Cmd.READ, 0, MIB, cookie=cookie)
+        await until(lambda: connection._write_paused and not connection.inflight)
+        assert load.bytes
+        deaf.writer.transport.abort()
+        await gone(listener.state)
+        assert not load.bytes
         await listener.close()
 
     run(body)

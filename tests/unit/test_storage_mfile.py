@@ -371,6 +371,15 @@ def test_shrinking() -> None:
     assert (store.stats().total, store.stats().used) == (300, 10)
 
 
+def test_entries_that_rotted_are_told_where_the_store_shrinks() -> None:
+    """It is opened twice for that, and the first time puts them right."""
+    disk = new_disk()
+    filled(disk, slots=300, blocks=10).close()
+    disk.rot(INDEX_PATH, ENTRIES_OFFSET + 4 * ENTRY_SIZE + 30)
+    store = start(disk, 100)
+    assert (store.stats().total, store.stats().used, store.damaged_entries) == (100, 9, 1)
+
+
 @pytest.mark.parametrize(("old", "new"), [(10, 200), (200, 10)])
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("ending", ["kill", "crash"])
@@ -888,7 +897,7 @@ def test_a_slot_that_may_still_be_written_to_is_set_aside_in_any_case() -> None:
         for _ in range(calls):
             with pytest.raises(OSError, match="cannot write"):
                 store.write(ticket, sums, block(30))
-        ticket.failed = True
+        ticket.failed = ticket.begun = True
         before = store.stats().quarantined
         store.abandon(ticket)
         assert store.stats().quarantined == before + 1

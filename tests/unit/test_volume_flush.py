@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.fakes import Cluster, Device, DeviceError, until, virtual
 from torus_actors.errors import Locked
 from torus_actors.nbd.protocol import Errno
+from torus_actors.storage.mfile_open import INDEX_PATH
 from torus_actors.volume.commit import PATIENCE_S
 
 BLOCK = 16 << 10
@@ -43,6 +45,26 @@ async def journaling(cluster: Cluster, size: int) -> Device:
         await device.flush()
     assert device.client.session("v").journal.active
     return device
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@virtual
+async def test_a_disk_that_refuses_what_flushes_write_fails_none(kind: int) -> None:
+    """Blocks and pages go to other nodes. It was asked again and again, until each flush failed."""
+    async with Cluster(nodes=3, replication=2, journals=True, inode_copies=2) as cluster:
+        device = await cluster.volume(SIZE, write_bytes=8 << 20)
+        cluster.node(0).disks[kind].inject("write", errno.EIO, path=INDEX_PATH, times=1 << 30)
+        loop = asyncio.get_running_loop()
+        for number in range(1, 4):
+            began = loop.time()
+            await device.write(0, bytes([number]) * SIZE)
+            await device.flush()
+            await device.client.actor("volume:v").commit.remote()
+            assert loop.time() - began < 5.0
+        assert cluster.node(0).opened.refusal  # type: ignore[union-attr]
+        await device.client.stop()
+        again = await (await cluster.client()).open("v")
+        assert await again.read(0, SIZE) == b"\3" * SIZE
 
 
 @virtual

@@ -18,6 +18,7 @@ from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_open import UNREADABLE_MAX
 from torus_actors.volume import recovery
 from torus_actors.volume.giving_up import give_up_journal
+from torus_actors.volume.resizing import shrink_volume
 from torus_actors.volume.snapshots import take_snapshot
 
 LATE = b"flushed after the last commit"
@@ -296,3 +297,60 @@ async def test_what_comes_behind_the_record_that_tells_nothing_is_not_alone(how:
         await asyncio.sleep(30)
         again = await (await cluster.client()).open("v")
         assert await again.read(AT, len(LATE)) == LATE
+
+
+async def lose_last(cluster: Cluster) -> StorageNode:
+    """Let the node's journal lose the last record of a volume that was left by its client."""
+    (node,) = cluster.nodes.values()
+    other = await cluster.volume(SIZE, name="other")
+    for number in (1, 2, 3):
+        await other.write(0, pattern(number))
+        await other.flush()
+    volume = (await cluster.meta.volume("other")).id
+    stored = node.system.cells["journal"].actor._store._logs[volume].runs[1].records[-1]
+    await other.client.crash()
+    await node.crash()
+    node.disks[2].make_unreadable(segment_name(0), stored.offset // PAGE_SIZE * PAGE_SIZE)
+    await node.start(rebalancer=True)
+    await asyncio.sleep(30)
+    return node
+
+
+@pytest.mark.parametrize("how", ["client", "shrink", "given up"])
+@virtual
+async def test_a_record_that_tells_nothing_is_no_reason_to_replay(how: str) -> None:
+    """A close whose commit formed the journal left one in it: the volume counts as closed in order.
+
+    Found by review. A shrunk volume could not be opened after that, and who gave a journal up was
+    told that nothing was lost.
+    """
+    async with Cluster(nodes=1, replication=1, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, pattern(1))
+        await device.flush()
+        await device.client.actor("volume:v").commit.remote()
+        if how == "given up":
+            await device.write(0, pattern(2))
+            await device.flush()
+            await device.client.crash()
+        elif how == "shrink":
+            await device.client.stop()
+        node = await lose_last(cluster)
+        tool = await cluster.client()
+        assert tool.system is not None
+        if how == "client":
+            await device.write(0, pattern(2))
+            await device.flush()
+            await device.client.stop()
+        elif how == "shrink":
+            await shrink_volume(tool.system, cluster.meta, tool.view, "v", SIZE // 2, holder="tool")
+        else:
+            assert "can be read" in await give_up(tool)
+        journal, _ = await cluster.meta.journal(1)
+        assert journal is not None and not journal.ensemble
+        await node.stop()
+        await node.start(rebalancer=True)
+        await asyncio.sleep(30)
+        again = await (await cluster.client()).open("v")
+        wanted = pattern(2 if how == "client" else 1)[: again.size]
+        assert await again.read(0, len(wanted)) == wanted

@@ -11,6 +11,7 @@ import pytest
 from tests.fakes import Cluster, Device, StorageNode, VirtualLoop, until, virtual
 from tests.unit.test_volume_flush import reopened
 from torus_actors.actors import peer_syncs
+from torus_actors.actors.peer_syncs import PATIENCE_S, PeerSyncs
 
 BLOCK = 16 << 10
 SIZE = 200 * BLOCK
@@ -232,3 +233,40 @@ async def test_a_client_that_stood_still_does_not_blame_the_nodes(
         assert cluster.network.trace is not asked
         assert "hangs" not in caplog.text
         assert not (await device.client.actor("replicator").status.remote())["degraded_puts"]
+
+
+@virtual
+async def test_one_who_stood_still_is_told_so_once() -> None:
+    """However many volumes flush, a peer that hangs is passed over as soon as by one.
+
+    Found by reading: each flush under way put off all of them, into the future.
+    """
+    loop: Any = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+
+    class Call:
+        def __init__(self, peer: str) -> None:
+            self.future: asyncio.Future[int] = loop.create_future()
+            if peer != "hangs":
+                self.future.set_result(7)
+
+        def add_done_callback(self, callback: Any) -> None:
+            self.future.add_done_callback(callback)
+
+    def flush(peer: str, timeout_s: float) -> Any:
+        return Call(peer)
+
+    peers = ("hangs", "well", "also")
+    syncs = PeerSyncs(loop, flush, lambda peer: False, lambda: (peers, 2))
+    began = loop.time()
+    asked = []
+    for _ in range(30):
+        asked.append(asyncio.ensure_future(syncs.sync(peers)))
+        await asyncio.sleep(0.01)
+    loop.now += 2.0
+    for each in asked:
+        assert await each == {"well": 7, "also": 7}
+    assert PATIENCE_S + 1.5 < loop.time() - began < PATIENCE_S + 3.0
+    syncs.closed = True
+    for future in syncs._asked["hangs"]:
+        future.cancel()

@@ -191,7 +191,6 @@ class Log:
             run = self.runs[at.epoch] = Run(at.seq, [])
         assert at.seq == run.last + 1, (at, run.last)
         run.records.append(stored)
-        self.unknown = None
 
     def replace(self, at: Position, stored: Stored) -> None:
         """A record has another place."""

@@ -387,6 +387,8 @@ def _read_logs(found: list[_Found], lost: set[int]) -> dict[int, Log]:
     # Where there is a record behind the gap, the numbers show whether one before it is missing.
     gap = max((number for each in found for number in each.gaps), default=0)
     for volume, log in logs.items():
+        if log.empty:
+            continue  # it was dropped, and nobody asks for it: it would be suspect for ever
         if newest.get(volume, 0) < gap or newest.get(volume) in lost:
             log.lost_tail = log.promised
         known = max((at.epoch for at in records[volume]), default=0)

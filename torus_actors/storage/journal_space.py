@@ -296,6 +296,7 @@ class JournalSpace:
                 self._waiting_bytes -= ticket.size
             if ticket.kind == RECORD:
                 log.waiting.pop(ticket.at, None)
+                log.unknown = None  # also where it was cut meanwhile
                 if not log.gone and ticket.at > log.cut:
                     log.add(ticket.at, stored)
                     segment.add(stored)

@@ -264,6 +264,8 @@ class MFileStore(BlockStore):
         return Ticket(ref, root, slot)
 
     def write(self, ticket: Ticket, sums: Buffer, data: Buffer) -> None:
+        # First: who gives the ticket up takes its slot away, and looks at this then.
+        again, ticket.begun = ticket.begun, True
         slot = slot_of(ticket)
         check_put(self.block_size, ticket.root, sums, data)
         # Whole pages, so that the kernel need not read what is around them, nor copy anything.
@@ -275,7 +277,6 @@ class MFileStore(BlockStore):
         buffers = [edges[:room], view[:whole]]
         if whole < len(view):
             buffers.append(edges[room:])
-        again, ticket.begun = ticket.begun, True
         try:
             self._data.pwritev(buffers, self._layout.slot_offset(slot))
         except OSError:
@@ -316,7 +317,7 @@ class MFileStore(BlockStore):
         # One place that cannot be written to is set aside, and so are some. A disk that refuses all
         # writes would be taken for a full one, and stay so when it is well again.
         many = table.counts[states.QUARANTINED] >= max(SET_ASIDE_MIN, table.slots // SET_ASIDE_PART)
-        aside = ticket.failed and not (ticket.refused and many)
+        aside = ticket.failed and ticket.begun and not (ticket.refused and many)
         table.set_state(slot, states.QUARANTINED if aside else states.FREE)
 
     # Flush.

@@ -95,7 +95,9 @@ def open_files(disk: Disk, block_size: int, size_bytes: int | None, rng: random.
         raise
     data.close()
     index.close()
-    return open_files(disk, block_size, None, rng)
+    again = open_files(disk, block_size, None, rng)
+    again.damaged += opened.damaged
+    return again
 
 
 def _slots_in(layout: Layout, size_bytes: int) -> int:

@@ -152,6 +152,8 @@ class Session:
         self.covered_seq = 0
         """Number of the last record that is known to be in a head."""
         self._covering_seq = 0
+        self._blank_seq = 0
+        """Number of a record that tells nothing, the next one after what a head covered."""
         self.covered_size = record.size
         """Bytes of the volume that are known to be in a head. What it has been made larger by is
         zeros, and some of them may be in the layers alone: over the rest of a block, which still
@@ -368,7 +370,7 @@ class Session:
         """Whether the head in the metadata has all that the journal has, or the last one had."""
         if self.replaying is not None or self.heads.owed is not None or self.follows_crash:
             return False
-        return self.log.seq == self.covered_seq
+        return self.log.seq == max(self.covered_seq, self._blank_seq)
 
     def _commit_is_due(self) -> bool:
         journal = self.journal
@@ -475,6 +477,7 @@ class Session:
             # while there was no journal is committed first. Though it tells nothing, no head covers
             # it yet, and it must not be cut before one does: what follows it would lack it.
             changes.seq += 1
+            self._blank_seq = changes.seq
             journal.append_soon(changes.seq, empty_record(), ignore)
 
     async def _record_head(self, plan: CommitPlan, inode: int) -> None:
