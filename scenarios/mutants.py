@@ -84,8 +84,8 @@ _RING = (
         "A write at level all is acknowledged when all its copies are taken",
         Edit(
             "actors.replicator:Replicator.put_block",
-            "payload, candidates, copies)",
-            "payload, candidates, 1)",
+            "*block, candidates, copies)",
+            "*block, candidates, 1)",
         ),
         hunted_in=("calm",),
     ),
