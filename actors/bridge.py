@@ -164,6 +164,12 @@ class Bridge(LoopActor):
         """From now on connect only with nodes of this cluster."""
         self.system.heirlooms["cluster_id"] = cluster
         self._identity = replace(self._identity, cluster=cluster)
+        if cluster is None:
+            return
+        # Before this was known those of any cluster could come in.
+        for link in [each for each in self._in_links if each not in self._strangers]:
+            if link.peer.cluster not in (None, cluster):
+                link.abort(Unauthenticated(f"this node belongs to cluster {cluster}"))
 
     @expose()
     def listening(self) -> tuple[str, int] | None:

@@ -9,7 +9,8 @@ death costs the watches a reconnect; what was asked fails as unknown or is asked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -40,7 +41,11 @@ CONCURRENCY = 4096
 
 POLLS_MAX = 3072
 """Those among them that wait for news: three for each process, and those of lost connections that
-wait on. The rest are for what is done at once, renewals above all."""
+wait on."""
+
+OPERATIONS_MAX = 768
+"""Those that wait for the store, whose disk may hang, long after whoever asked has given up and
+asked again. The rest are for renewals: were they to wait behind these, all leases would end."""
 
 INLINE_BYTES = METADATA_MAX // 4
 """A longer list goes beside the message, as bulk data does: some thousand volumes, deleted ones
@@ -61,31 +66,52 @@ class MetadataActor(LoopActor):
         super().__init__()
         self.store = store
         self._polls = 0
+        self._operations = 0
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        """One that waits for the store.
+
+        Raises:
+            Overloaded: too many do already; nothing was done.
+        """
+        if self._operations >= OPERATIONS_MAX:
+            raise Overloaded(f"{OPERATIONS_MAX} wait for the metadata's store already")
+        self._operations += 1
+        try:
+            yield
+        finally:
+            self._operations -= 1
 
     @expose(remote=True, idempotent=True)
     async def kv_get(self, key: str) -> Any:
         """``KeyValueStore.get``."""
-        found = await self.store.get(key)
+        with self._operation():
+            found = await self.store.get(key)
         return None if found is None else found.to_wire()
 
     @expose(remote=True, idempotent=True)
     async def kv_range(self, prefix: str, after: str = "", limit: int = 0) -> Any:
         """``KeyValueStore.range``."""
-        return _listed(*await self.store.range(prefix, after=after, limit=limit))
+        with self._operation():
+            found = await self.store.range(prefix, after=after, limit=limit)
+        return _listed(*found)
 
     @expose(remote=True)
     async def kv_txn(self, compare: list[Any], then: list[Any]) -> Any:
         """``KeyValueStore.txn``."""
-        result = await self.store.txn(
-            [kv.Compare.from_wire(each) for each in compare],
-            [kv.operation_from_wire(each) for each in then],
-        )
+        with self._operation():
+            result = await self.store.txn(
+                [kv.Compare.from_wire(each) for each in compare],
+                [kv.operation_from_wire(each) for each in then],
+            )
         return result.to_wire()
 
     @expose(remote=True)
     async def kv_lease_grant(self, ttl_s: int) -> int:
         """``KeyValueStore.lease_grant``."""
-        return await self.store.lease_grant(ttl_s)
+        with self._operation():
+            return await self.store.lease_grant(ttl_s)
 
     @expose(remote=True, idempotent=True)
     async def kv_lease_keepalive(self, lease: int) -> int:
@@ -95,7 +121,8 @@ class MetadataActor(LoopActor):
     @expose(remote=True)
     async def kv_lease_revoke(self, lease: int) -> None:
         """``KeyValueStore.lease_revoke``."""
-        await self.store.lease_revoke(lease)
+        with self._operation():
+            await self.store.lease_revoke(lease)
 
     @expose(remote=True, idempotent=True)
     async def kv_events(self, prefix: str, after_revision: int, timeout_s: float) -> Any:

@@ -562,6 +562,8 @@ class Rebalancer(LoopActor):
             enough = len(owners) >= min(self._view.replication, len(self._view.ring.members))
             if ref not in roots or not enough or self.system.node_id in owners:
                 continue
+            if not owners:
+                continue  # an empty ring: nobody would confirm it, and that be enough
             if transport is None or not all(transport.is_up(peer) for peer in owners):
                 continue
             if any(self._is_left_alone(peer) for peer in owners):

@@ -96,7 +96,19 @@ class MetadataBase:
 
     def watch(self, prefix: str, *, poll_s: float = POLL_S) -> Watch:
         """Follow the keys under ``prefix`` (a full key prefix): see `Watch`."""
-        return Watch(self.store, prefix, rng=self._rng, poll_s=poll_s)
+        return Watch(self.store, prefix, rng=self._rng, poll_s=poll_s, check=self._check_ours)
+
+    async def _check_ours(self) -> None:
+        """Refuse what another cluster has, whose store may be at the same address.
+
+        Raises:
+            Fenced: the cluster to which this is bound was wiped, or it is another one's.
+        """
+        if not self._cluster_id:
+            return
+        found = await self.store.get(self.keys.global_)
+        if not self._is_ours(None if found is None else found.value):
+            raise Fenced("this is not the metadata of the cluster to which this process belongs")
 
     async def _read(self, key: str, record: type[R]) -> tuple[R | None, int]:
         found = await self.store.get(key)

@@ -202,7 +202,7 @@ class SqliteStore(kv.KeyValueStore):
         """The same; returns leases that are over, which a full or bad disk does not let end now."""
         try:
             await self._enter()
-        except (OutOfSpace, Again, OutcomeUnknown):
+        except (OutOfSpace, Again, OutcomeUnknown, Corruption):
             return set(self._leases.due())
         return set()
 
@@ -299,7 +299,7 @@ class Database:
             row = self._db.execute(
                 "SELECT value, mod_revision, lease FROM kv WHERE key = ?", (key.encode(),)
             ).fetchone()
-        return None if row is None else kv.KeyValue(key, *row)
+        return None if row is None else kv.KeyValue(key, self._bytes(row[0]), *row[1:])
 
     def range(
         self, prefix: str, after: str, limit: int, ended: Collection[int]
@@ -314,9 +314,12 @@ class Database:
                 f" WHERE {where} AND key > ? AND lease NOT IN ({over}) ORDER BY key LIMIT ?",
                 (*bounds, after.encode(), limit or -1),
             ).fetchall()
-            return [kv.KeyValue(row[0].decode(), *row[1:]) for row in rows], self._counter(
-                "revision"
-            )
+            revision = self._counter("revision")
+        found = [
+            kv.KeyValue(self._text(key), self._bytes(value), at, lease)
+            for key, value, at, lease in rows
+        ]
+        return found, revision
 
     def events(self, prefix: str, after_revision: int) -> tuple[list[kv.Event], int]:
         """Read the events under a prefix that are newer than a revision."""
@@ -334,7 +337,8 @@ class Database:
                 (after_revision, *bounds),
             ).fetchall()
         found = [
-            kv.Event(kv.EventKind(kind), key.decode(), value, at) for kind, key, value, at in rows
+            kv.Event(self._kind(kind), self._text(key), self._bytes(value), at)
+            for kind, key, value, at in rows
         ]
         return found, revision
 
@@ -366,7 +370,7 @@ class Database:
             for lease in leases:
                 self._db.execute("DELETE FROM lease WHERE id = ?", (lease,))
                 rows = self._db.execute("SELECT key FROM kv WHERE lease = ?", (lease,)).fetchall()
-                after = self._apply([kv.Delete(key.decode()) for (key,) in rows], after)
+                after = self._apply([kv.Delete(self._text(key)) for (key,) in rows], after)
         return after != before
 
     def _apply(self, operations: Sequence[kv.Operation], before: int) -> int:
@@ -422,7 +426,31 @@ class Database:
 
     def _counter(self, name: str) -> int:
         row = self._db.execute("SELECT value FROM counter WHERE name = ?", (name,)).fetchone()
-        return int(row[0])
+        if row is None or not isinstance(row[0], int):
+            raise self._damaged(f"there is no {name}")
+        return row[0]
+
+    # SQLite has no checksums: damage that leaves a page in order is met as content.
+
+    def _bytes(self, stored: object) -> bytes:
+        if not isinstance(stored, bytes):
+            raise self._damaged(f"{type(stored).__name__} where bytes were written")
+        return stored
+
+    def _text(self, stored: object) -> str:
+        try:
+            return self._bytes(stored).decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(f"a key is no text ({error})") from error
+
+    def _kind(self, stored: str) -> kv.EventKind:
+        try:
+            return kv.EventKind(stored)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+
+    def _damaged(self, what: str) -> Corruption:
+        return Corruption(f"{self._path} is damaged: {what}")
 
     def _set_counter(self, name: str, value: int) -> None:
         self._db.execute("UPDATE counter SET value = ? WHERE name = ?", (value, name))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from torus_actors.errors import Closed, Compacted, Corruption, TorusError
+from torus_actors.errors import Closed, Compacted, Corruption, Fenced, TorusError
 from torus_actors.metadata.kv import Event, EventKind, KeyValue, KeyValueStore
 from torus_actors.metadata.patience import Backoff
 from torus_actors.metadata.records import Record
@@ -50,13 +50,22 @@ class Watch(AsyncIterator[Update]):
         prefix: of the keys.
         rng: jitter of the waits during an outage.
         poll_s: length of one long poll, seconds.
+        check: raises if the store is not the one that is meant any more. What came of it then does
+            not count, nor does its number: it begins anew, with a full state, when it is again.
     """
 
     def __init__(
-        self, store: KeyValueStore, prefix: str, *, rng: random.Random, poll_s: float = POLL_S
+        self,
+        store: KeyValueStore,
+        prefix: str,
+        *,
+        rng: random.Random,
+        poll_s: float = POLL_S,
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._store = store
         self._prefix = prefix
+        self._check = check
         self._poll_s = poll_s
         self._backoff = Backoff(rng)
         self._revision: int | None = None
@@ -71,6 +80,8 @@ class Watch(AsyncIterator[Update]):
             except Compacted:
                 self._revision = None
             except TorusError as error:
+                if isinstance(error, Fenced):
+                    self._revision = None
                 known, self._told = self._told, str(error)
                 if self._told != known:
                     log.warning("watching %s, which goes on: %s", self._prefix, error)
@@ -86,9 +97,13 @@ class Watch(AsyncIterator[Update]):
     async def _step(self) -> Update:
         if self._revision is None:
             items, revision = await self._store.range(self._prefix)
-            return Update(True, items, [], revision)
-        events, revision = await self._store.events(self._prefix, self._revision, self._poll_s)
-        return Update(False, [], events, revision)
+            update = Update(True, items, [], revision)
+        else:
+            events, revision = await self._store.events(self._prefix, self._revision, self._poll_s)
+            update = Update(False, [], events, revision)
+        if self._check is not None and revision != self._revision:
+            await self._check()
+        return update
 
 
 class Follow(AsyncIterator[T], Generic[R, T]):

@@ -136,9 +136,14 @@ class _Inode:
 
     def write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
-        self.size = max(self.size, end)
         cache = self.cache
         pages = range(offset // PAGE, -(-end // PAGE))
+        for number in (pages[0], pages[-1]) if self.unreadable and data else ():
+            whole = number * PAGE >= offset and (number + 1) * PAGE <= end
+            if number in self.unreadable and number not in cache and not whole:
+                # What is around the bytes would have to be read first.
+                raise OSError(errno.EIO, f"cannot read what is around: {os.strerror(errno.EIO)}")
+        self.size = max(self.size, end)
         self.dirty.update(pages)
         self.unreadable.difference_update(pages)
         for number in pages:
