@@ -3,8 +3,8 @@
 A storage node is registered under the lease; the volumes that the process has open are locked under
 it, or kept for it as they were, if it only reads. When the lease ran out (the metadata was away, or
 the process slept) a new one is made and all that is put back, so an expired lease is never the end.
-Messages in: ``lease``, ``status``; out: ``lease_began`` to the evictor. Its own death costs at most
-one renewal; nothing waits for it on the data path.
+Messages in: ``lease``, ``registered``, ``status``; out: ``lease_began`` to the evictor. Its own
+death costs at most one renewal; nothing waits for it on the data path.
 """
 
 from __future__ import annotations
@@ -186,6 +186,15 @@ class Heartbeat(LoopActor):
         waiter: asyncio.Future[int] = self.system.loop.create_future()
         self._waiting.append(waiter)
         return await waiter
+
+    @expose()
+    async def registered(self, incarnation: int, address: str) -> None:
+        """Somebody is registered as this node: see whether it still is this process."""
+        if not self._lease or not self._registered or self._peer_info is None:
+            return
+        own = self._peer_info()
+        if (incarnation, address) != (own.incarnation, own.address):
+            await self._register(self._lease)
 
     @expose()
     async def reregister(self) -> None:

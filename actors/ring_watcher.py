@@ -111,6 +111,9 @@ class RingWatcher(LoopActor):
                 if peer_id not in present:
                     self._view.former[peer_id] = info
                     self.spawn(self._forget(info))
+            own = present.get(self.system.node_id)
+            if own is not None:
+                self.system.actor("heartbeat").registered.tell(own.incarnation, own.address)
             for peer_id in present:
                 self._view.former.pop(peer_id, None)
             self._view.peers = present

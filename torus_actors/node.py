@@ -190,8 +190,6 @@ class StorageNode(Process):
         self.journal = journal
         watch = DiskWatch(self.system, stores, journal, config.machine.wall_clock)
         scrub_place = ScrubPlace.load(config.machine.open_disk(config.data_dir))
-        if config.auto_join or (self.embedded and not view.ring.members):
-            await self._join()
         storage = SupervisorSpec(
             "storage",
             (
@@ -226,6 +224,9 @@ class StorageNode(Process):
                 *self._http_services(),
             ]
         )
+        # Last: one that cannot serve, its port being in use say, must not be a member that is down.
+        if config.auto_join or (self.embedded and not view.ring.members):
+            await self._join()
 
     def _http_services(self) -> list[ChildSpec | SupervisorSpec]:
         address = self.config.http

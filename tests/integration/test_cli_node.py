@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -372,6 +373,39 @@ def test_a_node_that_was_killed_registers_as_the_later_one(tmp_path: Path) -> No
             node.start()
             assert [peer["up"] for peer in cluster.ctl_json("peer", "list")] == [True]
             assert "cannot register" not in node.output
+
+
+def test_a_node_that_cannot_serve_does_not_join(cluster: Cluster, tmp_path: Path) -> None:
+    """It ended with 1, and was a member of the ring that was down from then on."""
+    before = cluster.ctl_json("ring", "get")
+    taken = cluster.http.removeprefix("http://")  # type: ignore[attr-defined]
+    start = ["start", "--auto-join", "--size", "64MiB", "-C", cluster.metadata, "--http", taken]
+    where = ["--data-dir", str(tmp_path / "data"), "--listen", f"127.0.0.1:{free_ports(1)}"]
+    done = subprocess.run(
+        command("torus-node", *start, *where),
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path),
+        check=False,
+    )
+    assert done.returncode == 1 and "address already in use" in done.stderr
+    assert cluster.ctl_json("ring", "get") == before
+
+
+def test_a_copy_of_a_nodes_data_is_told_to_both(tmp_path: Path) -> None:
+    """The one that started last is taken for the node, and the other one says so."""
+    with Cluster(tmp_path) as cluster:
+        cluster.start_node(0)
+        node = cluster.start_node(1)
+        shutil.copytree(cluster.data_dir(1), tmp_path / "copy")
+        start = ["start", "--data-dir", str(tmp_path / "copy"), "-C", cluster.metadata]
+        where = ["--listen", f"127.0.0.1:{free_ports(1)}"]
+        copy = Process("copy", command("torus-node", *start, *where), tmp_path, " ready on ")
+        copy.start()
+        try:
+            until(lambda: "or have copies of one" in node.output, "the node says so")
+        finally:
+            copy.kill()
 
 
 def test_options_may_come_from_a_file(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class End:
         self,
         port: int | None,
         secret: bytes | None = None,
-        cluster: str = "c",
+        cluster: str | None = "c",
         shortcut: bool = False,
     ) -> None:
         self.node = str(uuid.uuid4())
@@ -951,3 +951,24 @@ async def gone(reader: asyncio.StreamReader) -> None:
         async with asyncio.timeout(5):
             while await reader.read(65536):
                 pass
+
+
+@on_uvloop
+async def test_who_came_in_before_the_cluster_was_known_does_not_stay_if_it_is_of_another() -> None:
+    """A node that starts takes any; found by reading: those of another cluster were kept."""
+    server = End(free_port(), cluster=None)
+    ours, theirs = End(None, cluster="ours"), End(None, cluster="theirs")
+    for each in (server, ours, theirs):
+        await each.start()
+    for each in (ours, theirs):
+        each.knows(server)
+        await until(lambda each=each: each.bridge._peers)
+        assert await each.at(server).after.remote(0, 7, timeout_s=5.0) == 7
+    server.system.actor("bridge").set_cluster.tell("ours")
+    with pytest.raises(TorusError):
+        for _ in range(100):
+            await theirs.at(server).after.remote(0, 7, timeout_s=5.0)
+            await asyncio.sleep(0.02)
+    assert await ours.at(server).after.remote(0, 7, timeout_s=5.0) == 7
+    for each in (ours, theirs, server):
+        await each.system.stop()

@@ -63,6 +63,26 @@ def test_ctrl_c_while_a_command_is_loaded_ends_it_without_a_word(name: str, tmp_
         assert process.returncode == 130
 
 
+def test_ctrl_c_is_an_exception_from_the_loop_on() -> None:
+    """Until then a command imports what it needs, and modules were met that swallow one."""
+    script = (
+        "import signal\n"
+        "from torus_actors.cli import common, entry\n"
+        "async def work(): print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        "def main():\n"
+        "    print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        "    common.asyncio.run = lambda work: work.send(None)\n"
+        "    try: common.run(common.Settings(), work())\n"
+        "    except StopIteration: pass\n"
+        "entry.import_module = lambda module: type('Command', (), {'main': staticmethod(main)})\n"
+        "entry.torusctl()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("False\nTrue\n", "")
+
+
 def test_ctrl_c_stays_ignored_where_it_was(tmp_path: Path) -> None:
     """A shell starts what is to run in the background like that."""
     slow = SLOW_CLICK.replace("20.0", "0.1") + "raise SystemExit(7)\n"

@@ -118,12 +118,13 @@ def test_whoever_waits_for_a_pipe_can_be_interrupted(monkeypatch: pytest.MonkeyP
 
     async def test(cluster: Cluster) -> None:
         source, sink = os.pipe()
+        before = threading.enumerate()
         loading = asyncio.ensure_future(load(source))
         await turns_until(loading)
         loading.cancel()
         await asyncio.wait([loading], timeout=5)
         assert loading.cancelled()
-        assert all(each.daemon for each in threading.enumerate() if each.name != "MainThread")
+        assert all(each.daemon for each in threading.enumerate() if each not in before)
         os.close(sink)
         os.close(source)
 

@@ -591,6 +591,38 @@ async def test_what_is_kept_in_memory_outlives_the_actor_that_serves_it() -> Non
         await each.stop()
 
 
+class _Hanging(MemoryStore):
+    """One whose disk has begun to hang: leases are in memory."""
+
+    async def get(self, key: str) -> Any:
+        """Never answers."""
+        await asyncio.Event().wait()
+
+
+@on_uvloop
+async def test_what_waits_for_a_disk_that_hangs_keeps_no_lease_from_being_renewed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by reading: as many as had given up took all handlers, and all leases ended."""
+    monkeypatch.setattr(metadata, "CALL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(metadata, "OPERATIONS_MAX", 6)
+    kept = _Hanging()
+    keeper = process()
+    await keeper.start_base(None, None)
+    await keeper.system.spawn(
+        ChildSpec("metadata", lambda: metadata.MetadataActor(kept), max_concurrency=8)
+    )
+    store = ActorStore(keeper.system.actor("metadata"))
+    lease = await store.lease_grant(60)
+    for _ in range(20):
+        with pytest.raises(Again):
+            await store.get("a")
+    assert await store.lease_keepalive(lease) == 60
+    with pytest.raises(Again, match="6 wait for the metadata's store already"):
+        await store.txn([], [Put("a", b"1")])
+    await keeper.stop()
+
+
 class _NoPages(LoopActor):
     """The metadata actor of an earlier version, as far as ranges go."""
 

@@ -61,6 +61,7 @@ from torus_actors.metadata.records import (
     Lock,
     PeerInfo,
     Reader,
+    RingRecord,
     Snapshot,
     VolumeName,
     VolumeRecord,
@@ -612,6 +613,36 @@ def test_a_watch_goes_on_whatever_its_store_says(
     run(backend, test)
     told = [record.getMessage() for record in caplog.records if str(failure) in record.getMessage()]
     assert told == [f"watching torus-actors/ring, which goes on: {failure}"]
+
+
+def test_a_watch_shows_nothing_of_another_cluster(backend: Backend) -> None:
+    """Its store is at the address for a while, with a longer past: nothing of ours is missed then.
+
+    Found by reading: the ring of the other one was taken, and stayed.
+    """
+
+    async def test(f: Fixture) -> None:
+        await f.service.bind()
+        ours, other = f.store.inner, MemoryStore()
+        foreign = MetadataService(other, rng=random.Random(3))
+        await foreign.init(dataclasses.replace(METADATA, cluster_id=str(uuid.UUID(int=8))), b"else")
+        for number in range(20):
+            await foreign.create_volume(f"v{number}", GIB)
+        watch = f.service.watch(f.service.keys.ring, poll_s=0.2)
+        assert (await anext(watch)).full
+        coming = asyncio.ensure_future(anext(watch))
+        f.store.inner = other
+        await asyncio.sleep(1.0)
+        assert not coming.done()
+        await MetadataService(ours, rng=random.Random(2)).set_ring(b"ring 2", 2)
+        f.store.inner = ours
+        news = await coming
+        assert news.full and [RingRecord.decode(item.value).data for item in news.items] == [
+            b"ring 2"
+        ]
+        await other.close()
+
+    run(backend, test)
 
 
 def test_a_watch_ends_with_its_store(backend: Backend) -> None:

@@ -289,6 +289,21 @@ async def test_nothing_is_dropped_while_an_owner_is_down() -> None:
 
 
 @virtual
+async def test_nothing_is_dropped_by_an_empty_ring() -> None:
+    """It may have become so since the block was looked at. All of no owners had confirmed it."""
+    async with Cluster(nodes=2, replication=1) as cluster:
+        client = await started(cluster)
+        block = Block(1)
+        (peer,) = await block.put(client)
+        node = cluster.nodes[peer]
+        node.view.ring = rings.make_ring("empty", version=9, replication=1, peers=())
+        assert node.system is not None
+        rebalancer: Any = node.system.cells["rebalancer"].actor
+        await rebalancer._drop([block.ref], {block.ref: block.root})
+        assert block.ref in node.refs()
+
+
+@virtual
 async def test_a_block_waits_once_though_two_of_its_owners_are_down() -> None:
     """What status calls blocks that wait for a node are blocks, and not the copies they lack."""
     async with Cluster(nodes=4, replication=3) as cluster:

@@ -24,6 +24,7 @@ import click
 
 from torus_actors import __version__
 from torus_actors.aoe.protocol import parse_mac
+from torus_actors.cli.entry import loaded
 from torus_actors.cli.log_floods import FloodGate
 from torus_actors.cli.profile import expanded, profile_value
 from torus_actors.cli.units import parse_size
@@ -421,4 +422,5 @@ def set_up_logging(settings: Settings, *, daemon: bool) -> None:
 def run(settings: Settings, work: Coroutine[Any, Any, T]) -> T:
     """Run a one-shot command's work on a plain loop, which starts faster than uvloop."""
     set_up_logging(settings, daemon=False)
+    loaded()
     return asyncio.run(work)

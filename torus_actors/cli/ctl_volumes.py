@@ -196,7 +196,8 @@ def volume_clone(settings: Settings, source: str, name: str) -> None:
             if is_unreplayed(journal, head):
                 raise Failed(
                     f"volume {source} was not closed in order, and its last flushes are in its "
-                    f"journal: open it once with torusblk serve {source}, then clone it"
+                    f"journal: torusctl snapshot create {source}@NAME puts them into the volume, "
+                    "then clone it"
                 )
             if head is not None:
                 # The clone has sessions and INode numbers of its own, and there were none yet: by

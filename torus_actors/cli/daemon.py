@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import uvloop
 
 from torus_actors.cli.common import LIFECYCLE, Failed, Settings, one_line, set_up_logging
+from torus_actors.cli.entry import loaded
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The last one comes when a terminal is closed, or an ssh connection ends."""
@@ -176,6 +177,7 @@ def run_daemon(settings: Settings, work: Coroutine[Any, Any, None]) -> None:
     fill_standard_streams()
     set_up_logging(settings, daemon=True)
     _open_many_files()
+    loaded()
     uvloop.run(work)
 
 

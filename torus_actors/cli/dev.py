@@ -27,6 +27,7 @@ import uvloop
 from torus_actors.cli.common import LIFECYCLE, Failed, Settings, set_up_logging
 from torus_actors.cli.connect import Connection
 from torus_actors.cli.daemon import Stop, fill_standard_streams
+from torus_actors.cli.entry import loaded
 from torus_actors.cli.units import format_size
 from torus_actors.errors import Again, Exists, Invalid, NoGlobalMetadata
 from torus_actors.machine import command_of
@@ -402,4 +403,5 @@ def run_dev(cluster: DevCluster, exit_after_ready: bool) -> None:
     fill_standard_streams()
     set_up_logging(cluster.settings, daemon=True)
     cluster.check()
+    loaded()
     uvloop.run(_run(cluster, exit_after_ready))

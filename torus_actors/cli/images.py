@@ -126,10 +126,8 @@ async def load(settings: Settings, name: str, file: Path, create: bool, size: in
         empty = first is None
         chunks = chunks if first is None else itertools.chain([first], chunks)
     if empty:
-        raise Invalid(
-            f"{_shown(file)} is empty: nothing was changed; to empty volume {name}, delete it and "
-            "make it again"
-        )
+        advice = "" if create else f"; to empty volume {name}, delete it and make it again"
+        raise Invalid(f"{_shown(file)} is empty: nothing was changed{advice}")
     if create:
         if size is not None:
             _check_fits(file, length, name, size, "give more, or leave out --size")

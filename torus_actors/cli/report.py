@@ -94,6 +94,7 @@ def peer_row(peer_id: str, member: Peer | None, info: PeerInfo | None) -> Row:
         "address": address,
         "zone": zone,
         "capacity_bytes": capacity,
+        "weight_bytes": member.weight_bytes if member is not None else 0,
         "in_ring": member is not None,
         "registered": info is not None,
         "up": False,
@@ -194,6 +195,13 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
             unreplayed = row.get("collector", {}).get("unreplayed")
             if unreplayed:
                 found.append(f"node {name} must stay for now: {unreplayed_of(unreplayed)}")
+        counts = row["registered"] and row["in_ring"]
+        if counts and 0 < row["capacity_bytes"] != row["weight_bytes"]:
+            room, weight = (format_size(row[of]) for of in ("capacity_bytes", "weight_bytes"))
+            found.append(
+                f"node {name} has room for {room} of blocks, and the ring counts on {weight}: "
+                f"torusctl peer add {name}"
+            )
         if "unreadable" in row:
             found.append(
                 f"the registration of node {name} cannot be read: {row['unreadable']}; "
