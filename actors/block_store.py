@@ -38,6 +38,7 @@ from torus_actors.errors import (
     DeadlineExceeded,
     Exists,
     Invalid,
+    OutOfSpace,
     TorusError,
 )
 from torus_actors.model.buffers import BufferPool
@@ -446,7 +447,7 @@ class OpenStores:
         except BaseException as error:
             for store, batch in begun:
                 store.fail_flush(batch)
-            if isinstance(error, Corruption):
+            if isinstance(error, (Corruption, OutOfSpace)):
                 self.refusal = f"takes no blocks: {error}"
                 self.flush_later()  # nothing else comes by which it would be tried again
             raise

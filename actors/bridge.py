@@ -164,12 +164,8 @@ class Bridge(LoopActor):
         """From now on connect only with nodes of this cluster."""
         self.system.heirlooms["cluster_id"] = cluster
         self._identity = replace(self._identity, cluster=cluster)
-        if cluster is None:
-            return
-        # Before this was known those of any cluster could come in.
         for link in [each for each in self._in_links if each not in self._strangers]:
-            if link.peer.cluster not in (None, cluster):
-                link.abort(Unauthenticated(f"this node belongs to cluster {cluster}"))
+            self._check_cluster(link)
 
     @expose()
     def listening(self) -> tuple[str, int] | None:
@@ -274,6 +270,13 @@ class Bridge(LoopActor):
 
     def _in_ready(self, link: Link) -> None:
         self._strangers.pop(link, None)
+        self._check_cluster(link)
+
+    def _check_cluster(self, link: Link) -> None:
+        """Before it was known of which cluster this node is those of any could come in."""
+        ours, theirs = self._identity.cluster, link.peer.cluster
+        if ours is not None and theirs not in (None, ours):
+            link.abort(Unauthenticated(f"this node belongs to cluster {ours}"))
 
     def _in_lost(self, link: Link, reason: TorusError) -> None:
         self._in_links.pop(cast(InLink, link), None)

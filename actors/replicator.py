@@ -312,7 +312,7 @@ class Replicator(LoopActor):
                 peer = next(rest, None)
                 if peer is None:
                     break
-                told = self._before_rings.get(peer, 0.0) < self._loop.time()
+                told = self._before_rings.get(peer, -1.0) < self._loop.time()
                 put = self._store(peer).put_block.remote(
                     *(ref, root, sums, False),
                     *([version] if told else []),

@@ -465,9 +465,16 @@ async def disk_errors(field: Field) -> None:
     if kind != "read" and apart.random() < 0.25:
         error = errno.ENOSPC  # as on a thin volume or under a quota
     where = f"{area}{'' if path is None else ', the index'}"
-    field.say(f"the disk of {host.name} fails to {kind} {where}: {errno.errorcode[error]}")
-    disk.inject(kind, error, path=path, times=rng.randint(1, 5))
-    await asyncio.sleep(rng.uniform(1.0, 5.0))
+    times, lasts_s = rng.randint(1, 5), rng.uniform(1.0, 5.0)
+    if kind == "write" and path is not None and apart.random() < 0.4:
+        # For long: no flush of that node goes through, and it takes no blocks meanwhile.
+        times, lasts_s = 1 << 30, apart.uniform(10.0, 30.0)
+    field.say(
+        f"the disk of {host.name} fails to {kind} {where}, {times} times in {lasts_s:.0f} s: "
+        f"{errno.errorcode[error]}"
+    )
+    disk.inject(kind, error, path=path, times=times)
+    await asyncio.sleep(lasts_s)
     disk.heal()
     await restart_if_failed(field.cluster, host)
     field.whole(host)

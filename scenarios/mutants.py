@@ -134,6 +134,12 @@ _RING = (
         first_seed=8,
     ),
     _mutant(
+        "takes_what_no_flush_confirms",
+        "A node takes no blocks while its disk refuses what its flushes write",
+        Edit("actors.block_store:OpenStores._put", "if self.refusal:", "if not self.stores:"),
+        hunted_in=("disk_errors",),
+    ),
+    _mutant(
         "presence_is_enough",
         "The rebalancer drops its copy only after the owners have read and synced theirs",
         Edit("actors.rebalancer:Rebalancer._drop", "deep=True, durable=True", "deep=False"),

@@ -26,7 +26,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import random
+import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -190,6 +192,9 @@ class StorageNode(Process):
         self.journal = journal
         watch = DiskWatch(self.system, stores, journal, config.machine.wall_clock)
         scrub_place = ScrubPlace.load(config.machine.open_disk(config.data_dir))
+        self._check_addresses()
+        if config.auto_join or (self.embedded and not view.ring.members):
+            await self._join()
         storage = SupervisorSpec(
             "storage",
             (
@@ -224,9 +229,28 @@ class StorageNode(Process):
                 *self._http_services(),
             ]
         )
-        # Last: one that cannot serve, its port being in use say, must not be a member that is down.
-        if config.auto_join or (self.embedded and not view.ring.members):
-            await self._join()
+
+    def _check_addresses(self) -> None:
+        """See that nobody else serves where this node is to: it would join, and then end.
+
+        Raises:
+            Invalid: somebody does, or this machine has no such address.
+        """
+        config = self.config
+        wanted = [(config.http, "--http")]
+        if config.nbd is not None:
+            wanted += [(each.tcp, "--nbd") for each in config.nbd.listen]
+        for address, option in wanted:
+            if address is None or not address[1]:
+                continue
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            try:
+                socket.create_server(address, family=family).close()
+            except OSError as error:
+                reason = os.strerror(error.errno).lower() if error.errno else str(error)
+                raise Invalid(
+                    f"cannot listen on {format_address(address)}: {reason}; choose another {option}"
+                ) from error
 
     def _http_services(self) -> list[ChildSpec | SupervisorSpec]:
         address = self.config.http

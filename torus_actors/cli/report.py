@@ -195,12 +195,11 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
             unreplayed = row.get("collector", {}).get("unreplayed")
             if unreplayed:
                 found.append(f"node {name} must stay for now: {unreplayed_of(unreplayed)}")
-        counts = row["registered"] and row["in_ring"]
-        if counts and 0 < row["capacity_bytes"] != row["weight_bytes"]:
-            room, weight = (format_size(row[of]) for of in ("capacity_bytes", "weight_bytes"))
+        room, weight = row["capacity_bytes"], row["weight_bytes"]
+        if row["registered"] and row["in_ring"] and room and abs(room - weight) > weight // 20:
             found.append(
-                f"node {name} has room for {room} of blocks, and the ring counts on {weight}: "
-                f"torusctl peer add {name}"
+                f"node {name} has room for {format_size(room)} of blocks, and the ring counts on "
+                f"{format_size(weight)}: torusctl peer add {name}"
             )
         if "unreadable" in row:
             found.append(

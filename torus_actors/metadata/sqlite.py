@@ -283,7 +283,8 @@ class Database:
                 self._history_events, self._history_bytes = self._db.execute(
                     "SELECT count(*), coalesce(sum(length(value)), 0) FROM event"
                 ).fetchone()
-                return self._db.execute("SELECT id, ttl_s FROM lease ORDER BY id").fetchall()
+                leases = self._db.execute("SELECT id, ttl_s FROM lease ORDER BY id").fetchall()
+            return [(self._int(lease), self._int(ttl_s)) for lease, ttl_s in leases]
         except BaseException:
             self._db.close()
             raise
@@ -299,7 +300,9 @@ class Database:
             row = self._db.execute(
                 "SELECT value, mod_revision, lease FROM kv WHERE key = ?", (key.encode(),)
             ).fetchone()
-        return None if row is None else kv.KeyValue(key, self._bytes(row[0]), *row[1:])
+        if row is None:
+            return None
+        return kv.KeyValue(key, self._bytes(row[0]), self._int(row[1]), self._int(row[2]))
 
     def range(
         self, prefix: str, after: str, limit: int, ended: Collection[int]
@@ -316,7 +319,7 @@ class Database:
             ).fetchall()
             revision = self._counter("revision")
         found = [
-            kv.KeyValue(self._text(key), self._bytes(value), at, lease)
+            kv.KeyValue(self._text(key), self._bytes(value), self._int(at), self._int(lease))
             for key, value, at, lease in rows
         ]
         return found, revision
@@ -332,12 +335,12 @@ class Database:
             if after_revision > revision:  # the file was restored from a backup
                 raise Compacted(f"revision {after_revision} has not been made here")
             rows = self._db.execute(
-                "SELECT kind, key, value, mod_revision FROM event"
+                "SELECT CAST(kind AS BLOB), key, value, mod_revision FROM event"
                 f" WHERE mod_revision > ? AND {where} ORDER BY id",
                 (after_revision, *bounds),
             ).fetchall()
         found = [
-            kv.Event(self._kind(kind), self._text(key), self._bytes(value), at)
+            kv.Event(self._kind(kind), self._text(key), self._bytes(value), self._int(at))
             for kind, key, value, at in rows
         ]
         return found, revision
@@ -426,9 +429,9 @@ class Database:
 
     def _counter(self, name: str) -> int:
         row = self._db.execute("SELECT value FROM counter WHERE name = ?", (name,)).fetchone()
-        if row is None or not isinstance(row[0], int):
+        if row is None:
             raise self._damaged(f"there is no {name}")
-        return row[0]
+        return self._int(row[0])
 
     # SQLite has no checksums: damage that leaves a page in order is met as content.
 
@@ -441,11 +444,16 @@ class Database:
         try:
             return self._bytes(stored).decode()
         except UnicodeDecodeError as error:
-            raise self._damaged(f"a key is no text ({error})") from error
+            raise self._damaged(f"no text ({error})") from error
 
-    def _kind(self, stored: str) -> kv.EventKind:
+    def _int(self, stored: object) -> int:
+        if not isinstance(stored, int):
+            raise self._damaged(f"{type(stored).__name__} where a number was written")
+        return stored
+
+    def _kind(self, stored: object) -> kv.EventKind:
         try:
-            return kv.EventKind(stored)
+            return kv.EventKind(self._text(stored))
         except ValueError as error:
             raise self._damaged(str(error)) from error
 
