@@ -273,3 +273,32 @@ def test_a_file_that_becomes_shorter_while_it_is_loaded_is_an_error(
                     await load(path)
 
     run(monkeypatch, test)
+
+
+@pytest.mark.parametrize("hole", [0, 1 << 20])
+def test_what_is_appended_while_a_file_is_loaded_is_left_out(hole: int, tmp_path: Path) -> None:
+    """It is a file that grows, a download say. It was said to have become shorter."""
+    path, data = tmp_path / "image", b"x" * 10_000
+    path.write_bytes(data)
+    os.truncate(path, len(data) + hole)
+    fd = os.open(path, os.O_RDONLY)
+    length = images._length_of(fd)
+    with path.open("ab") as file:
+        file.write(b"y" * (3 << 20))
+    assert length == len(data) + hole
+    found = list(images._chunks(fd, length))
+    os.close(fd)
+    assert b"".join(piece for _, piece in found).rstrip(b"\0") == data
+    assert all(at + len(piece) <= length for at, piece in found)
+
+
+def test_of_a_file_that_was_read_in_part_the_rest_is_loaded(tmp_path: Path) -> None:
+    """As ``{ head -c 4096; torusctl block load v -; } < FILE`` asks for."""
+    path = tmp_path / "image"
+    path.write_bytes(b"H" * 4096 + b"B" * 8192)
+    fd = os.open(path, os.O_RDONLY)
+    assert images._length_of(fd) == 12288
+    os.read(fd, 4096)
+    assert images._length_of(fd) is None
+    assert list(images._chunks(fd, None)) == [(0, b"B" * 8192)]
+    os.close(fd)

@@ -60,7 +60,7 @@ async def dump(settings: Settings, name: str, file: Path) -> int:
             async for offset, data in _read_all(volume, size):
                 if sparse and not offset:
                     # Not before something could be read: the file may be an older dump.
-                    os.ftruncate(fd, 0)
+                    await _beside(os.ftruncate, fd, 0)
                 if data is not None:
                     await _beside(_write_fully, fd, data, offset if sparse else None)
                     written += len(data)
@@ -69,7 +69,7 @@ async def dump(settings: Settings, name: str, file: Path) -> int:
                     await _beside(_write_fully, fd, zeros, None)
                 advance(offset)
             if sparse:
-                os.ftruncate(fd, size)
+                await _beside(os.ftruncate, fd, size)
             if sparse or stat.S_ISBLK(os.fstat(fd).st_mode):
                 await _beside(os.fsync, fd)
         # Only now: a thread that was left behind must not write into what has its number then.
@@ -194,7 +194,7 @@ class _Loader:
             if offset + len(data) > self._size:
                 raise Invalid(
                     f"{self._source} has more than the {format_size(self._size)} of volume "
-                    f"{self._name}: resize it first"
+                    f"{self._name}, which has a part of it now: resize it, and load it again"
                 )
             if data != _ZEROS[: len(data)]:
                 await self._zero_until(offset)
@@ -225,7 +225,10 @@ class _Loader:
 
 
 def _shorter(length: int) -> Invalid:
-    return Invalid(f"the file became shorter than {length} bytes while it was read")
+    return Invalid(
+        f"the file became shorter than {length} bytes while it was read, and the volume has a part "
+        "of it now: load it again"
+    )
 
 
 def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:
@@ -247,6 +250,9 @@ def _chunks(fd: int, length: int | None) -> Iterator[tuple[int, bytes]]:
                     raise _shorter(length) from error
                 return  # only a hole is left
             start, end = offset, length  # no file with holes
+        if start >= length:
+            return  # what was appended since is not asked for
+        end = min(end, length)
         # Whole chunks, aligned: a block of which part is a hole is written once.
         offset = start // CHUNK * CHUNK
         while offset < end:
@@ -288,9 +294,9 @@ def _named(shown: str) -> Iterator[None]:
 
 
 def _length_of(fd: int) -> int | None:
-    """Bytes in a file or device; None for a pipe."""
+    """Bytes in a file or device; None for a pipe, and for a file of which a part was read."""
     mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+    if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not os.lseek(fd, 0, os.SEEK_CUR):
         length = os.lseek(fd, 0, os.SEEK_END)
         os.lseek(fd, 0, os.SEEK_SET)
         return length
