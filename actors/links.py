@@ -385,7 +385,9 @@ class InLink(Link):
         self._serve_again(AGAIN_CALLS)
 
     def _serve_again(self, count: int) -> None:
-        while count and self._again and self._congested_at is None and not self.lost:
+        room = SERVED_CALLS_MAX - self._calls
+        count = min(count, room)
+        while count > 0 and self._again and self._congested_at is None and not self.lost:
             request_id, meta, deadline = self._again.popleft()
             # Else nobody waits any more, and the answer would only be in the way of others.
             if self.loop.time() <= deadline:
@@ -419,7 +421,11 @@ class InLink(Link):
             stuck = self.loop.time() - self._congested_at
             if stuck > DIALER_SILENCE_MAX_S:
                 self.abort(PeerLost(f"answers not read for {stuck:.0f} s"))
-        elif self._paused or silence <= PING_INTERVAL_S:
+            return
+        if self._again:
+            # Those that were taken up may hang: the others, and whatever comes next, need not.
+            self._serve_again(AGAIN_CALLS)
+        if self._paused or silence <= PING_INTERVAL_S:
             # A ping may be stuck behind a large payload, or not be read at all for now: say
             # unasked that this side lives.
             assert self._transport is not None

@@ -255,6 +255,7 @@ class Volumes(LoopActor):
         try:
             async with asyncio.timeout(JOURNAL_S):
                 await session.journal.settle_end(replay.last)
+            replay.certain = True  # any later replay gives the same
         except (TorusError, TimeoutError) as error:
             log.warning("volume %s: what it was opened with is not recorded: %s", name, error)
 
@@ -339,14 +340,23 @@ class Volumes(LoopActor):
         await cell.start()
 
     def _volume_died(self, cell: Cell, error: BaseException | None) -> None:
-        if self.actor_stopped.is_set() or self.system.cells.get(cell.name) is not cell:
-            return  # the successor starts it, or it was removed
+        last = self.actor_stopped.is_set()
+        if self.system.cells.get(cell.name) is not cell:
+            return  # it was removed
+        if last and (self.cell.will_restart or cell.state is not State.WAITING):
+            return  # the successor starts it, or it has done its work
         now = self.system.loop.time()
         self._deaths = [at for at in self._deaths if at > now - RESTART_PERIOD_S] + [now]
         if len(self._deaths) > RESTARTS_MAX:
             self.cell.crashed(self, RuntimeError(f"{cell.name} dies again and again: {error}"))
             return
-        self.spawn(self._restart(cell))
+        if not last:
+            self.spawn(self._restart(cell))
+            return
+        # The last flush is its work, and is waited for.
+        task = self.system.loop.create_task(self._restart(cell))
+        self.system.background.add(task)
+        task.add_done_callback(self.system.background.discard)
 
     async def _restart(self, cell: Cell) -> None:
         if self.system.cells.get(cell.name) is cell:

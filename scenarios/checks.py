@@ -34,6 +34,7 @@ from torus_actors.storage import index
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.mfile_open import DATA_PATH, INDEX_PATH
 from torus_actors.storage.store import BlockStore
+from torus_actors.volume.change_log import read_record
 
 RING_LAG_S = 60.0
 """A node knows a new ring after this time at the latest."""
@@ -82,6 +83,8 @@ class Checker:
         """When an epoch was last written as it was before."""
         self._heads: dict[str, Head] = {}
         self._oldest_open: dict[str, int] = {}
+        self._told: dict[tuple[int, int], int] = {}
+        """Last record of each session whose blocks were looked at."""
         """The INode number that began with the last head that could be followed."""
         self._named: set[BlockRef] = set()
         """All that such heads have led to."""
@@ -274,6 +277,41 @@ class Checker:
                 continue  # a head has all that it says
             if not _has_record(host, session.volume_id, session.epoch, seq):
                 self.cluster.fail(f"{host.name} lacks record {seq} of {name} after a flush")
+            self._check_told(host, session, name)
+
+    def _check_told(self, host: Host, session: Any, name: str) -> None:
+        """Look whether the blocks are durable that records name which came since the last flush.
+
+        Args:
+            host: a member that has them.
+            session: whose journal it is.
+            name: of its volume.
+        """
+        key, last = (session.volume_id, session.epoch), session.journal.stored
+        first = max(session.covered_seq, self._told.get(key, 0)) + 1
+        told: dict[int, tuple[BlockRef, int]] = {}
+        try:
+            for seq in range(first, last + 1):
+                record = _record(host, *key, seq)
+                if record is None:
+                    return
+                for index, ref, root, _ in read_record(record)[0]:
+                    told.pop(index, None)
+                    if ref is not None:
+                        told[index] = ref, root
+        except TorusError:
+            return  # cut meanwhile, or damaged
+        self._told[key] = max(first - 1, last)
+        unknown = sum(each.is_starting for each in self.cluster.nodes)
+        for ref, root in told.values():
+            if ref in self._safe:
+                continue
+            copies = sum(is_durable(each, ref, root) for each in self.cluster.nodes)
+            if copies + unknown < self.copies_min:
+                self.cluster.fail(f"a flush of {name} told of {ref}: {copies} copies are durable")
+                return
+            if copies >= self.copies_min:
+                self._safe.add(ref)
 
     # -- reachable blocks --------------------------------------------------------------------------
 
@@ -467,20 +505,29 @@ def is_durable(host: Host, ref: BlockRef, root: int) -> bool:
 
 def _has_record(host: Host, volume: int, epoch: int, seq: int) -> bool:
     """Whether a journal has a record where a power cut leaves it, or needs it no more."""
-    journal = host.tree.journal.store
     try:
-        _, step = journal.locate(volume, epoch, seq, 1)
+        return _record(host, volume, epoch, seq) is not None
     except NotExist:
         return True  # cut
     except Corruption:
         return False
+
+
+def _record(host: Host, volume: int, epoch: int, seq: int) -> bytes | None:
+    """A record of a journal as a power cut leaves it; None if it is not there.
+
+    Raises:
+        NotExist, Corruption: as the journal says it.
+    """
+    journal = host.tree.journal.store
+    _, step = journal.locate(volume, epoch, seq, 1)
     journal.release(step)
     if not step.items:
-        return False
+        return None
     _, _, stored, segment = step.items[0]
     disk = host.disks[f"/{host.name}/journal"]
-    data = disk.durable(segment_name(segment.index), stored.offset, stored.length)
-    return bool(crc32c(data) == stored.crc)
+    data: bytes = disk.durable(segment_name(segment.index), stored.offset, stored.length)
+    return data if crc32c(data) == stored.crc else None
 
 
 def _problem(host: Host, ref: BlockRef, root: int, deep: bool) -> str:

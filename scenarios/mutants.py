@@ -134,6 +134,16 @@ _RING = (
         first_seed=8,
     ),
     _mutant(
+        "told_before_it_is_durable",
+        "A flush waits for the blocks that its record names",
+        Edit(
+            "volume.flushing:Flusher._flush_by_journal",
+            "await session.committer.make_durable(covered)",
+            "session.system.loop.create_task(session.committer.make_durable(covered))",
+        ),
+        hunted_in=("calm", "overwrites"),
+    ),
+    _mutant(
         "takes_what_no_flush_confirms",
         "A node takes no blocks while its disk refuses what its flushes write",
         Edit("actors.block_store:OpenStores._put", "if self.refusal:", "if not self.stores:"),

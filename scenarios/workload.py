@@ -379,11 +379,17 @@ class Driver:
                     return False
                 await asyncio.sleep(0.5)
                 continue
+            self._check_length(data, offset, length)
             session.verify(offset, data)
             await self._look_for_holes(volume, offset, data)
             offset += length
         self.note("read back")
         return True
+
+    def _check_length(self, data: Any, offset: int, length: int) -> None:
+        """What is compared is what came."""
+        if len(data) != length:
+            self.oracle.violated(f"{len(data)} of {length} bytes at {offset} were read")
 
     async def _look_for_holes(self, volume: Any, offset: int, data: bytes) -> None:
         """What is said to be a hole must be zeros; nobody writes meanwhile."""
@@ -396,6 +402,8 @@ class Driver:
             if not has_data and any(data[at : at + size]):
                 self.oracle.violated(f"{size} bytes at {offset + at} are no hole, as is said")
             at += size
+        if at != len(data):
+            self.oracle.violated(f"of {len(data)} bytes at {offset} it is said what {at} are")
 
     async def _work(self, volume: Any, session: Session, who: str) -> None:
         load, rng, busy = self.workload, self._rng, self._busy
@@ -441,6 +449,7 @@ class Driver:
     ) -> None:
         if kind == "read":
             data = await volume.read.remote(offset, length, timeout_s=OP_S_MAX)
+            self._check_length(data, offset, length)
             session.check_read(offset, data)
         elif kind == "write":
             write = session.begin_write(offset, length)

@@ -75,6 +75,16 @@ async def test_what_was_found_is_found_again(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @virtual
+async def test_a_close_after_what_was_found_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metadata have where the journal ended: nothing that was read may be gone any more."""
+    async with Cluster(journals=True) as cluster:
+        await half_told(cluster, monkeypatch)
+        device = await (await cluster.client()).open("v")
+        assert await device.read(AT, len(TOLD)) == TOLD
+        await device.release()
+
+
+@virtual
 async def test_what_was_not_found_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """The member that has the record is back: it was not there for who opened the volume first."""
     async with Cluster(journals=True) as cluster:

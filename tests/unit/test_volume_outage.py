@@ -29,6 +29,7 @@ from torus_actors.nbd.protocol import Errno
 from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.volume import journal
+from torus_actors.volume.commit import Committer
 
 BLOCK = 16 << 10
 SIZE = 100 * BLOCK
@@ -706,3 +707,61 @@ async def test_a_head_that_filled_up_the_metadata_keeps_its_pages() -> None:
         await asyncio.sleep(3.0)
         again = await reopened(device)
         assert await again.read(50 * BLOCK, BLOCK) == b"y" * BLOCK
+
+
+@virtual
+async def test_who_goes_on_with_a_close_tells_what_was_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The actor died as it waited for the lock to be given up, and its successor said nothing."""
+    async with Cluster() as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"1" * BLOCK)
+        await device.flush()
+        await device.write(BLOCK, b"2" * BLOCK)
+
+        async def full(*_: Any) -> None:
+            raise OutOfSpace("the cluster is full")
+
+        monkeypatch.setattr(Committer, "commit", full)
+        device.client.store.down = True
+        release = asyncio.ensure_future(device.release())
+        await asyncio.sleep(3)
+        device.client.kill("volumes")
+        await asyncio.wait([release])
+        assert release.exception() is not None
+        await asyncio.sleep(3)
+        device.client.store.down = False
+        await asyncio.sleep(12)
+        assert "what was not flushed before is lost" in caplog.text
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("victim", ["volumes", "volume:v", "replicator", "inode_store"])
+@virtual
+async def test_a_stop_that_meets_a_death_stores_what_was_written(victim: str, before: bool) -> None:
+    """Just before it begins, or as the last flush is on its way: the actor is started for that.
+
+    Found by reading: nobody started it any more, and what had not been flushed was lost, with a
+    status of 0 if it was the one that closes volumes.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True, inode_copies=2) as cluster:
+        device = await cluster.volume(1 << 20, write_bytes=8 << 20)
+        await device.write(0, b"1" * (1 << 20))
+        await device.flush()
+        await device.write(0, b"2" * (1 << 20))
+        client, loop = device.client, asyncio.get_running_loop()
+        assert client.system is not None
+        began, cell = loop.time(), client.system.cells[victim]
+        if before:
+            cell.kill()
+        stop = loop.create_task(client.stop())
+        if not before:
+            await asyncio.sleep(0.0005)
+            assert not stop.done()
+            cell.kill()
+        await stop
+        assert loop.time() - began < 3.0
+        again = await (await cluster.client()).open("v")
+        assert await again.read(0, 1 << 20) == b"2" * (1 << 20)

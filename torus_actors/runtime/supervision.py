@@ -77,15 +77,40 @@ class Supervisor(LoopActor):
         self.spawn(self._keep())
 
     async def cleanup(self) -> None:
-        """Stop all children, the last started first."""
+        """Stop all children, the last started first.
+
+        When this is for good, those that are still to be stopped are kept alive meanwhile: others
+        may need them for the last thing that they do, as a flush is.
+        """
+        final = not self.cell.will_restart
+        keeper = self.system.loop.create_task(self._keep_to_the_end()) if final else None
         try:
             for cell in reversed(self._cells):
-                await cell.stop(final=not self.cell.will_restart)
+                if final:
+                    await self._revive(cell)
+                await cell.stop(final=final)
         except asyncio.CancelledError:
             # Out of time. None may live on: a successor would start it a second time.
             for cell in reversed(self._cells):
                 cell.kill("its supervisor ran out of time to stop it")
             raise
+        finally:
+            if keeper is not None:
+                keeper.cancel()
+
+    async def _keep_to_the_end(self) -> None:
+        try:
+            await self._keep()
+        except IntensityExceeded as error:
+            log.warning("%s: %s", self.spec.name, error)
+
+    async def _revive(self, cell: Cell) -> None:
+        """Start a child once more that had died and waited for that: its last work is undone."""
+        if cell.state is State.WAITING and cell.will_restart:
+            try:
+                await cell.start()
+            except Exception as error:
+                log.warning("%s: %s cannot end in order: %r", self.spec.name, cell.name, error)
 
     @expose()
     async def start_child(self, child: ChildSpec | SupervisorSpec) -> None:

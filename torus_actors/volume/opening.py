@@ -493,7 +493,7 @@ def end_reading_later(
 
     async def end() -> None:
         if after is not None:
-            await asyncio.wait([after])
+            await asyncio.gather(after, return_exceptions=True)
         backoff = Backoff(system.rng)
         while True:
             try:
@@ -530,10 +530,13 @@ async def close_session(session: Session, meta: MetadataService, served: bool = 
             lock is given up all the same, what was not flushed is lost, as when a disk is
             unplugged.
     """
-    error = await _last_commit(session)
-    if error is not None and served and session.file.failure is None:
-        error = await _keep_in_journal(session, error)
-    session.close()
+    if not session.closed:
+        error = await _last_commit(session)
+        if error is not None and served and session.file.failure is None:
+            error = await _keep_in_journal(session, error)
+        session.close_error = error
+        session.close()
+    error = session.close_error
     detaching: asyncio.Task[None] | None = None
     try:
         if session.epoch and error is None and session.all_covered:

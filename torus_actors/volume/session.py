@@ -184,6 +184,8 @@ class Session:
         self._commit_wake = asyncio.Event()
         self.closed = False
         """Whether its lock, or its reader's record, is being given up."""
+        self.close_error: TorusError | None = None
+        """What was lost when it was closed, for whoever is to tell it."""
         self.reader: Reader | None = None
         """What keeps from being collected what is read here, if it is opened only for that."""
         self.replaying: Replay | None = None
