@@ -83,9 +83,9 @@ class Checker:
         """When an epoch was last written as it was before."""
         self._heads: dict[str, Head] = {}
         self._oldest_open: dict[str, int] = {}
+        """The INode number that began with the last head that could be followed."""
         self._told: dict[tuple[int, int], int] = {}
         """Last record of each session whose blocks were looked at."""
-        """The INode number that began with the last head that could be followed."""
         self._named: set[BlockRef] = set()
         """All that such heads have led to."""
         self._snapshots: dict[str, Head] = {}

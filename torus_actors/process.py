@@ -28,7 +28,7 @@ from torus_actors.actors.replicator import CONCURRENCY as REPLICATOR_CONCURRENCY
 from torus_actors.actors.replicator import ReadLevel, Replicator, WriteLevel
 from torus_actors.actors.ring_watcher import ClusterView, RingWatcher
 from torus_actors.actors.volumes import CONCURRENCY as VOLUMES_CONCURRENCY
-from torus_actors.actors.volumes import Volumes
+from torus_actors.actors.volumes import NOT_CLOSED, Volumes
 from torus_actors.aoe.port import Port
 from torus_actors.errors import (
     Again,
@@ -294,6 +294,12 @@ class Process:
         services = self.system.cells.get("services")
         if services is not None:
             await services.stop(final=True)
+        for name, volume in self.system.heirlooms.pop("open_volumes", {}).items():
+            # Whose work it is was not to be had any more.
+            if volume.session.epoch and not volume.session.closed:
+                self.system.heirlooms.setdefault(NOT_CLOSED, []).append(
+                    f"volume {name} was not closed: what was not flushed before is lost"
+                )
         # In between: volumes are closed under the lease, and a bridge is needed to give it back.
         lease = self.system.heirlooms.pop("lease", 0)
         if lease:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 from typing import Any
@@ -737,11 +738,13 @@ async def test_who_goes_on_with_a_close_tells_what_was_lost(
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("when", ["before", "waiting", "meanwhile"])
 @pytest.mark.parametrize("victim", ["volumes", "volume:v", "replicator", "inode_store"])
 @virtual
-async def test_a_stop_that_meets_a_death_stores_what_was_written(victim: str, before: bool) -> None:
+async def test_a_stop_that_meets_a_death_stores_what_was_written(victim: str, when: str) -> None:
     """Just before it begins, or as the last flush is on its way: the actor is started for that.
+
+    So it is if it had died twice, and its supervisor let some time go by before starting it.
 
     Found by reading: nobody started it any more, and what had not been flushed was lost, with a
     status of 0 if it was the one that closes volumes.
@@ -753,11 +756,18 @@ async def test_a_stop_that_meets_a_death_stores_what_was_written(victim: str, be
         await device.write(0, b"2" * (1 << 20))
         client, loop = device.client, asyncio.get_running_loop()
         assert client.system is not None
-        began, cell = loop.time(), client.system.cells[victim]
-        if before:
+        cell = client.system.cells[victim]
+        if when != "meanwhile":
             cell.kill()
+        if when == "waiting" and cell.parent != "volumes":
+            supervisor: Any = client.system.cells[str(cell.parent)].actor
+            supervisor.spec = dataclasses.replace(supervisor.spec, backoff_first_s=0.05)
+            await asyncio.sleep(0.01)
+            cell.kill()
+            await asyncio.sleep(0.02)
+        began = loop.time()
         stop = loop.create_task(client.stop())
-        if not before:
+        if when == "meanwhile":
             await asyncio.sleep(0.0005)
             assert not stop.done()
             cell.kill()

@@ -208,6 +208,11 @@ class Cell:
                 self.state = State.STOPPED
                 raise
 
+    async def settled(self) -> None:
+        """Wait until no start or stop is under way."""
+        async with self._changing:
+            pass
+
     def _make(self) -> LoopActor | BlockingActor:
         with Adoption(self.inbox):
             actor = self.spec.factory()

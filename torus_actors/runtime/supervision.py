@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torus_actors.errors import Invalid
+from torus_actors.errors import ActorCrashed, Invalid
 from torus_actors.runtime.actor import LoopActor
 from torus_actors.runtime.cell import Cell, ChildSpec, GaveUp, Restart, State
 from torus_actors.runtime.messages import expose
@@ -82,13 +82,18 @@ class Supervisor(LoopActor):
         When this is for good, those that are still to be stopped are kept alive meanwhile: others
         may need them for the last thing that they do, as a flush is.
         """
-        final = not self.cell.will_restart
-        keeper = self.system.loop.create_task(self._keep_to_the_end()) if final else None
+        keeper: asyncio.Task[None] | None = None
         try:
             for cell in reversed(self._cells):
-                if final:
+                # It may become so while they are stopped for a successor.
+                if not self.cell.will_restart:
+                    if keeper is None:
+                        for each in filter(_is_missed, self._cells):
+                            # Whoever was at it has ended with what this actor did until now.
+                            self._child_exited(each, ActorCrashed(f"{each.name} was dead"))
+                        keeper = self.system.loop.create_task(self._keep_to_the_end())
                     await self._revive(cell)
-                await cell.stop(final=final)
+                await cell.stop(final=not self.cell.will_restart)
         except asyncio.CancelledError:
             # Out of time. None may live on: a successor would start it a second time.
             for cell in reversed(self._cells):
@@ -106,7 +111,8 @@ class Supervisor(LoopActor):
 
     async def _revive(self, cell: Cell) -> None:
         """Start a child once more that had died and waited for that: its last work is undone."""
-        if cell.state is State.WAITING and cell.will_restart:
+        await cell.settled()
+        if _is_missed(cell):
             try:
                 await cell.start()
             except Exception as error:
@@ -183,6 +189,11 @@ class Supervisor(LoopActor):
             if member.will_restart:  # not a temporary one, nor one that had ended for good
                 member.restarts += 1  # first: who gets an answer of the new one sees it counted
                 await member.start()
+
+
+def _is_missed(cell: Cell) -> bool:
+    """Whether it has run, and is to run again."""
+    return cell.actor is None and cell.will_restart and cell.started_at > 0
 
 
 def child_spec(child: ChildSpec | SupervisorSpec) -> ChildSpec:
