@@ -385,8 +385,7 @@ class InLink(Link):
         self._serve_again(AGAIN_CALLS)
 
     def _serve_again(self, count: int) -> None:
-        room = SERVED_CALLS_MAX - self._calls
-        count = min(count, room)
+        count = min(count, SERVED_CALLS_MAX - self._calls)
         while count > 0 and self._again and self._congested_at is None and not self.lost:
             request_id, meta, deadline = self._again.popleft()
             # Else nobody waits any more, and the answer would only be in the way of others.

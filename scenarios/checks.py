@@ -301,7 +301,7 @@ class Checker:
                         told[index] = ref, root
         except TorusError:
             return  # cut meanwhile, or damaged
-        self._told[key] = max(first - 1, last)
+        self._told[key] = last
         unknown = sum(each.is_starting for each in self.cluster.nodes)
         for ref, root in told.values():
             if ref in self._safe:

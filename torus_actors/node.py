@@ -26,9 +26,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import random
-import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -61,7 +59,7 @@ from torus_actors.metadata.patience import patiently
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.ring_changes import join_ring
 from torus_actors.model import rings
-from torus_actors.model.addresses import format_address
+from torus_actors.model.addresses import check_free, format_address
 from torus_actors.model.peers import Peer
 from torus_actors.process import (
     DEFAULT_METADATA,
@@ -234,23 +232,15 @@ class StorageNode(Process):
         """See that nobody else serves where this node is to: it would join, and then end.
 
         Raises:
-            Invalid: somebody does, or this machine has no such address.
+            Exists: somebody does, or this machine has no such address.
         """
         config = self.config
         wanted = [(config.http, "--http")]
         if config.nbd is not None:
             wanted += [(each.tcp, "--nbd") for each in config.nbd.listen]
         for address, option in wanted:
-            if address is None or not address[1]:
-                continue
-            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            try:
-                socket.create_server(address, family=family).close()
-            except OSError as error:
-                reason = os.strerror(error.errno).lower() if error.errno else str(error)
-                raise Invalid(
-                    f"cannot listen on {format_address(address)}: {reason}; choose another {option}"
-                ) from error
+            if address is not None:
+                check_free(address, option)
 
     def _http_services(self) -> list[ChildSpec | SupervisorSpec]:
         address = self.config.http

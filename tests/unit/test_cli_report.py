@@ -229,6 +229,18 @@ def test_damage_that_nobody_could_repair_is_told() -> None:
     assert problems(at, [row(0, at, mended), row(1, at)]) == []
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.5, True), (0.99, False), (1.5, True)])
+def test_a_node_of_another_size_than_the_ring_counts_on_is_told(share: float, told: bool) -> None:
+    """As after a start with another ``--size``; a share of the free disk varies a little."""
+    at = ring(1, 1)
+    info = PeerInfo(IDS[0], "10.0.0.1:1", capacity_bytes=int(share * (1 << 30)))
+    made = peer_row(IDS[0], at.peers[0], info)
+    add_answer(made, answer(IDS[0]))
+    found = problems(at, [made])
+    assert bool(found) == told
+    assert not told or "counts on 1 GiB: torusctl peer add 10000000" in found[0]
+
+
 def test_blocks_that_may_lack_copies_are_told() -> None:
     """As long as no pass has ended well in the present situation, nobody knows that all is well.
 

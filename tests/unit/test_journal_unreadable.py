@@ -47,6 +47,14 @@ def lose(disk: SimDisk, offset: int) -> SimDisk:
     return disk.kill()
 
 
+def once_damaged(disk: SimDisk) -> JournalStore:
+    """A journal that has lost a record of volume 1, which is not the last one."""
+    store = open_store(disk)
+    for seq in (1, 2, 3):
+        put(store, 1, 1, seq, b"x")
+    return open_store(lose(disk, place(store, 1, 1, 2)))
+
+
 def test_an_unreadable_record_stops_its_own_log_only(store: JournalStore, disk: SimDisk) -> None:
     """The journal opens; the log gives what is before it and then says so; others go on."""
     for seq in range(1, 6):
@@ -390,10 +398,7 @@ def test_no_cut_makes_a_log_whole_whose_newest_promise_may_be_lost(
 
 def test_a_record_and_a_fence_that_are_written_together_tell_of_no_loss(disk: SimDisk) -> None:
     """The entry of the fence is made before its record counts."""
-    store = open_store(disk)
-    for seq in (1, 2, 3):
-        put(store, 1, 1, seq, b"x")
-    store = open_store(lose(disk, place(store, 1, 1, 2)))
+    store = once_damaged(disk)
     assert fence(store, 3, 1).damaged
     assert store.append(3, 1, 1, [b"new"]) is not None
     assert store.fence(3, 2) is not None
@@ -447,10 +452,7 @@ def churn(store: JournalStore) -> None:
 
 def test_who_asks_for_what_was_never_there_keeps_no_segment_from_reuse(disk: SimDisk) -> None:
     """The tables and the entries of the volumes say it all: the damage is not needed for that."""
-    store = open_store(disk)
-    for seq in (1, 2, 3):
-        put(store, 1, 1, seq, b"x")
-    store = open_store(lose(disk, place(store, 1, 1, 2)))
+    store = once_damaged(disk)
     store.cut(1, 1, 3)
     assert fence(store, 3, 1).damaged
     churn(store)
@@ -511,10 +513,7 @@ def test_a_record_that_is_cut_before_it_is_written_shows_what_is_missing_too(
     disk: SimDisk,
 ) -> None:
     """Found by review: the log was said to be lost for ever, with a head that covered all of it."""
-    store = open_store(disk)
-    for seq in (1, 2, 3):
-        put(store, 1, 1, seq, b"x")
-    store = open_store(lose(disk, place(store, 1, 1, 2)))
+    store = once_damaged(disk)
     assert fence(store, 3, 1).damaged
     assert store.append(3, 1, 1, [b""]) is not None
     store.cut(3, 1, 1)

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -29,6 +30,7 @@ from torus_actors import node as node_module
 from torus_actors.actors import metadata
 from torus_actors.actors.metadata import ActorStore
 from torus_actors.actors.ring_watcher import ClusterView
+from torus_actors.actors.volumes import NOT_CLOSED, OpenVolume
 from torus_actors.errors import (
     Again,
     Closed,
@@ -589,6 +591,25 @@ async def test_what_is_kept_in_memory_outlives_the_actor_that_serves_it() -> Non
     assert await ActorStore(second.system.actor("metadata")).get("a") is None
     for each in (first, second):
         await each.stop()
+
+
+@on_uvloop
+async def test_a_volume_that_nobody_could_close_any_more_is_told() -> None:
+    """Its actor was not to be had: no status of 0 for a process that lost what was written."""
+    stopped = process()
+    await stopped.start_base(None, store_opener("memory://"))
+
+    def volume(epoch: int, closed: bool) -> OpenVolume:
+        return OpenVolume(Mock(epoch=epoch, closed=closed))
+
+    stopped.system.heirlooms["open_volumes"] = {
+        "left": volume(3, False),
+        "read only": volume(0, False),
+        "closed": volume(3, True),
+    }
+    await stopped.stop()
+    (told,) = stopped.system.heirlooms[NOT_CLOSED]
+    assert "left" in told
 
 
 class _Hanging(MemoryStore):

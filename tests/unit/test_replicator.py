@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from tests.fakes import Client, Cluster, DeviceError, until, virtual
-from torus_actors.actors.replicator import REPAIR_PAUSE_S, ReadLevel, WriteLevel
+from torus_actors.actors.replicator import (
+    BEFORE_RINGS_S,
+    REPAIR_PAUSE_S,
+    ReadLevel,
+    WriteLevel,
+)
 from torus_actors.errors import (
     BlockUnavailable,
     Corruption,
@@ -193,9 +198,18 @@ async def test_a_node_of_the_version_before_takes_blocks() -> None:
             now.check(args, has_payload)
 
         cell.handlers = {**cell.handlers, "put_block": replace(now, check=check)}
-        for n in range(5):
-            assert sorted(await Block(n).put(client)) == sorted(cluster.ids)
-        assert refused == 1
+        # At once: none of them knows what the others have found.
+        for placed in await asyncio.gather(*[Block(n).put(client) for n in range(16)]):
+            assert sorted(placed) == sorted(cluster.ids)
+        assert refused == 16
+        await Block(16).put(client)
+        assert refused == 16
+        # It may have been brought up to date.
+        cell.handlers = {**cell.handlers, "put_block": now}
+        await asyncio.sleep(BEFORE_RINGS_S + 1)
+        for node in cluster.nodes.values():
+            node.view.ring = node.view.ring.without_peer(cluster.ids[0])
+        assert await Block(17).put(client) == [cluster.ids[1]]
 
 
 @virtual

@@ -644,6 +644,21 @@ def test_bit_rot() -> None:
     assert disk.crash().open("f").pread(8192, 0) == rotten
 
 
+def test_a_page_that_cannot_be_read_is_written_as_a_whole_only() -> None:
+    """Linux reads what is around the bytes first. What was refused has changed nothing."""
+    disk = sim()
+    disk.make_unreadable("f", 4096)
+    file = disk.open("f")
+    for data, offset in ((b"x", 4096), (bytes(4096), 4000), (bytes(4096), 4097)):
+        with pytest.raises(OSError, match="cannot read what is around"):
+            file.pwrite(data, offset)
+    with pytest.raises(OSError, match="cannot read"):
+        file.pread(1, 4096)
+    file.pwrite(b"x" * 4096, 4096)
+    assert file.pread(4097, 4095) == b"a" + b"x" * 4096
+    file.pwrite(b"y", 4096)
+
+
 def test_cache_misses_are_seeded() -> None:
     """Which reads miss the cache depends on the seed alone."""
 

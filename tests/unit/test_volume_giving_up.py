@@ -232,15 +232,22 @@ async def test_who_is_killed_on_the_way_leaves_the_volume_whole() -> None:
             assert not await is_late(cluster)
 
 
-async def with_damage(cluster: Cluster) -> StorageNode:
-    """Let a node's journal have lost a record, not the last one; volume ``old`` is done with it."""
+async def with_damage(cluster: Cluster, lost: int = 1, crashed: bool = False) -> StorageNode:
+    """Let a node's journal have lost a record of a volume ``old``.
+
+    Args:
+        cluster: has one node.
+        lost: index of the record among three.
+        crashed: its client has; else the volume is done with it.
+    """
     (node,) = cluster.nodes.values()
     device = await cluster.volume(SIZE, name="old")
     for number in (1, 2, 3):
         await device.write(0, pattern(number))
         await device.flush()
-    stored = node.system.cells["journal"].actor._store._logs[1].runs[1].records[1]
-    await device.client.stop()
+    volume = (await cluster.meta.volume("old")).id
+    stored = node.system.cells["journal"].actor._store._logs[volume].runs[1].records[lost]
+    await (device.client.crash() if crashed else device.client.stop())
     await node.crash()
     node.disks[2].make_unreadable(segment_name(0), stored.offset // PAGE_SIZE * PAGE_SIZE)
     await node.start(rebalancer=True)
@@ -299,23 +306,6 @@ async def test_what_comes_behind_the_record_that_tells_nothing_is_not_alone(how:
         assert await again.read(AT, len(LATE)) == LATE
 
 
-async def lose_last(cluster: Cluster) -> StorageNode:
-    """Let the node's journal lose the last record of a volume that was left by its client."""
-    (node,) = cluster.nodes.values()
-    other = await cluster.volume(SIZE, name="other")
-    for number in (1, 2, 3):
-        await other.write(0, pattern(number))
-        await other.flush()
-    volume = (await cluster.meta.volume("other")).id
-    stored = node.system.cells["journal"].actor._store._logs[volume].runs[1].records[-1]
-    await other.client.crash()
-    await node.crash()
-    node.disks[2].make_unreadable(segment_name(0), stored.offset // PAGE_SIZE * PAGE_SIZE)
-    await node.start(rebalancer=True)
-    await asyncio.sleep(30)
-    return node
-
-
 @pytest.mark.parametrize("how", ["client", "shrink", "given up"])
 @virtual
 async def test_a_record_that_tells_nothing_is_no_reason_to_replay(how: str) -> None:
@@ -335,7 +325,8 @@ async def test_a_record_that_tells_nothing_is_no_reason_to_replay(how: str) -> N
             await device.client.crash()
         elif how == "shrink":
             await device.client.stop()
-        node = await lose_last(cluster)
+        node = await with_damage(cluster, lost=-1, crashed=True)
+        await asyncio.sleep(30)
         tool = await cluster.client()
         assert tool.system is not None
         if how == "client":

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import shlex
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ from torus_actors.cli.entry import loaded
 from torus_actors.cli.units import format_size
 from torus_actors.errors import Again, Exists, Invalid, NoGlobalMetadata
 from torus_actors.machine import command_of
-from torus_actors.model.addresses import Address, format_address
+from torus_actors.model.addresses import Address, check_free, format_address
 from torus_actors.model.rings import Ring
 
 HOST = "127.0.0.1"
@@ -264,19 +262,8 @@ class DevCluster:
                 f"--nbd {format_address(config.nbd)} is a port of the cluster itself, which takes "
                 f"{config.port} to {config.port + config.nodes}: choose another one"
             )
-        for (host, port), option in {**ports, config.nbd: "--nbd"}.items():
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((host, port))
-                except OSError as error:
-                    taken = error.errno == errno.EADDRINUSE
-                    hint = "stop what listens there, or " if taken else ""
-                    raise Exists(
-                        f"cannot listen on {format_address((host, port))}: {error.strerror}; "
-                        f"{hint}choose another with {option}"
-                    ) from error
+        for address, option in {**ports, config.nbd: "--nbd"}.items():
+            check_free(address, option)
 
     async def start(self) -> None:
         """Start everything, and wait until it is up."""

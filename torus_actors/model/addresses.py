@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+
+from torus_actors.errors import Exists
+
 Address = tuple[str, int]
 
 PORT_MAX = 65535
@@ -47,3 +52,26 @@ def format_address(address: Address) -> str:
     """``HOST:PORT``, with brackets around an IPv6 address."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_free(address: Address, option: str) -> None:
+    """See that this process could listen on an address; port 0 is any.
+
+    Args:
+        address: host and port.
+        option: by which another one is chosen.
+
+    Raises:
+        Exists: somebody listens there, or this machine has no such address.
+    """
+    host, port = address
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            hint = "stop what listens there, or " if error.errno == errno.EADDRINUSE else ""
+            raise Exists(
+                f"cannot listen on {format_address(address)}: {error.strerror}; "
+                f"{hint}choose another with {option}"
+            ) from error

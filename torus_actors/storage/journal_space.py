@@ -242,7 +242,6 @@ class JournalSpace:
             entries.append(Entry(TABLE, flags, 0, 0, 0, START, 0, crc32c(table), at, len(table)))
             buffers.append(table)
             at += len(table)
-        told = {ticket.log for ticket in taken if ticket.kind == RECORD}
         for ticket in taken:
             log = ticket.log
             if ticket.drop:
@@ -250,7 +249,10 @@ class JournalSpace:
             flags = FIRST * ticket.first | SEEN * log.cut_seen
             epoch, seq = ticket.at
             if ticket.kind == STATE:
-                flags |= INCOMPLETE * (log.unknown is not None and log not in told)
+                if log.unknown is not None and not any(
+                    each.log is log and each.kind == RECORD for each in taken
+                ):
+                    flags |= INCOMPLETE
                 # A state that makes room may overtake a fence in the queue: it must not promise
                 # what is not yet in order with the records before the fence.
                 epoch = max(epoch, log.durable_promise)
