@@ -135,16 +135,26 @@ class Volumes(LoopActor):
         if final:
             if cell is not None and cell.state is not State.RUNNING:
                 await cell.start()  # it has just died, and the last flush is its work
+            session = self._open[name].session
+            failure = session.file.failure
             try:
-                await close_session(self._open[name].session, self._meta)
+                await close_session(session, self._meta)
+                if isinstance(failure, Fenced) and session.file.was_written:
+                    raise Fenced(f"{failure}; what was not flushed before is lost")
             except TorusError as error:
-                log.error("closing volume %s: %s", name, error)
-                lost = self.system.heirlooms.setdefault(NOT_CLOSED, [])
-                lost.append(f"closing volume {name}: {error}")
+                self.system.heirlooms.setdefault(NOT_CLOSED, [])
+                self._not_closed(name, error)
             self._open.pop(name, None)
             self._sessions.pop(name, None)
         if cell is not None:
             await cell.stop(final=final)
+
+    def _not_closed(self, name: str, error: TorusError) -> None:
+        """Tell that something may be lost: in the log, and in a last stop by its result too."""
+        log.error("closing volume %s: %s", name, error)
+        lost = self.system.heirlooms.get(NOT_CLOSED)
+        if lost is not None:
+            lost.append(f"closing volume {name}: {error}")
 
     async def _watch_requests(self) -> None:
         """Tell the sessions here which snapshots are wanted of their volumes."""
@@ -323,7 +333,7 @@ class Volumes(LoopActor):
             # If this is cut off, the successor finds the volume where it is, and closes it.
             await close_session(volume.session, self._meta)
         except TorusError as failed:
-            log.error("closing volume %s: %s", name, failed)
+            self._not_closed(name, failed)
             error = failed
         await self._forget(name)
         return error

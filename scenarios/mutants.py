@@ -463,11 +463,13 @@ _JOURNAL = (
         Edit(
             "volume.journal:SessionJournal._record",
             "        self._revision = await self._meta.set_journal(\n"
-            "            self._volume_id, self._epoch, self._revision, record\n"
+            "            self._volume_id, self._epoch, self._revision, record, "
+            "ring_revision=ring_revision\n"
             "        )\n",
             "        if not self._homes:\n"
             "            self._revision = await self._meta.set_journal(\n"
-            "                self._volume_id, self._epoch, self._revision, record\n"
+            "                self._volume_id, self._epoch, self._revision, record, "
+            "ring_revision=ring_revision\n"
             "            )\n",
         ),
         hunted_in=("journal_members",),
@@ -494,7 +496,7 @@ _JOURNAL = (
         Edit(
             "volume.recovery:_read_tail",
             "replay.add(seq, payload[at : at + length])",
-            "if seq < last:\n                replay.add(seq, payload[at : at + length])",
+            "replay.add(seq, payload[at : at + length]) if seq < last else None",
         ),
         hunted_in=("client_crash", "journal_replay"),
     ),
@@ -778,9 +780,10 @@ _RESIZES = (
         "The head without the end is recorded with the volume's size, in one transaction",
         Edit(
             "metadata.sessions:SessionOperations.commit_head",
-            "return await self._commit(volume_id, epoch, expected_revision, key, head, also)",
+            "return await self._commit(volume_id, epoch, expected_revision, key, head, also, "
+            "resizing)",
             "revision = await self._commit(volume_id, epoch, expected_revision, key, head)\n"
-            "    await self.store.txn([also[0]], [also[1]])\n"
+            "    await self.store.txn([also], [resizing])\n"
             "    return revision",
         ),
         hunted_in=("resizes",),

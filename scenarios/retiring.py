@@ -1,8 +1,8 @@
 """Nodes that are taken out of the ring and switched off for good, in the simulator.
 
-An operator does so once the cluster says that such a node may go: all rebalancers are settled, the
-node has no block any more, and its collector finds no journal there that anybody may need. From
-then on nothing may depend on it.
+An operator does so once the cluster says that such a node may go, as ``torusctl debug rebalance``
+asks it: all rebalancers are settled by the present ring, and the node's collector finds no journal
+there that anybody may need. From then on nothing may depend on it.
 """
 
 from __future__ import annotations
@@ -65,10 +65,9 @@ async def _may_go(field: Field, host: Host) -> bool:
         if collector["unreplayed"] or collector["unreplayed_open"]:
             begun = -1
             continue
-        if any(store.stats().used for store in host.tree.stores.stores):
-            continue
+        ring = await cluster.ring()
         told = [await _status(field, each, "rebalancer") for each in cluster.members_up]
-        if all(each["settled"] for each in told):
+        if all(each["settled"] and each["ring_version"] >= ring.version for each in told):
             return True
     return False
 

@@ -33,9 +33,10 @@ from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.actors.volumes import CONCURRENCY as VOLUMES_CONCURRENCY
 from torus_actors.actors.volumes import Volumes
 from torus_actors.errors import ActorNotFound, NoPeer, NotSupported, PeerLost, TorusError
+from torus_actors.metadata import kv
 from torus_actors.metadata.faulty import FaultyStore
 from torus_actors.metadata.memory import MemoryStore
-from torus_actors.metadata.records import GlobalMetadata
+from torus_actors.metadata.records import GlobalMetadata, RingRecord
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
 from torus_actors.model.peers import Peer
@@ -839,6 +840,8 @@ class Cluster:
 
     def set_ring(self, ring: Ring) -> None:
         """All members see another ring from now on."""
+        record = RingRecord(ring.version, rings.marshal(ring)).encode()
+        self.store._apply([kv.Put(self.meta.keys.ring, record)])
         self.ring = ring
         for member in [*self.nodes.values(), *self.clients]:
             member.view.ring = ring

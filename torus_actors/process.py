@@ -291,15 +291,15 @@ class Process:
 
     async def stop(self) -> None:
         """Stop the tree and give the lease back."""
+        # From now on it is told by the process's end: servers stop first, and give volumes back.
+        lost = self.system.heirlooms.setdefault(NOT_CLOSED, [])
         services = self.system.cells.get("services")
         if services is not None:
             await services.stop(final=True)
         for name, volume in self.system.heirlooms.pop("open_volumes", {}).items():
             # Whose work it is was not to be had any more.
             if volume.session.epoch and not volume.session.closed:
-                self.system.heirlooms.setdefault(NOT_CLOSED, []).append(
-                    f"volume {name} was not closed: what was not flushed before is lost"
-                )
+                lost.append(f"volume {name} was not closed: what was not flushed before is lost")
         # In between: volumes are closed under the lease, and a bridge is needed to give it back.
         lease = self.system.heirlooms.pop("lease", 0)
         if lease:

@@ -39,6 +39,7 @@ class Node:
         self.damaged = 7
         self.failed = self.unread = 0
         self.starts_again = False
+        self.rings: list[int] = []
 
     def ask(self, method: str) -> Any:
         """Answer, or not."""
@@ -57,6 +58,8 @@ class Node:
             self.passes += not self.left
             self.damaged += not self.left
         count = {"passes": self.passes, "running": self.left > 0, "damaged": self.damaged}
+        if self.rings:
+            count["ring_version"] = self.rings[min(self.passes, len(self.rings) - 1)]
         return {**ZEROS, **count, "failed": self.failed, "unread": self.unread}
 
 
@@ -74,7 +77,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch, unread: dict[str, str]) -> dict[str, 
 
     class Connection:
         async def cluster(self) -> tuple[None, Any]:
-            return None, SimpleNamespace(members=tuple(made), peers=())
+            return None, SimpleNamespace(members=tuple(made), peers=(), version=3)
 
         async def ask_all(self, addresses: list[str], actor: str, method: str) -> list[Any]:
             return [made[address].ask(method) for address in addresses]
@@ -124,6 +127,24 @@ def test_a_node_that_is_busy_is_asked_again(nodes: dict[str, Node]) -> None:
     nodes["b"].errors = errors
     _rebalances()
     assert nodes["a"].passes > 5 and nodes["b"].passes > 10
+
+
+def test_a_pass_by_an_earlier_ring_tells_nothing_of_this_one(nodes: dict[str, Node]) -> None:
+    """Found by reading: what had yet to hear that it is out of the ring had nothing to hand over.
+
+    With the node, which could be switched off as it seemed, went the only copies.
+    """
+    nodes["a"].rings, nodes["b"].rings = [3], [2] * 15 + [3]
+    _rebalances()
+    assert nodes["b"].passes >= 15
+    nodes["b"].rings = [2]
+
+    @virtual
+    async def fails() -> None:
+        with pytest.raises(Failed, match="last pass: b has not heard of ring version 3"):
+            await _rebalance(Settings(), 60.0)
+
+    fails()
 
 
 def test_a_node_that_starts_again_counts_from_the_beginning(nodes: dict[str, Node]) -> None:

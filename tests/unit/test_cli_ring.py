@@ -69,7 +69,18 @@ def test_who_removes_all_copies_of_a_block_is_told(
     ring = rings.make_ring("ketama", version=1, replication=replication)
     for number in range(4):
         ring = ring.with_peer(Peer(str(uuid.UUID(int=number)), 1 << 30))
-    assert bool(_all_copies_on(ring, ring.members[:leaving])) == told
+    there = Registrations([PeerInfo(each, "10.0.0.1:1") for each in ring.members], {}, {})
+    assert bool(_all_copies_on(ring, ring.members[:leaving], there)) == told
+
+
+def test_who_removes_all_copies_is_told_which_nodes_nobody_can_ask() -> None:
+    """Found by reading: the rest was called balanced, and with the node went what was flushed."""
+    up, away = (str(uuid.UUID(int=number << 96)) for number in (1, 2))
+    ring = rings.make_ring("ketama", version=1, replication=1)
+    ring = ring.with_peer(Peer(up, 1 << 30)).with_peer(Peer(away, 1 << 30))
+    there = Registrations([PeerInfo(up, "10.0.0.1:1")], {}, {})
+    assert "says nothing" not in _all_copies_on(ring, [up], there)
+    assert "says nothing of 00000002 before" in _all_copies_on(ring, [up, away], there)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,6 +28,7 @@ from torus_actors.volume import journal, read_side
 from torus_actors.volume.change_log import ChangeLog, Replay
 from torus_actors.volume.file import DISCARD_S, File
 from torus_actors.volume.opening import close_session
+from torus_actors.volume.session import OUTBOX_RETRY_S
 
 BLOCK = 16 << 10
 SIZE = 100 * BLOCK
@@ -563,6 +565,43 @@ async def test_a_replicator_without_room_for_hints_does_not_keep_a_lock() -> Non
         session.file.discard_tried([BlockRef.of(1, 1, 1)])
         await close_session(session, device.client.meta)
         assert (await device.client.meta.lock_status(session.volume_id))[0] is None
+
+
+@virtual
+async def test_replies_that_find_no_room_are_sent_again_by_one_timer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by reading: each connection had one, and each of them sent for all of them."""
+
+    class Full:
+        def __init__(self) -> None:
+            self.refused = 0
+            self.told: dict[int, int] = {}
+
+        def tell(self, conn: int, replies: list[Any]) -> None:
+            if self.refused < 100:
+                self.refused += 1
+                raise Overloaded("its inbox is full")
+            self.told[conn] = self.told.get(conn, 0) + len(replies)
+
+    async with Cluster(nodes=3, replication=2) as cluster:
+        device = await cluster.volume(SIZE)
+        session: Any = device.client.session("v")
+        real, session._replies = session._replies, Full()
+        loop, timers = session.system.loop, 0
+        call_later = loop.call_later
+
+        def counted(delay: float, *args: Any, **options: Any) -> Any:
+            nonlocal timers
+            timers += delay == OUTBOX_RETRY_S
+            return call_later(delay, *args, **options)
+
+        monkeypatch.setattr(loop, "call_later", counted)
+        for conn in range(10):
+            session._answer(conn, Mock())
+        await until(lambda: len(session._replies.told) == 10)
+        assert set(session._replies.told.values()) == {1} and timers == 10
+        session._replies = real
 
 
 @virtual

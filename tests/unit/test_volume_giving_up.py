@@ -16,7 +16,7 @@ from torus_actors.model.peers import Peer
 from torus_actors.model.rings import make_ring
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.storage.journal_open import UNREADABLE_MAX
-from torus_actors.volume import recovery
+from torus_actors.volume import change_log, recovery
 from torus_actors.volume.giving_up import give_up_journal
 from torus_actors.volume.resizing import shrink_volume
 from torus_actors.volume.snapshots import take_snapshot
@@ -133,6 +133,27 @@ async def test_a_journal_that_may_come_back_is_not_given_up(silent: int) -> None
             await give_up(await cluster.client())
         for node in members[:silent]:
             await node.start()
+        assert await is_late(cluster)
+
+
+@virtual
+async def test_a_journal_of_another_version_is_not_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All its members have it whole, and it is this program that cannot read it.
+
+    Found by reading: what could not be understood counted as what a member says it has lost, and
+    the error of opening recommended to give it up.
+    """
+    async with Cluster(nodes=5, replication=2, journals=True) as cluster:
+        monkeypatch.setattr(change_log, "_MAGIC", b"TJr9")
+        await crashed(cluster)
+        monkeypatch.undo()
+        with pytest.raises(BlockUnavailable, match="open it with the version that wrote it"):
+            await (await cluster.client()).open("v")
+        with pytest.raises(BlockUnavailable, match="came whole, and is not understood"):
+            await give_up(await cluster.client())
+        monkeypatch.setattr(change_log, "_MAGIC", b"TJr9")
         assert await is_late(cluster)
 
 

@@ -354,7 +354,7 @@ async def test_an_ensemble_is_the_one_that_the_metadata_names(
         set_journal = session._meta.set_journal
         lost: list[tuple[Any, ...]] = []
 
-        async def unknown(*args: Any) -> int:
+        async def unknown(*args: Any, **_: Any) -> int:
             lost.append(args)
             raise OutcomeUnknown("the answer is lost, and what was asked is late")
 
@@ -890,9 +890,9 @@ async def test_an_ensemble_that_cannot_be_recorded_leaves_the_last_one(
         session, store = device.client.session("v"), device.client.store
         members, set_journal = session.journal.members, session._meta.set_journal
 
-        async def away(*args: Any) -> int:
+        async def away(*args: Any, **options: Any) -> int:
             store.down = True
-            return await set_journal(*args)
+            return await set_journal(*args, **options)
 
         monkeypatch.setattr(session._meta, "set_journal", away)
         cluster.set_ring(cluster.ring.with_replication(3))
@@ -903,6 +903,49 @@ async def test_an_ensemble_that_cannot_be_recorded_leaves_the_last_one(
         await asyncio.wait_for(flushed(device, 0, b"as a record"), 5.0)
         again = await reopened(device)
         assert await again.read(0, 11) == b"as a record"
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@virtual
+async def test_no_ensemble_is_made_by_an_earlier_ring(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has left it may be switched off once no journal names it, and must not be named later.
+
+    Found by reading: a client that hears late of a ring chose such a node.
+    """
+    async with Cluster(nodes=4, replication=2, journals=True) as cluster:
+        device = await with_journal(cluster)
+        session = device.client.session("v")
+        before = cluster.ring
+        crashing, leaver = session.journal.members
+        gather = session.journal._gather
+
+        def change() -> None:
+            cluster.set_ring(before.without_peer(leaver))
+            device.client.view.ring = before
+
+        async def late(covered_seq: int) -> Any:
+            found = await gather(covered_seq)
+            change()
+            return found
+
+        if when == "before":
+            change()
+        else:
+            monkeypatch.setattr(session.journal, "_gather", late)
+        await cluster.nodes[crashing].crash()
+        for n in range(3):
+            await flushed(device, n * PAGE, b"without")
+            assert not session.journal.active
+        named, _ = await cluster.meta.journal(session.volume_id)
+        assert named is not None and named.ensemble == (crashing, leaver)
+        monkeypatch.undo()
+        device.client.view.ring = cluster.ring
+        for n in range(5):
+            await flushed(device, n * PAGE, b"with one")
+            await asyncio.sleep(1.0)
+        assert session.journal.active and leaver not in session.journal.members
 
 
 @pytest.mark.parametrize("found", [False, True])

@@ -18,6 +18,7 @@ from torus_actors.actors.volumes import JOURNAL_S, NOT_CLOSED
 from torus_actors.errors import (
     BlockUnavailable,
     Corruption,
+    Fenced,
     OutOfSpace,
     ProtocolError,
     TorusError,
@@ -381,6 +382,42 @@ async def test_a_process_that_ends_leaves_word_of_what_is_lost() -> None:
         await device.client.stop()
         (told,) = system.heirlooms[NOT_CLOSED]
         assert told.startswith("closing volume v: ") and "is lost" in told
+
+
+@virtual
+async def test_a_volume_that_its_last_user_gives_back_in_a_stop_leaves_word_too() -> None:
+    """Servers stop before what opens volumes; in the days before a stop it is in the log.
+
+    Found by reading, with real processes: the status was 0.
+    """
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cut_off(cluster)
+        await device.write(0, b"second")
+        await cluster.nodes[device.client.session("v").journal.members[0]].crash()
+        system = device.client.system
+        assert system is not None
+        told = system.heirlooms.setdefault(NOT_CLOSED, [])  # as `Process.stop` begins
+        with pytest.raises(BlockUnavailable):
+            await device.release()
+        assert len(told) == 1 and told[0].startswith("closing volume v: ") and "is lost" in told[0]
+
+
+@pytest.mark.parametrize("written", [False, True])
+@virtual
+async def test_a_process_that_ends_tells_that_its_volume_was_taken_over(written: bool) -> None:
+    """What it had acknowledged, and nobody had flushed, went with the session."""
+    async with Cluster(nodes=3, replication=2, journals=True) as cluster:
+        device = await cluster.volume(SIZE)
+        if written:
+            await device.write(0, b"first")
+        session = device.client.session("v")
+        session.file.fail(Fenced("session 1 of the volume is over"))
+        system = device.client.system
+        assert system is not None
+        await device.client.stop()
+        told = system.heirlooms.get(NOT_CLOSED, [])
+        assert len(told) == written
+        assert all("is over; what was not flushed before is lost" in each for each in told)
 
 
 @virtual

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +17,7 @@ from torus_actors.errors import TRANSIENT
 
 if TYPE_CHECKING:
     from torus_actors.cli.connect import Connection
+    from torus_actors.model.ring_base import Ring
 
 POLL_S = 0.3
 
@@ -188,13 +189,18 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s), connect(settings) as connection:
             while True:
-                await connection.cluster()
+                _, ring = await connection.cluster()
                 addresses, unasked = await _addresses(connection)
                 with progress_bar("rebalancing", None, "blocks") as advance:
                     result = await one_round(connection, addresses, advance)
+                late = _late(addresses, result, ring)
                 total = {key: sum(each.get(key, 0) for each in result) for key in _COUNTS}
                 for key in moved:
                     moved[key] += total[key]
+                if late:
+                    left = late
+                    await asyncio.sleep(POLL_S)
+                    continue
                 if not any(total.values()):
                     left = "nothing to move, but not all copies are on disks"
                     if await _are_durable(connection, addresses, result):
@@ -210,6 +216,17 @@ async def _rebalance(settings: Settings, timeout_s: float) -> None:
     click.echo(f"balanced: {moved['sent']} blocks sent, {moved['dropped']} dropped")
     if kept:
         raise Failed("; ".join(kept))
+
+
+def _late(addresses: Iterable[str], result: Sequence[dict[str, Any]], ring: Ring) -> str:
+    """Which nodes have made their pass by an earlier ring, so that it tells nothing of this one."""
+    late = [
+        short(peer)
+        for peer, each in zip(addresses, result, strict=True)
+        if each.get("ring_version", ring.version) < ring.version
+    ]
+    have = "has" if len(late) == 1 else "have"
+    return f"{', '.join(late)} {have} not heard of ring version {ring.version}" if late else ""
 
 
 async def _are_durable(

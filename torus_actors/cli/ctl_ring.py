@@ -17,6 +17,7 @@ from torus_actors.errors import Invalid
 
 if TYPE_CHECKING:
     from torus_actors.cli.connect import Connection
+    from torus_actors.metadata.cluster import Registrations
     from torus_actors.metadata.records import PeerInfo
     from torus_actors.model.rings import Peer, Ring
 
@@ -178,7 +179,7 @@ def peer_remove(settings: Settings, peers: tuple[str, ...]) -> None:
             if leaving:
                 alone = await _may_be_alone(connection, leaving)
                 _told(await _change(connection, remove))
-                note = _all_copies_on(before, leaving) or _still_needed(alone)
+                note = _all_copies_on(before, leaving, there) or _still_needed(alone)
                 if note:
                     click.echo(note)
             for each in sorted(ids.intersection(there.unread)):
@@ -219,13 +220,22 @@ def _still_needed(alone: Collection[str]) -> str:
     )
 
 
-def _all_copies_on(before: Ring, leaving: Collection[str]) -> str:
+def _all_copies_on(before: Ring, leaving: Collection[str], there: Registrations) -> str:
     """What is to be known when blocks may have all their copies on nodes that leave the ring."""
     if len(leaving) < min(before.replication, len(before.members)):
         return ""
-    return (
+    note = (
         "note: of some blocks all copies are on what was removed: keep it running until torusctl "
-        "debug rebalance is done; where it does not run, they are lost unless it comes back"
+        "debug rebalance is done"
+    )
+    registered = {info.peer_id for info in there.peers}
+    away = [short(each) for each in sorted(leaving) if each not in registered]
+    if not away:
+        return note
+    # It asks those that are registered. One that is not may run, cut off from the metadata alone.
+    return (
+        f"{note}; that says nothing of {', '.join(away)} before torusctl peer list has it up "
+        "again: what only it has is lost unless it comes back"
     )
 
 
@@ -340,7 +350,8 @@ def ring_manual_change(
             leaving = set() if chosen is None else set(now.members) - chosen
             alone = await _may_be_alone(connection, leaving)
             _told(await _change(connection, change))
-            note = _all_copies_on(now, leaving) or _still_needed(alone)
+            there = await connection.meta.registrations()
+            note = _all_copies_on(now, leaving, there) or _still_needed(alone)
             if note:
                 click.echo(note)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torus_actors.errors import (
+    BlockUnavailable,
     CompareFailed,
     Corruption,
     Exists,
@@ -184,6 +185,21 @@ class ClusterOperations(MetadataBase):
         """
         stored, _ = await self._ring()
         return stored.data, stored.version
+
+    async def ring_revision(self, version: int) -> int:
+        """The revision of the ring's record.
+
+        Args:
+            version: of the ring that the caller knows.
+
+        Raises:
+            BlockUnavailable: the ring has another version by now.
+            NoGlobalMetadata: `init` was never called.
+        """
+        stored, revision = await self._ring()
+        if stored.version != version:
+            raise BlockUnavailable(f"the ring has version {stored.version}, and not {version}")
+        return revision
 
     async def set_ring(
         self,

@@ -171,24 +171,35 @@ class SessionOperations(MetadataBase):
         if volume is None:
             raise Fenced("the volume was deleted while it was open")
         volume = dataclasses.replace(volume, size=resized)
-        also = (Compare(volume_key, mod_revision=at), Put(volume_key, volume.encode()))
-        return await self._commit(volume_id, epoch, expected_revision, key, head, also)
+        also = Compare(volume_key, mod_revision=at)
+        resizing = Put(volume_key, volume.encode())
+        return await self._commit(volume_id, epoch, expected_revision, key, head, also, resizing)
 
     async def journal(self, volume_id: int) -> tuple[Journal | None, int]:
         """Where the newest journal is, and the record's revision; None and 0 before the first."""
         return await self._read(self.keys.of(table.JOURNAL, volume_id), Journal)
 
     async def set_journal(
-        self, volume_id: int, epoch: int, expected_revision: int, journal: Journal
+        self,
+        volume_id: int,
+        epoch: int,
+        expected_revision: int,
+        journal: Journal,
+        *,
+        ring_revision: int | None = None,
     ) -> int:
         """Name the journal's ensemble, or the ``end`` of an earlier session's journal.
 
-        Arguments, result and errors are those of `commit_head`.
+        Arguments, result and errors are those of `commit_head`. A ``ring_revision`` is what the
+        ring's record must have in the moment of the change; else it is a `CompareFailed`, too.
         """
         if journal.epoch > epoch or (journal.epoch < epoch and journal.end < 0):
             raise Invalid(f"a journal of epoch {journal.epoch} in a session of epoch {epoch}")
         key = self.keys.of(table.JOURNAL, volume_id)
-        return await self._commit(volume_id, epoch, expected_revision, key, journal)
+        ring = (
+            None if ring_revision is None else Compare(self.keys.ring, mod_revision=ring_revision)
+        )
+        return await self._commit(volume_id, epoch, expected_revision, key, journal, ring)
 
     async def _commit(
         self,
@@ -197,7 +208,8 @@ class SessionOperations(MetadataBase):
         expected_revision: int,
         key: str,
         record: Record,
-        also: tuple[Compare, Put] | None = None,
+        also: Compare | None = None,
+        *others: Put,
     ) -> int:
         async def mine() -> int | None:
             # Only this session writes records of its epoch, so an equal one is its own.
@@ -209,11 +221,9 @@ class SessionOperations(MetadataBase):
             self._in_session(volume_id, epoch),
             Compare(key, mod_revision=expected_revision),
         ]
-        then = [Put(key, record.encode())]
         if also is not None:
-            compare.append(also[0])
-            then.append(also[1])
-        revision = await self._settle(compare, then, mine)
+            compare.append(also)
+        revision = await self._settle(compare, [Put(key, record.encode()), *others], mine)
         if revision is None:
             await self._check_epoch(volume_id, epoch)
             raise CompareFailed(f"{key} is no longer at revision {expected_revision}")

@@ -141,14 +141,19 @@ class SessionJournal:
             covered_seq: number of the last record so far; what comes next follows it.
 
         Raises:
-            BlockUnavailable: fewer peers take records than copies are wanted. An ensemble that was
-                active, and that the metadata still names, is so again.
+            BlockUnavailable: fewer peers take records than copies are wanted, or the ring has
+                changed and this process has not heard of it yet. An ensemble that was active, and
+                that the metadata still names, is so again.
+            Again: the same is true; the metadata cannot be reached, or the ring has just changed.
             Fenced: another session has begun.
-            Again, OutcomeUnknown: the metadata cannot be reached; nothing is active.
+            OutcomeUnknown: the metadata cannot be reached; nothing is active.
         """
         was_active, self.active = self.active, False
         self._found_for = ()
         try:
+            # Who has left the ring may be switched off as soon as it was seen that no journal names
+            # it: none must name it later, by an earlier ring.
+            ring_revision = await self._meta.ring_revision(self._view.ring.version)
             homes, room = await self._gather(covered_seq)
         except BaseException:
             self._keep(was_active, covered_seq)
@@ -157,7 +162,7 @@ class SessionJournal:
         extra: bytes = msgpack.packb({each: home.identity for each, home in homes.items()})
         record = Journal(epoch=self._epoch, ensemble=members, extra=extra)
         try:
-            await self._record(record)
+            await self._record(record, ring_revision)
         except (Again, OutOfSpace):  # nothing was changed
             self._keep(was_active, covered_seq)
             raise
@@ -169,10 +174,10 @@ class SessionJournal:
         self.size_max = min(room)
         self.began_at = self._system.loop.time()
 
-    async def _record(self, record: Journal) -> None:
+    async def _record(self, record: Journal, ring_revision: int) -> None:
         try:
             self._revision = await self._meta.set_journal(
-                self._volume_id, self._epoch, self._revision, record
+                self._volume_id, self._epoch, self._revision, record, ring_revision=ring_revision
             )
         except CompareFailed:
             # An attempt of ours whose answer was lost: nobody else writes under this epoch.
@@ -180,7 +185,10 @@ class SessionJournal:
                 found, revision = await self._meta.journal(self._volume_id)
             except Again as error:
                 raise OutcomeUnknown(str(error)) from error
+            unchanged = self._revision == revision
             self._revision = revision
+            if unchanged:
+                raise Again("the ring has just changed") from None
             if found != record:
                 raise BlockUnavailable("the journal's record changed meanwhile") from None
 

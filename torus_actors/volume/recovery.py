@@ -17,6 +17,7 @@ from torus_actors.errors import (
     BlockUnavailable,
     Corruption,
     Fenced,
+    Invalid,
     NotExist,
     OutcomeUnknown,
     TorusError,
@@ -133,10 +134,13 @@ async def recover(
             return replay
         if not await backoff.wait(end):
             names = ", ".join(member[:8] for member in journal.ensemble)
+            why = f"no member of the volume's journal ({names}) can be read: "
+            unknown = next((e for e in failures.values() if isinstance(e, Invalid)), None)
             raise Unreadable(
-                f"no member of the volume's journal ({names}) can be read: "
-                f"{list(failures.values())[-1]}; if all of them are lost for good: torusctl debug "
-                "give-up-journal",
+                f"{why}{unknown}; open it with the version that wrote it"
+                if unknown is not None
+                else f"{why}{list(failures.values())[-1]}; if all of them are lost for good: "
+                "torusctl debug give-up-journal",
                 [each for each in failures if not isinstance(failures[each], LOST)],
             )
 
@@ -281,7 +285,11 @@ async def _read_tail(
                 return  # it was not asked for
             if seq != following:
                 raise OutcomeUnknown(f"record {seq} came where {following} was due")
-            replay.add(seq, payload[at : at + length])
+            try:
+                replay.add(seq, payload[at : at + length])
+            except Corruption as error:
+                # It came as it was stored, so nothing says that the member has lost it.
+                raise Invalid(f"record {seq} came whole, and is not understood: {error}") from error
             at += length
             following += 1
         await asyncio.sleep(0)  # the heartbeat's turn: there may be a hundred of these

@@ -173,6 +173,7 @@ class Session:
         self._replies = system.actor(answers_to).replies
         self._outbox: dict[int, list[Reply]] = {}
         self._emptying = False
+        self._retrying = False
         self._block_status = BlockStatus(self.file, self._answer)
         self._prefetch = Prefetch(self.file, self._answer)
         self.flusher = Flusher(self)
@@ -555,7 +556,9 @@ class Session:
             self._replies.tell(conn, replies)
         except Overloaded:
             self._outbox.setdefault(conn, []).extend(replies)
-            self.system.loop.call_later(OUTBOX_RETRY_S, self._empty_outbox)
+            if not self._retrying:
+                self._retrying = True
+                self.system.loop.call_later(OUTBOX_RETRY_S, self._retry_outbox)
 
     def _answer(self, conn: int, reply: Reply) -> None:
         """Answer later than within ``submit``; gathers what one turn of the loop brings."""
@@ -580,6 +583,10 @@ class Session:
         outbox, self._outbox = self._outbox, {}
         for conn, replies in outbox.items():
             self._send(conn, replies)
+
+    def _retry_outbox(self) -> None:
+        self._retrying = False
+        self._empty_outbox()
 
     def _on_read(self, conn: int, request: Request, replies: list[Reply]) -> None:
         pieces = self.file.read_at(
