@@ -388,7 +388,9 @@ class OpenStores:
         self._changed_at = self.system.loop.time()
         if self._idle_flush is None:
             self._changed_since = self._changed_at
-            pause = PRESSED_FLUSH_S if self._is_pressed() else IDLE_FLUSH_S
+            # Where the last one was refused there is no hurry.
+            hurries = self._is_pressed() and not self.refusal
+            pause = PRESSED_FLUSH_S if hurries else IDLE_FLUSH_S
             self._idle_flush = self.system.loop.call_later(pause, self._flush_idle)
 
     def _is_pressed(self) -> bool:

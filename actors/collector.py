@@ -160,16 +160,18 @@ class Collector(LoopActor):
             left = self._suspected_at + self._grace_s - loop.time()
             if len(self._suspects) and left > 0:
                 await asyncio.sleep(left)
+            before = self._counts["reclaimed"]
             try:
                 await self._pass()
                 self._last_error = ""
             except TorusError as error:
-                # Nothing was deleted, and what was suspected must be found dead twice again.
+                # Nothing more is deleted, and what was suspected must be found dead twice again.
                 self._suspects = RefSet()
                 self._counts["failed_passes"] += 1
                 self._counts["garbage"] = self._counts["garbage_bytes"] = 0
                 self._last_error = str(error)
-                log.warning("collecting ended without deleting anything: %s", error)
+                deleted = self._counts["reclaimed"] - before
+                log.warning("collecting ended early, with %d blocks deleted: %s", deleted, error)
 
     async def _pass(self) -> None:
         """One complete pass: finds the dead, deletes those the last pass found dead as well."""
@@ -224,8 +226,12 @@ class Collector(LoopActor):
                 self._counts["reclaimed"] += deleted
                 self._counts["reclaimed_bytes"] += deleted * size
         if any(dead_twice):
-            await store.flush.remote(timeout_s=120.0)  # their room is free only after that
-            log.info("%d dead blocks deleted", sum(map(len, dead_twice)))
+            count = sum(map(len, dead_twice))
+            try:
+                await store.flush.remote(timeout_s=120.0)  # their room is free only after that
+                log.info("%d dead blocks deleted", count)
+            except TorusError as error:  # what is told elsewhere, and tried again
+                log.warning("%d dead blocks are deleted, but not for good yet: %s", count, error)
         await self._trim_journals(logs or {}, tombs, journals)
         self._suspects = suspects
         self._suspected_at = began

@@ -6,7 +6,6 @@ over AoE has an aoe_server in the place of the nbd_server.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import uuid
 from dataclasses import dataclass
@@ -14,17 +13,10 @@ from dataclasses import dataclass
 from torus_actors.actors.control import Control
 from torus_actors.actors.heartbeat import LEASE_TTL_S, Heartbeat
 from torus_actors.actors.replicator import ReadLevel, WriteLevel
-from torus_actors.actors.ring_watcher import ClusterView
 from torus_actors.machine import REAL_MACHINE, Machine
-from torus_actors.metadata.patience import patiently
 from torus_actors.process import DEFAULT_METADATA, Addr, AoeConfig, NbdConfig, Process, store_opener
 from torus_actors.runtime import ChildSpec
-from torus_actors.wire.hello import Role, shut_out
-
-ADMITTED_S_MAX = 1.0
-"""How long a client waits to learn whether nodes let it in; one that answers is enough."""
-
-ADMITTED_LOOK_S = 0.01
+from torus_actors.wire.hello import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +58,7 @@ class Client(Process):
         config = self.config
         await self.start_base(config.listen, store_opener(config.metadata))
         view = await self.load_view(patience_s)
-        await self._check_admitted(view, patience_s)
+        await self.check_admitted(view, patience_s)
         await self.start_services(
             [
                 *self.common_services(config.read_level, config.write_level, False),
@@ -80,32 +72,6 @@ class Client(Process):
                 *self.aoe_services(config.aoe),
             ]
         )
-
-    async def _check_admitted(self, view: ClusterView, patience_s: float) -> None:
-        """See that the nodes let this process in, or say nothing of it, before it takes locks.
-
-        One that is connected is enough. Else it counts what most of them say: one that refuses may
-        be the one with the wrong secret, and those that are down may be on their way up.
-        """
-        bridge, loop = self.system.actor("bridge"), self.system.loop
-        # A node need not be where it was when it entered the ring, and another cluster's may be.
-        found = await patiently(self.meta.peers, give_up_s=patience_s, rng=self.system.rng)
-        view.peers = {info.peer_id: info for info in found}
-        await bridge.set_peers.remote(view.addresses())
-        refusals: list[str] = []
-        others = 0
-        end = loop.time() + ADMITTED_S_MAX
-        while view.ring.members and loop.time() < end:
-            peers = await bridge.peers.remote()
-            if any(peer["up"] for peer in peers):
-                return
-            refusals = [peer["reason"] for peer in peers if peer["refused"]]
-            others = len(peers) - len(refusals)
-            if not others or not (refusals or any(not peer["reason"] for peer in peers)):
-                break  # all of them refuse, or all of them are down
-            await asyncio.sleep(ADMITTED_LOOK_S)
-        if refusals and len(refusals) >= others:
-            raise shut_out("no node talks to this process", refusals)
 
 
 async def start_client(

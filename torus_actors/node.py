@@ -192,6 +192,8 @@ class StorageNode(Process):
         scrub_place = ScrubPlace.load(config.machine.open_disk(config.data_dir))
         self._check_addresses()
         if config.auto_join or (self.embedded and not view.ring.members):
+            if self.system.node_id not in view.ring.members:
+                await self.check_admitted(view, None)
             await self._join()
         storage = SupervisorSpec(
             "storage",

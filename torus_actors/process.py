@@ -40,13 +40,13 @@ from torus_actors.machine import REAL_MACHINE, Machine
 from torus_actors.metadata import opening
 from torus_actors.metadata.kv import KeyValueStore
 from torus_actors.metadata.memory import MemoryStore
-from torus_actors.metadata.patience import Backoff, refusal
+from torus_actors.metadata.patience import Backoff, patiently, refusal
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
 from torus_actors.nbd.connection import TlsSettings
 from torus_actors.runtime import ActorSystem, ChildSpec, SupervisorSpec
 from torus_actors.volume.session import CacheSizes
-from torus_actors.wire.hello import Identity, Role
+from torus_actors.wire.hello import Identity, Role, shut_out
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ the process, and loses nothing."""
 
 QUIET_WAIT_S = 3.0
 """Nodes of a cluster are started together: one that waits no longer than this need not say so."""
+
+ADMITTED_S_MAX = 1.0
+"""How long a process that starts waits to learn whether nodes let it in."""
+
+ADMITTED_LOOK_S = 0.01
 
 STOP_S_MAX = 120.0
 """For all services together: a volume's last flush may take a minute when a peer is down."""
@@ -219,6 +224,42 @@ class Process:
         self.view = ClusterView(gmd, rings.unmarshal(data))
         await self.system.actor("bridge").set_cluster.remote(gmd.cluster_id)
         return self.view
+
+    async def check_admitted(self, view: ClusterView, patience_s: float | None) -> None:
+        """See that the nodes let this process in, before it takes locks, or a place in the ring.
+
+        One that refuses may be the one with the wrong secret, and so may one that does not: more
+        must refuse than do not. Of those that are down nobody knows; they may be on their way up,
+        and count only where all others refuse.
+
+        Args:
+            view: of the cluster; gets the nodes that are registered.
+            patience_s: how long to wait for the metadata; None for as long as it takes.
+
+        Raises:
+            Again: the metadata did not answer in time.
+            Unauthenticated: the nodes do not let this process in.
+        """
+        bridge, loop = self.system.actor("bridge"), self.system.loop
+        # A node need not be where it was when it entered the ring, and another cluster's may be.
+        found = await patiently(self.meta.peers, give_up_s=patience_s, rng=self.system.rng)
+        view.peers = {info.peer_id: info for info in found}
+        await bridge.set_peers.remote(view.addresses())
+        refusals: list[str] = []
+        up = down = 0
+        end = loop.time() + ADMITTED_S_MAX
+        while view.ring.members and loop.time() < end:
+            peers = await bridge.peers.remote()
+            up = sum(peer["up"] for peer in peers)
+            refusals = [peer["reason"] for peer in peers if peer["refused"]]
+            down = len(peers) - up - len(refusals)
+            silent = any(not peer["reason"] for peer in peers if not peer["up"])
+            if 2 * up > len(peers) or not down or (not silent and (up or not refusals)):
+                break  # most of them let it in, or nobody is waited for
+            await asyncio.sleep(ADMITTED_LOOK_S)
+        if len(refusals) > up and (up or len(refusals) >= down):
+            what = "most nodes do not talk" if up else "no node talks"
+            raise shut_out(f"{what} to this process", refusals)
 
     async def start_services(self, children: list[ChildSpec | SupervisorSpec]) -> None:
         """Start what needs the cluster."""

@@ -15,6 +15,7 @@ import pytest
 
 from tests.integration.cluster import Cluster, need, small_cluster, until
 from tests.integration.etcd_server import EtcdServer, require_etcd
+from torus_actors.scenarios.processes import Unexpected
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -444,8 +445,14 @@ def test_a_node_lost_for_good_is_healed_without_an_operator(tmp_path: Path) -> N
         assert whole()
 
 
-def test_a_client_that_no_node_lets_in_takes_no_volume(tmp_path: Path, etcd: EtcdServer) -> None:
-    """With etcd it can read the metadata without the secret, and so take the lock of a volume."""
+def test_who_is_let_in_by_no_node_takes_no_volume_and_no_place_in_the_ring(
+    tmp_path: Path, etcd: EtcdServer
+) -> None:
+    """With etcd the metadata can be read without the secret, and so the lock of a volume be taken.
+
+    Found by use: a new node with a wrong secret was in the ring, and what was written through it
+    was acknowledged with one copy that nobody else could read.
+    """
     with Cluster(tmp_path, f"etcd://{etcd.endpoint}", secret="correct horse battery") as cluster:
         cluster.ctl("init")
         cluster.start_nodes(1)
@@ -456,3 +463,9 @@ def test_a_client_that_no_node_lets_in_takes_no_volume(tmp_path: Path, etcd: Etc
         assert "give the --secret-file of the nodes" in client.output.splitlines()[-1]
         (row,) = cluster.ctl_json("volume", "list")
         assert not row["holder"]
+        with pytest.raises(Unexpected, match="give the --secret-file of the nodes"):
+            cluster.start_node(1, "--auto-join")
+        (tmp_path / "secret").write_text("correct horse battery")
+        assert len(cluster.ctl_json("ring", "get")["peers"]) == 1
+        cluster.start_node(1, "--auto-join")
+        assert len(cluster.ctl_json("ring", "get")["peers"]) == 2

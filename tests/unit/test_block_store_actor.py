@@ -288,7 +288,9 @@ async def test_a_slot_that_may_still_be_written_to_is_set_aside(
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
 @virtual
-async def test_a_node_takes_no_block_whose_entry_the_disk_refuses(error: int, kind: int) -> None:
+async def test_a_node_takes_no_block_whose_entry_the_disk_refuses(
+    error: int, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor one of the other store: a flush is of both. It does again once a flush goes through.
 
     Found by reading: it took them and confirmed none, and writers sent them to it again and again.
@@ -306,7 +308,19 @@ async def test_a_node_takes_no_block_whose_entry_the_disk_refuses(error: int, ki
                 await put(node, other, b"x" * 4096)
         stats = await store.stats.remote()
         assert [bool(stats[name]["failure"]) for name in STORE_NAMES] == [True, False]
+        opened = node.opened
+        assert opened is not None
+        monkeypatch.setattr(opened, "_is_pressed", lambda: True)  # it is nearly full, too
+        flush_once, flushes = opened._flush_once, 0
+
+        async def counted() -> None:
+            nonlocal flushes
+            flushes += 1
+            await flush_once()
+
+        monkeypatch.setattr(opened, "_flush_once", counted)
         await asyncio.sleep(60)
+        assert 10 < flushes < 40  # found by reading: ten a second
         with pytest.raises(Closed):
             await put(node, ref_of(2), b"x" * 4096)
         node.disks[kind].heal()

@@ -6,8 +6,10 @@ import asyncio
 import concurrent.futures
 import errno
 import io
+import logging
 import os
 import random
+import socket
 import ssl
 import subprocess
 import sys
@@ -50,12 +52,12 @@ from torus_actors.cli.units import (
     parse_seconds,
     parse_size,
 )
-from torus_actors.errors import Invalid, NotExist, TorusError
+from torus_actors.errors import Exists, Invalid, NotExist, TorusError
 from torus_actors.metadata.memory import MemoryStore
 from torus_actors.metadata.records import GlobalMetadata, PeerInfo
 from torus_actors.metadata.service import MetadataService
 from torus_actors.model import rings
-from torus_actors.model.addresses import format_address, parse_address
+from torus_actors.model.addresses import check_free, format_address, parse_address
 from torus_actors.model.peers import Peer
 from torus_actors.scenarios.__main__ import main as scenarios
 from torus_actors.scenarios.processes import free_ports
@@ -575,8 +577,28 @@ def test_nodes_are_named_by_the_beginning_of_their_ids() -> None:
     assert short("@10.0.0.1:40000") == "@10.0.0.1:40000"
 
 
-def test_the_size_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes as given; a share counts what is stored already; the default leaves what is there."""
+def test_an_address_is_free_where_a_server_could_listen() -> None:
+    """Found by reading: a program on all IPv4 addresses kept a node from all IPv6 ones."""
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        check_free(("::", port), "--http")
+        check_free(("127.0.0.1", 0), "--http")
+        for host in ("0.0.0.0", "127.0.0.1"):
+            with pytest.raises(Exists, match=r"in use; stop what listens there, or .* --http"):
+                check_free((host, port), "--http")
+    with pytest.raises(Exists, match=r"cannot listen on \[2001:db8::1\]:1: .*; choose another"):
+        check_free(("2001:db8::1", 1), "--http")
+
+
+def test_the_size_of_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bytes as given; a share counts what is stored already; the default leaves what is there.
+
+    Found by reading: all of a disk left no room for a journal, nor for the second of the stores.
+    """
     free = 100 * GIB
     monkeypatch.setattr(
         "torus_actors.cli.node.shutil.disk_usage", lambda path: type("", (), {"free": free})
@@ -590,9 +612,18 @@ def test_the_size_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (directory / "blocks").mkdir(parents=True)
     (directory / "blocks" / "blocks.index").write_bytes(bytes(1 << 20))
     assert store_size(directory, None) is None
-    assert store_size(directory, 1.0) == 5 * GIB + (1 << 20)
-    free = 1 << 20
-    assert store_size(directory, 0.5) is None  # never smaller by itself
+    whole = 5 * GIB + (1 << 20)
+    assert store_size(directory, 1.0) == whole - whole // 50 - (64 << 20)
+    free = (1 << 20) + 100
+    with caplog.at_level(logging.INFO):
+        assert store_size(directory, 0.01) is None  # never smaller by itself
+    assert (
+        "the stores have 1 MiB already, and are not made smaller for a share of 1%" in caplog.text
+    )
+    caplog.clear()
+    (directory / "blocks" / "blocks.data").write_bytes(bytes(80 << 20))
+    free = 81 << 20
+    assert store_size(directory, 0.5) is None and not caplog.text  # it is what it was
 
 
 def dev_config(directory: Path, **changes: Any) -> DevConfig:

@@ -219,6 +219,16 @@ async def test_a_node_says_of_its_journal_too_that_it_failed() -> None:
     await system.stop()
 
 
+def test_a_journal_that_cannot_grow_is_told() -> None:
+    """Found by use: a node without a file for its journal was healthy, and flushes were commits."""
+    at = ring(1, 1)
+    small = answer(IDS[0], journal={"failure": "", "no_growth": "the disk is full"})
+    (told,) = problems(at, [row(0, at, small)])
+    assert "node 10000000 cannot grow" in told and "the disk is full: make room" in told
+    well = answer(IDS[0], journal={"failure": "", "no_growth": ""})
+    assert problems(at, [row(0, at, well)]) == []
+
+
 def test_damage_that_nobody_could_repair_is_told() -> None:
     """No cluster is healthy as long as a scrubber knows of a block without a good copy."""
     at = ring(2, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import random
 import uuid
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,7 @@ from torus_actors.metadata.service import MetadataService
 from torus_actors.model.blocksets import unmarshal_blockset
 from torus_actors.model.refs import BlockRef
 from torus_actors.runtime import ChildSpec
+from torus_actors.storage.mfile_open import INDEX_PATH
 
 BLOCK = 16 << 10
 COUNT = 8
@@ -97,6 +99,26 @@ async def test_what_two_passes_find_dead_is_deleted_after_the_grace() -> None:
         assert status["garbage"] == status["garbage_bytes"] == 0
         assert status["reclaimed"] == COUNT + pages
         assert status["reclaimed_bytes"] == COUNT * BLOCK + pages * (32 << 10)
+        assert await device.read(0, SIZE) == bytes([2]) * SIZE
+
+
+@virtual
+async def test_what_is_deleted_counts_though_the_disk_refuses_the_flush_after_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Their room is free later; found by reading: the pass ended, "without deleting anything"."""
+    async with one_node() as cluster:
+        watched, device = await with_garbage(cluster)
+        await watched.start()
+        await asyncio.sleep(15)
+        watched.node.disks[0].inject("write", errno.EIO, path=INDEX_PATH, times=1 << 30)
+        await asyncio.sleep(GRACE_S)
+        status = await watched.status()
+        assert status["reclaimed"] > COUNT and status["failed_passes"] == 0
+        assert "blocks are deleted, but not for good yet: disk error" in caplog.text
+        watched.node.disks[0].heal()
+        await asyncio.sleep(10)
+        assert watched.count == COUNT
         assert await device.read(0, SIZE) == bytes([2]) * SIZE
 
 

@@ -665,6 +665,7 @@ def test_full_disk_is_out_of_space() -> None:
             records[seq] = bytes([seq]) * 3000
             seq += 1
     assert len(records) > 10
+    assert "full" in store.stats().no_growth
     assert tail(store, 1, 1, 1) == records
     store.cut(1, 1, seq - 3)
     put(store, 1, 1, seq, b"goes on")
@@ -676,7 +677,7 @@ def test_disk_without_any_room() -> None:
     store = open_store(SimDisk(random.Random(1), capacity_bytes=SEGMENT // 2))
     for _ in range(2):
         assert isinstance(outcome(store, store.append(1, 1, 1, [b"x"])), OutOfSpace)
-    assert store.failure is None
+    assert store.failure is None and "full" in store.stats().no_growth
     assert store.volumes() == []
 
 

@@ -35,6 +35,10 @@ DEFAULT_LISTEN: Address = ("127.0.0.1", 40000)
 
 SIZE_DEFAULT = 10 << 30
 SHARE_DEFAULT_PERCENT = 80
+
+BESIDE_BYTES = 64 << 20
+SHARE_REST = 50
+"""No share takes all of a disk: two files of the journal need room, and what file systems keep."""
 """A new store takes the default size, but no more than this share of the free space."""
 
 _PERCENT = re.compile(r"(\d{1,3})\s*%")
@@ -301,8 +305,17 @@ def store_size(directory: Path, size: int | float | None) -> int | None:
     if size is not None:
         # A share moves with whatever else is on the disk: a store grows with it, but is not made
         # smaller, which might not be possible, on some later start.
-        wanted = int((room + taken) * size)
-        return wanted if wanted > taken else None
+        whole = room + taken
+        wanted = min(int(whole * size), whole - whole // SHARE_REST - BESIDE_BYTES)
+        if wanted > taken or not taken:
+            return wanted
+        if wanted < taken - taken // 20:
+            LIFECYCLE.info(
+                "the stores have %s already, and are not made smaller for a share of %d%%",
+                format_size(taken),
+                round(size * 100),
+            )
+        return None
     return min(SIZE_DEFAULT, room * SHARE_DEFAULT_PERCENT // 100)
 
 

@@ -123,9 +123,11 @@ def add_answer(row: Row, answer: Any) -> None:
         row["level"] = next((each for each in ("full", "warning") if each in levels), levels[0])
         row["failure"] = " ".join(each["failure"] for each in sizes).strip()
     add_disk(row, answer)
-    failed = answer.get("journal", {}).get("failure")
-    if failed:
-        row["failure"] = f"{row.get('failure', '')} the journal {failed}".strip()
+    journal = answer.get("journal", {})
+    if journal.get("failure"):
+        row["failure"] = f"{row.get('failure', '')} the journal {journal['failure']}".strip()
+    if journal.get("no_growth"):
+        row["journal_no_growth"] = journal["no_growth"]
     evictor = answer.get("evictor", {})
     if "missing_s" in evictor:
         row["evictor"] = evictor
@@ -214,6 +216,11 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
             found.append(_disk_hangs(row))
         if row.get("failure"):
             found.append(f"node {name}: {row['failure']}")
+        if "journal_no_growth" in row:
+            found.append(
+                f"the journal of node {name} cannot grow, so that flushes may have to be commits: "
+                f"{row['journal_no_growth']}: make room on its disk"
+            )
         if row.get("level", "ok") != "ok":
             found.append(f"the store of node {name} is {row['level']}: add nodes or make room")
         if row.get("collector", {}).get("last_error"):

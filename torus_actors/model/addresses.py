@@ -65,13 +65,18 @@ def check_free(address: Address, option: str) -> None:
         Exists: somebody listens there, or this machine has no such address.
     """
     host, port = address
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            hint = "stop what listens there, or " if error.errno == errno.EADDRINUSE else ""
-            raise Exists(
-                f"cannot listen on {format_address(address)}: {error.strerror}; "
-                f"{hint}choose another with {option}"
-            ) from error
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, place in found:
+            with socket.socket(family, kind, protocol) as probe:
+                # As asyncio's servers do.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(place)
+    except OSError as error:
+        hint = "stop what listens there, or " if error.errno == errno.EADDRINUSE else ""
+        raise Exists(
+            f"cannot listen on {format_address(address)}: {error.strerror}; "
+            f"{hint}choose another with {option}"
+        ) from error

@@ -409,6 +409,7 @@ class JournalStore(JournalSpace):
             committed=self._committed_tickets,
             copied=self._copied,
             reused=self._reuses,
+            no_growth=self._growth_error,
         )
 
     # Inside.

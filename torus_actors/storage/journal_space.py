@@ -514,6 +514,7 @@ class JournalSpace:
         segment = Segment(index, step.file, size, generation, HEADER_SIZE)
         self._segments.append(segment)
         self._free.append(segment)
+        self._growth_error = ""
 
     def _no_growth(self, step: MakeSegment, error: Exception) -> None:
         """The disk is full, say: go on with the segments that are there."""

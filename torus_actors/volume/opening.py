@@ -135,8 +135,9 @@ async def open_session(
                 for member in error.silent:
                     if member in view.ring.members:
                         raise BlockUnavailable(
-                            f"peer {member[:8]} may have the journal of volume {name} yet: start "
-                            f"it, or if it is lost for good: torusctl peer remove {member[:8]}"
+                            f"peer {member[:8]} may have the journal of volume {name} yet: "
+                            f"{error.remedy}, or if it is lost for good: torusctl peer remove "
+                            f"{member[:8]}"
                         ) from error
                 lost_journal = str(error)
                 replay.certain = False  # so that a head is recorded before anything is read

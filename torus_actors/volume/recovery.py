@@ -55,11 +55,15 @@ class Unreadable(BlockUnavailable):
 
     Attributes:
         silent: members that did not say themselves that they have lost it: they may be back.
+        remedy: what may make it readable.
     """
 
-    def __init__(self, text: str, silent: Sequence[str] = ()) -> None:
+    def __init__(
+        self, text: str, silent: Sequence[str] = (), remedy: str = "start its nodes"
+    ) -> None:
         super().__init__(text)
         self.silent = list(silent)
+        self.remedy = remedy
 
 
 async def recover(
@@ -134,14 +138,16 @@ async def recover(
             return replay
         if not await backoff.wait(end):
             names = ", ".join(member[:8] for member in journal.ensemble)
+            silent = [peer for peer in failures if not isinstance(failures[peer], LOST)]
             why = f"no member of the volume's journal ({names}) can be read: "
-            unknown = next((e for e in failures.values() if isinstance(e, Invalid)), None)
+            for each in failures.values():
+                if isinstance(each, Invalid):
+                    remedy = "open it with the version that wrote it"
+                    raise Unreadable(f"{why}{each}; {remedy}", silent, remedy)
             raise Unreadable(
-                f"{why}{unknown}; open it with the version that wrote it"
-                if unknown is not None
-                else f"{why}{list(failures.values())[-1]}; if all of them are lost for good: "
-                "torusctl debug give-up-journal",
-                [each for each in failures if not isinstance(failures[each], LOST)],
+                f"{why}{list(failures.values())[-1]}; if all of them are lost for good: torusctl "
+                "debug give-up-journal",
+                silent,
             )
 
 
