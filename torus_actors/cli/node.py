@@ -35,11 +35,12 @@ DEFAULT_LISTEN: Address = ("127.0.0.1", 40000)
 
 SIZE_DEFAULT = 10 << 30
 SHARE_DEFAULT_PERCENT = 80
+"""A new store takes the default size, but no more than this share of the free space."""
 
 BESIDE_BYTES = 64 << 20
 SHARE_REST = 50
-"""No share takes all of a disk: two files of the journal need room, and what file systems keep."""
-"""A new store takes the default size, but no more than this share of the free space."""
+"""No share takes all of a disk: two files of the journal need room beside the stores, and of the
+whole as small a part for what file systems keep for themselves."""
 
 _PERCENT = re.compile(r"(\d{1,3})\s*%")
 
