@@ -135,26 +135,34 @@ class Volumes(LoopActor):
         if final:
             if cell is not None and cell.state is not State.RUNNING:
                 await cell.start()  # it has just died, and the last flush is its work
-            session = self._open[name].session
-            failure = session.file.failure
-            try:
-                await close_session(session, self._meta)
-                if isinstance(failure, Fenced) and session.file.was_written:
-                    raise Fenced(f"{failure}; what was not flushed before is lost")
-            except TorusError as error:
-                self.system.heirlooms.setdefault(NOT_CLOSED, [])
-                self._not_closed(name, error)
+            self.system.heirlooms.setdefault(NOT_CLOSED, [])
+            await self._close(name, self._open[name].session)
             self._open.pop(name, None)
             self._sessions.pop(name, None)
         if cell is not None:
             await cell.stop(final=final)
 
-    def _not_closed(self, name: str, error: TorusError) -> None:
-        """Tell that something may be lost: in the log, and in a last stop by its result too."""
-        log.error("closing volume %s: %s", name, error)
-        lost = self.system.heirlooms.get(NOT_CLOSED)
-        if lost is not None:
-            lost.append(f"closing volume {name}: {error}")
+    async def _close(self, name: str, session: Session) -> TorusError | None:
+        """Close a session; what is lost is in the log then, and in a last stop its result too.
+
+        Returns:
+            Why the last flush failed.
+        """
+        failure = session.file.failure
+        told: TorusError | None = None
+        if isinstance(failure, Fenced) and session.has_unflushed:
+            told = Fenced(f"{failure}; what was not flushed before is lost")
+        error: TorusError | None = None
+        try:
+            await close_session(session, self._meta)
+        except TorusError as failed:
+            error = told = failed
+        if told is not None:
+            log.error("closing volume %s: %s", name, told)
+            lost = self.system.heirlooms.get(NOT_CLOSED)
+            if lost is not None:
+                lost.append(f"closing volume {name}: {told}")
+        return error
 
     async def _watch_requests(self) -> None:
         """Tell the sessions here which snapshots are wanted of their volumes."""
@@ -328,13 +336,8 @@ class Volumes(LoopActor):
         volume = self._open.get(name)
         if volume is None or volume.users:
             return None
-        error: TorusError | None = None
-        try:
-            # If this is cut off, the successor finds the volume where it is, and closes it.
-            await close_session(volume.session, self._meta)
-        except TorusError as failed:
-            self._not_closed(name, failed)
-            error = failed
+        # If this is cut off, the successor finds the volume where it is, and closes it.
+        error = await self._close(name, volume.session)
         await self._forget(name)
         return error
 

@@ -23,6 +23,7 @@ How it starts is in `torus_actors.process`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -62,6 +63,8 @@ from torus_actors.model import rings
 from torus_actors.model.addresses import check_free, format_address
 from torus_actors.model.peers import Peer
 from torus_actors.process import (
+    ADMITTED_LOOK_S,
+    ADMITTED_S_MAX,
     DEFAULT_METADATA,
     Addr,
     NbdConfig,
@@ -194,6 +197,7 @@ class StorageNode(Process):
         if config.auto_join or (self.embedded and not view.ring.members):
             if self.system.node_id not in view.ring.members:
                 await self.check_admitted(view, None)
+                await self._check_address_is_ours(view)
             await self._join()
         storage = SupervisorSpec(
             "storage",
@@ -243,6 +247,27 @@ class StorageNode(Process):
         for address, option in wanted:
             if address is not None:
                 check_free(address, option)
+
+    async def _check_address_is_ours(self, view: ClusterView) -> None:
+        """See that no other node answers where this one is to be reached.
+
+        Raises:
+            Exists: one does.
+        """
+        bridge, loop = self.system.actor("bridge"), self.system.loop
+        own, end = self.peer_info().address, loop.time() + ADMITTED_S_MAX
+        others = {each for each, info in view.peers.items() if info.address == own}
+        others.discard(self.system.node_id)
+        while others and loop.time() < end:
+            for each in await bridge.peers.remote():
+                if each["node"] in others and each["up"]:
+                    raise Exists(
+                        f"node {each['node'][:8]} answers at {own}: choose another address with "
+                        "--advertise"
+                    )
+                if each["reason"]:  # what was registered there is gone, as after a loss of its disk
+                    others.discard(each["node"])
+            await asyncio.sleep(ADMITTED_LOOK_S)
 
     def _http_services(self) -> list[ChildSpec | SupervisorSpec]:
         address = self.config.http

@@ -46,7 +46,7 @@ from torus_actors.model import rings
 from torus_actors.nbd.connection import TlsSettings
 from torus_actors.runtime import ActorSystem, ChildSpec, SupervisorSpec
 from torus_actors.volume.session import CacheSizes
-from torus_actors.wire.hello import Identity, Role, shut_out
+from torus_actors.wire.hello import Identity, Role, is_other_cluster, shut_out
 
 log = logging.getLogger(__name__)
 
@@ -228,9 +228,9 @@ class Process:
     async def check_admitted(self, view: ClusterView, patience_s: float | None) -> None:
         """See that the nodes let this process in, before it takes locks, or a place in the ring.
 
-        One that refuses may be the one with the wrong secret, and so may one that does not: more
-        must refuse than do not. Of those that are down nobody knows; they may be on their way up,
-        and count only where all others refuse.
+        One that refuses may be the one with the wrong secret, and so may one that does not: where
+        some let it in, most of the ring must refuse. Where none does, those that are down count as
+        well, for they may be on their way up.
 
         Args:
             view: of the cluster; gets the nodes that are registered.
@@ -245,21 +245,26 @@ class Process:
         found = await patiently(self.meta.peers, give_up_s=patience_s, rng=self.system.rng)
         view.peers = {info.peer_id: info for info in found}
         await bridge.set_peers.remote(view.addresses())
+        ring = set(view.ring.members)
         refusals: list[str] = []
         up = down = 0
         end = loop.time() + ADMITTED_S_MAX
-        while view.ring.members and loop.time() < end:
-            peers = await bridge.peers.remote()
+        while ring and loop.time() < end:
+            peers = [peer for peer in await bridge.peers.remote() if peer["node"] in ring]
             up = sum(peer["up"] for peer in peers)
             refusals = [peer["reason"] for peer in peers if peer["refused"]]
             down = len(peers) - up - len(refusals)
             silent = any(not peer["reason"] for peer in peers if not peer["up"])
-            if 2 * up > len(peers) or not down or (not silent and (up or not refusals)):
-                break  # most of them let it in, or nobody is waited for
+            if 2 * up >= len(peers) or not down or (not silent and (up or not refusals)):
+                break  # half of them let it in, or nobody is waited for
             await asyncio.sleep(ADMITTED_LOOK_S)
-        if len(refusals) > up and (up or len(refusals) >= down):
-            what = "most nodes do not talk" if up else "no node talks"
-            raise shut_out(f"{what} to this process", refusals)
+        if up:
+            # Where a node is down, one of another cluster may have its address.
+            refusals = [each for each in refusals if not is_other_cluster(each)]
+            if 2 * len(refusals) > len(ring):
+                raise shut_out("most nodes do not talk to this process", refusals)
+        elif refusals and len(refusals) >= down:
+            raise shut_out("no node talks to this process", refusals)
 
     async def start_services(self, children: list[ChildSpec | SupervisorSpec]) -> None:
         """Start what needs the cluster."""

@@ -294,6 +294,11 @@ class Hello:
             raise Unauthenticated(f"{name} does not know the secret of this cluster")
 
 
+def is_other_cluster(reason: str) -> bool:
+    """Whether a handshake raised this because the other process is of another cluster."""
+    return _OTHER_CLUSTER in reason
+
+
 def shut_out(what: str, reasons: Sequence[str]) -> Unauthenticated:
     """What a person is told who was refused, and what to do about it.
 

@@ -224,7 +224,7 @@ def test_a_journal_that_cannot_grow_is_told() -> None:
     at = ring(1, 1)
     small = answer(IDS[0], journal={"failure": "", "no_growth": "the disk is full"})
     (told,) = problems(at, [row(0, at, small)])
-    assert "node 10000000 cannot grow" in told and "the disk is full: make room" in told
+    assert "node 10000000 cannot grow" in told and told.endswith("the disk is full")
     well = answer(IDS[0], journal={"failure": "", "no_growth": ""})
     assert problems(at, [row(0, at, well)]) == []
 

@@ -7,7 +7,7 @@ import random
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -38,10 +38,12 @@ def node_id(number: int) -> str:
 
 
 @asynccontextmanager
-async def listening(number: int, secret: bytes) -> AsyncIterator[str]:
-    """The address of a node that does nothing but say who it is."""
+async def listening(number: int, secret: bytes, cluster: str = "") -> AsyncIterator[str]:
+    """The address of a node that does nothing but say who it is, and of which cluster."""
     node = Process(node_id(number), Role.NODE, "memory://", secret, random.Random(number))
     await node.start_base(("127.0.0.1", 0), None)
+    if cluster:
+        await node.system.actor("bridge").set_cluster.remote(cluster)
     _, port = await node.system.actor("bridge").listening.remote()
     try:
         yield f"127.0.0.1:{port}"
@@ -59,8 +61,16 @@ async def taken(silent: bool) -> AsyncIterator[str]:
         yield f"127.0.0.1:{sock.getsockname()[1]}"
 
 
-async def admit(addresses: list[str], moved: list[str] | None = None) -> None:
-    """See whether a client of a ring of these is let in; by now they may be somewhere else."""
+async def admit(
+    addresses: list[str], moved: list[str] | None = None, outside: Sequence[str] = ()
+) -> None:
+    """See whether a client of a ring of these is let in.
+
+    Args:
+        addresses: of the nodes of the ring.
+        moved: where they are by now.
+        outside: of nodes that follow them, and are not in the ring.
+    """
     store = MemoryStore()
     meta = MetadataService(store, rng=random.Random(1), wall_clock=time.time)
     peers = [Peer(node_id(number), 1, "", address) for number, address in enumerate(addresses)]
@@ -68,6 +78,8 @@ async def admit(addresses: list[str], moved: list[str] | None = None) -> None:
     await meta.init(new_global_metadata(), rings.marshal(ring))
     lease = await meta.grant_lease(60)
     for number, address in enumerate(moved or []):
+        await meta.register_peer(PeerInfo(node_id(number), address), lease)
+    for number, address in enumerate(outside, len(addresses)):
         await meta.register_peer(PeerInfo(node_id(number), address), lease)
 
     async def opened() -> MemoryStore:
@@ -83,8 +95,8 @@ async def admit(addresses: list[str], moved: list[str] | None = None) -> None:
 
 
 @on_uvloop
-async def test_one_node_that_lets_a_client_in_is_enough() -> None:
-    """Whatever the others say: its blocks are on that one, or will be."""
+async def test_half_of_the_nodes_that_let_a_client_in_are_enough() -> None:
+    """Nobody knows who has the wrong secret; blocks are on those, or will be."""
     async with listening(0, OTHER) as other, listening(1, SECRET) as right:
         await admit([other, right])
 
@@ -155,6 +167,44 @@ async def test_a_node_with_the_same_wrong_secret_lets_nobody_in() -> None:
             await admit([first, second, third])
         async with listening(3, SECRET) as fourth:
             await admit([first, second, third, fourth])  # nobody knows whose is wrong
+
+
+@on_uvloop
+async def test_nodes_outside_the_ring_keep_no_client_out() -> None:
+    """Found by review: some with a wrong secret, that had not joined, kept all clients out."""
+    async with (
+        listening(0, SECRET) as member,
+        listening(1, OTHER) as first,
+        listening(2, OTHER) as second,
+    ):
+        await admit([member], outside=[first, second])
+
+
+@on_uvloop
+async def test_some_that_refuse_keep_no_client_out_while_others_are_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two of five are not most of them."""
+    monkeypatch.setattr(process, "ADMITTED_S_MAX", 0.2)
+    async with (
+        listening(0, SECRET) as up,
+        listening(1, OTHER) as first,
+        listening(2, OTHER) as second,
+        taken(False) as one,
+        taken(True) as two,
+    ):
+        await admit([up, first, second, one, two])
+
+
+@on_uvloop
+async def test_nodes_of_another_cluster_keep_no_client_out_that_one_lets_in() -> None:
+    """They have the addresses of nodes that are down."""
+    async with (
+        listening(0, SECRET) as up,
+        listening(7, SECRET, "elsewhere") as first,
+        listening(8, SECRET, "elsewhere") as second,
+    ):
+        await admit([up, first, second])
 
 
 @on_uvloop

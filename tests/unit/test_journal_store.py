@@ -674,11 +674,15 @@ def test_full_disk_is_out_of_space() -> None:
 
 def test_disk_without_any_room() -> None:
     """The first record is refused as out of space, not as a broken disk."""
-    store = open_store(SimDisk(random.Random(1), capacity_bytes=SEGMENT // 2))
+    disk = SimDisk(random.Random(1), capacity_bytes=SEGMENT // 2)
+    store = open_store(disk)
     for _ in range(2):
         assert isinstance(outcome(store, store.append(1, 1, 1, [b"x"])), OutOfSpace)
     assert store.failure is None and "full" in store.stats().no_growth
     assert store.volumes() == []
+    disk.capacity_bytes = 4 * SEGMENT
+    assert not store.stats().no_growth
+    put(store, 1, 1, 1, b"x")
 
 
 def test_waiting_is_bounded(store: JournalStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -402,21 +402,30 @@ async def test_a_volume_that_its_last_user_gives_back_in_a_stop_leaves_word_too(
         assert len(told) == 1 and told[0].startswith("closing volume v: ") and "is lost" in told[0]
 
 
-@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("what", ["nothing", "flushed", "written"])
 @virtual
-async def test_a_process_that_ends_tells_that_its_volume_was_taken_over(written: bool) -> None:
+async def test_a_process_that_ends_tells_that_its_volume_was_taken_over(
+    what: str, served: bool
+) -> None:
     """What it had acknowledged, and nobody had flushed, went with the session."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
         device = await cluster.volume(SIZE)
-        if written:
+        if what != "nothing":
             await device.write(0, b"first")
+            await device.flush()
+            await device.write(BLOCK, b"second")
+        if what == "flushed":
+            await device.flush()
         session = device.client.session("v")
         session.file.fail(Fenced("session 1 of the volume is over"))
         system = device.client.system
         assert system is not None
+        told = system.heirlooms.setdefault(NOT_CLOSED, [])
+        if served:
+            await device.release()
         await device.client.stop()
-        told = system.heirlooms.get(NOT_CLOSED, [])
-        assert len(told) == written
+        assert len(told) == (what == "written")
         assert all("is over; what was not flushed before is lost" in each for each in told)
 
 

@@ -349,8 +349,8 @@ def ring_manual_change(
 
             leaving = set() if chosen is None else set(now.members) - chosen
             alone = await _may_be_alone(connection, leaving)
-            _told(await _change(connection, change))
             there = await connection.meta.registrations()
+            _told(await _change(connection, change))
             note = _all_copies_on(now, leaving, there) or _still_needed(alone)
             if note:
                 click.echo(note)

@@ -307,7 +307,8 @@ def store_size(directory: Path, size: int | float | None) -> int | None:
         # A share moves with whatever else is on the disk: a store grows with it, but is not made
         # smaller, which might not be possible, on some later start.
         whole = room + taken
-        wanted = min(int(whole * size), whole - whole // SHARE_REST - BESIDE_BYTES)
+        beside = min(BESIDE_BYTES, whole // 4) + whole // SHARE_REST
+        wanted = min(int(whole * size), whole - beside)
         if wanted > taken or not taken:
             return wanted
         if wanted < taken - taken // 20:

@@ -219,7 +219,7 @@ def problems(ring: Ring, rows: Sequence[Row], copies: int | None = None) -> list
         if "journal_no_growth" in row:
             found.append(
                 f"the journal of node {name} cannot grow, so that flushes may have to be commits: "
-                f"{row['journal_no_growth']}: make room on its disk"
+                f"{row['journal_no_growth']}"
             )
         if row.get("level", "ok") != "ok":
             found.append(f"the store of node {name} is {row['level']}: add nodes or make room")

@@ -68,7 +68,11 @@ def check_free(address: Address, option: str) -> None:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, place in found:
-            with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe = socket.socket(family, kind, protocol)
+            except OSError:
+                continue  # no such addresses here, as of IPv6; a server does without
+            with probe:
                 # As asyncio's servers do.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:

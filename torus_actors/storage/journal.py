@@ -395,6 +395,9 @@ class JournalStore(JournalSpace):
 
     def stats(self) -> JournalStats:
         """Sizes and counts."""
+        no_growth = self._growth_error
+        if no_growth and self._disk.free_bytes() >= self.limits.segment_bytes:
+            no_growth = ""  # there is room by now; nothing was to be stored since
         return JournalStats(
             volumes=len(self.volumes()),
             records=sum(segment.live_records for segment in self._segments),
@@ -409,7 +412,7 @@ class JournalStore(JournalSpace):
             committed=self._committed_tickets,
             copied=self._copied,
             reused=self._reuses,
-            no_growth=self._growth_error,
+            no_growth=no_growth,
         )
 
     # Inside.

@@ -294,7 +294,7 @@ class JournalStats:
         committed: records, fences and drops in them.
         copied: records moved out of a segment to reuse it.
         reused: segments put to use again.
-        no_growth: why the last segment that was wanted could not be made; empty if it was.
+        no_growth: why the last segment that was wanted could not be made, and cannot yet; or empty.
     """
 
     volumes: int

@@ -502,6 +502,7 @@ class JournalSpace:
         self._free.append(segment)
         self._emptying = None
         self._growth_refused = False
+        self._growth_error = ""
         self._reuses += 1
 
     def _filled(self, step: MakeSegment) -> None:

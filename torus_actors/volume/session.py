@@ -369,6 +369,13 @@ class Session:
                 self.file.fail(failed)
 
     @property
+    def has_unflushed(self) -> bool:
+        """Whether something was written that no record and no head tells of."""
+        if not self.file.was_written or self.committer.clean:
+            return False
+        return not self.log.empty or self.log.needs_commit
+
+    @property
     def all_covered(self) -> bool:
         """Whether the head in the metadata has all that the journal has, or the last one had."""
         if self.replaying is not None or self.heads.owed is not None or self.follows_crash:
