@@ -62,10 +62,15 @@ WAITING_CALLS_MAX = 512
 """Calls that may wait for a connection being made."""
 
 STRANGERS_MAX = 128
-"""Accepted connections that may be in their handshake. For one more, one of them is
+"""Accepted connections that may be in their handshake, beside as many as were let in at one time:
+when a network breaks for a moment, all of those come back at once. For one more, one of them is
 closed, whichever: an honest one is through in milliseconds and is hardly ever hit,
 while one that says nothing holds its place only until others come. What strangers can make
-a node hold, a receive buffer and a hello each, stays below 32 MiB."""
+a node hold, a receive buffer and a hello each, stays below 32 MiB, and as much again for each
+hundred that were let in."""
+
+BACKLOG = 1024
+"""Connections that the system may hold before the loop gets to see them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,8 @@ class Bridge(LoopActor):
         self._in_links: dict[InLink, None] = {}
         self._strangers: dict[Link, None] = {}
         """Those among them that have not introduced themselves yet."""
+        self._known_most = 0
+        """How many others there were at most."""
         self._servers: list[asyncio.Server] = []
         self._listening: tuple[str, int] | None = None
         self._closed = False
@@ -112,10 +119,12 @@ class Bridge(LoopActor):
             loop = self.system.loop
             near = same_machine.listen(self.system.node_id) if self._config.shortcut else None
             if near is not None:
-                self._servers.append(await loop.create_unix_server(self._accept, sock=near))
+                self._servers.append(
+                    await loop.create_unix_server(self._accept, sock=near, backlog=BACKLOG)
+                )
             host, port = self._config.listen
             try:
-                server = await loop.create_server(self._accept, host, port)
+                server = await loop.create_server(self._accept, host, port, backlog=BACKLOG)
             except OSError as error:
                 # asyncio's own text repeats the address.
                 reason = os.strerror(error.errno).lower() if error.errno else str(error)
@@ -249,7 +258,8 @@ class Bridge(LoopActor):
     # -- connections -------------------------------------------------------------------------------
 
     def _accept(self) -> asyncio.BaseProtocol:
-        if len(self._strangers) >= STRANGERS_MAX:
+        most = STRANGERS_MAX + self._known_most
+        if len(self._strangers) >= most:
             # Not the newcomer: those inside may be there to keep it out.
             unlucky = self.system.rng.choice(list(self._strangers))
             unlucky.abort(PeerLost("more strangers came than there is room for"))
@@ -264,12 +274,13 @@ class Bridge(LoopActor):
             self._in_lost,
         )
         self._in_links[link] = self._strangers[link] = None
-        if len(self._strangers) == STRANGERS_MAX:
-            log.warning("%d strangers at the door: some are turned away", STRANGERS_MAX)
+        if len(self._strangers) == most:
+            log.warning("%d strangers at the door: some are turned away", most)
         return link
 
     def _in_ready(self, link: Link) -> None:
         self._strangers.pop(link, None)
+        self._known_most = max(self._known_most, len(self._in_links) - len(self._strangers))
         self._check_cluster(link)
 
     def _check_cluster(self, link: Link) -> None:

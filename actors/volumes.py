@@ -151,7 +151,7 @@ class Volumes(LoopActor):
         failure = session.file.failure
         told: TorusError | None = None
         if isinstance(failure, Fenced) and session.has_unflushed:
-            told = Fenced(f"{failure}; what was not flushed before is lost")
+            told = Fenced("another client took it over; what was not flushed before is lost")
         error: TorusError | None = None
         try:
             await close_session(session, self._meta)

@@ -550,6 +550,19 @@ _JOURNAL = (
         hunted_in=("journal_replay",),
         first_seed=7,
     ),
+    _mutant(
+        "sync_joins_one_under_way",
+        "A node's sync covers all blocks that were put before it was asked for",
+        Edit(
+            "actors.block_store:OpenStores._flush_all",
+            "await self._flush_once()\n",
+            "await self._flush_once()\n"
+            "                waiters += self._flush_waiters\n"
+            "                self._flush_waiters.clear()\n",
+        ),
+        hunted_in=("slow_disk",),
+        first_seed=3,
+    ),
 )
 
 _SNAPSHOTS = (

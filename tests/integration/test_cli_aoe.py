@@ -226,7 +226,7 @@ def test_a_volume_that_was_taken_over_is_lost_until_somebody_says_otherwise(
         assert heir.read(0, 1) == b"2" * SECTOR
         assert first.running
     assert first.stop() == 1
-    assert "volume taken was taken over by another client" in first.output.splitlines()[-1]
+    assert "closing volume taken: another client took it over" in first.output.splitlines()[-1]
     assert second.stop() == 0
 
 

@@ -186,6 +186,15 @@ def test_what_was_answered_survives_kill_9(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+def test_what_is_answered_is_synced(tmp_path: Path) -> None:
+    """A kill does not show that; nor does the simulator, which has a store of its own."""
+    database = Database(tmp_path / "m.db", 100)
+    database.open()
+    assert database._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert database._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: at each commit
+    database.close()
+
+
 def test_the_file_belongs_to_one_process(tmp_path: Path) -> None:
     """A second opener is told so in one plain line, and does no harm."""
 

@@ -285,6 +285,43 @@ async def test_a_slot_that_may_still_be_written_to_is_set_aside(
         assert store.get(ref_of(1)) == b"a" * BLOCK
 
 
+@virtual
+async def test_a_flush_does_not_join_the_one_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was put since that one began is not in it."""
+    async with Cluster(nodes=1) as cluster:
+        node = cluster.node(0)
+        assert node.opened is not None
+        store, began, go_on = node.opened.stores[0], asyncio.Event(), asyncio.Event()
+        flush_once = node.opened._flush_once
+
+        async def held() -> None:
+            begin = store.begin_flush
+
+            def begun() -> Any:
+                batch = begin()
+                began.set()
+                return batch
+
+            monkeypatch.setattr(store, "begin_flush", begun)
+            await flush_once()
+            await go_on.wait()
+
+        monkeypatch.setattr(node.opened, "_flush_once", held)
+        await put(node, ref_of(1), b"a" * BLOCK)
+        first = asyncio.ensure_future(node.opened.flush())
+        await began.wait()
+        await put(node, ref_of(2), b"b" * BLOCK)
+        second = asyncio.ensure_future(node.opened.flush())
+        await asyncio.sleep(1.0)
+        go_on.set()
+        await asyncio.gather(first, second)
+        monkeypatch.undo()
+        await node.crash()
+        await node.start()
+        found = node.opened.stores[0]
+        assert (found.get(ref_of(1)), found.get(ref_of(2))) == (b"a" * BLOCK, b"b" * BLOCK)
+
+
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
 @virtual

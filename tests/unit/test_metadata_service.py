@@ -1337,8 +1337,15 @@ async def given_up(f: Fixture, call: Callable[[MetadataService], Awaitable[objec
         await call(MetadataService(f.store, rng=random.Random(7), resolve_s=0.0))
 
 
-def test_a_late_attach_does_not_take_a_lock_that_was_made_again(backend: Backend) -> None:
-    """An attach sent while the lock was gone, arriving after its owner renewed it, fails."""
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_late_attach_does_not_take_a_lock_that_was_made_again(
+    backend: Backend, gone: bool
+) -> None:
+    """An attach sent while the lock was gone, arriving after its owner renewed it, fails.
+
+    Found by review: not where the owner was gone by then with its lock, and nobody knew of the one
+    that its client, which had been told that the volume is held, had now.
+    """
 
     async def test(f: Fixture) -> None:
         service = f.service
@@ -1347,8 +1354,12 @@ def test_a_late_attach_does_not_take_a_lock_that_was_made_again(backend: Backend
         epoch = await service.attach(volume.id, "vm1 pid 1", lost)
         await service.revoke_lease(lost)
         await given_up(f, lambda late: late.attach(volume.id, "vm2 pid 1", other))
-        await service.renew_lock(volume.id, epoch, "vm1 pid 1", await service.grant_lease(60))
+        new = await service.grant_lease(60)
+        await service.renew_lock(volume.id, epoch, "vm1 pid 1", new)
+        if gone:
+            await service.revoke_lease(new)
         assert [result.succeeded for result in await f.store.arrive()] == [False]
+        assert ((await service.lock_status(volume.id))[0] is None) == gone
         await service.commit_head(volume.id, epoch, 0, head_of(1, epoch))
 
     run(backend, test)
@@ -1493,14 +1504,21 @@ def test_what_was_undone_is_not_made_by_a_late_request(
     run(backend, test)
 
 
-def test_a_late_delete_does_not_hit_an_open_volume(backend: Backend) -> None:
-    """A delete that arrives after somebody attached fails."""
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_late_delete_does_not_hit_an_open_volume(backend: Backend, closed: bool) -> None:
+    """A delete that arrives after somebody attached fails.
+
+    Found by review, with a real etcd: not once that one had closed the volume, with all it had
+    written, though who deletes had been told that the volume is held.
+    """
 
     async def test(f: Fixture) -> None:
         service = f.service
         volume = await service.create_volume("demo", GIB)
         await given_up(f, lambda late: late.delete_volume("demo"))
-        await service.attach(volume.id, "vm1 pid 1", await service.grant_lease(60))
+        epoch = await service.attach(volume.id, "vm1 pid 1", await service.grant_lease(60))
+        if closed:
+            await service.detach(volume.id, epoch)
         assert [result.succeeded for result in await f.store.arrive()] == [False]
         assert await service.volume("demo") == volume
 

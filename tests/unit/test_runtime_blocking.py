@@ -317,6 +317,26 @@ async def test_a_setup_that_fails_raises_and_cleans_up() -> None:
 
 
 @on_loop
+async def test_a_child_that_does_not_start_leaves_its_supervisor_alive() -> None:
+    """What starts one more learns of it, and goes on.
+
+    Found by review: the supervisor died of it, and a process that was stopped while it started
+    could not give back its lease.
+    """
+    failures: list[BaseException] = [OSError("no disk"), Overloaded("not now")]
+    async with system_of() as system:
+        root = system.actor("root")
+        spec = ChildSpec("x", lambda: Locked(failures, Diary()))
+        with pytest.raises(ActorCrashed, match="x did not start: OSError"):
+            await root.start_child.remote(spec)
+        with pytest.raises(Overloaded):
+            await root.start_child.remote(spec)
+        await root.start_child.remote(spec)
+        assert await system.actor("x").ping.remote() == "pong"
+        assert row(system, "root")["restarts"] == 0
+
+
+@on_loop
 async def test_a_thread_may_call_actors_of_the_loop() -> None:
     """Calls from a foreign thread are safe: they are watched, answered, and get() blocks for it."""
     async with system_of(worker(), thinker()) as system:

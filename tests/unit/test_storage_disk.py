@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,28 @@ def test_real_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match=r"cannot sync: Input/output error: .*/f") as failure:
         file.fdatasync()
     assert failure.value.errno == errno.EIO
+
+
+def test_a_real_sync_reaches_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No simulation sees it, and without it all of them pass."""
+    synced: list[str] = []
+
+    def noted(call: Callable[[int], None]) -> Callable[[int], None]:
+        def sync(descriptor: int) -> None:
+            synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+            call(descriptor)
+
+        return sync
+
+    disk = RealDisk(tmp_path / "d")
+    disk.mkdir("")
+    file = disk.open("f", create=True)
+    monkeypatch.setattr(os, "fdatasync", noted(os.fdatasync))
+    monkeypatch.setattr(os, "fsync", noted(os.fsync))
+    file.pwrite(b"x", 0)
+    file.fdatasync()
+    disk.fsync_dir()
+    assert synced == ["f", "d"]
 
 
 # What only the simulated one has.

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import uuid
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import AsyncMock
 
+import msgpack
 import pytest
 
 from tests.fakes import Cluster, StorageNode, virtual
 from tests.unit.test_snapshots import content, pattern
 from tests.unit.test_volume_flush import SIZE
 from torus_actors.errors import Again, OutOfSpace
+from torus_actors.metadata.records import Head, Journal
+from torus_actors.volume.change_log import empty_record
 from torus_actors.volume.commit import Committer
 from torus_actors.volume.journal import SessionJournal
-from torus_actors.volume.recovery import RECOVER_PATIENCE_S
+from torus_actors.volume.recovery import RECOVER_PATIENCE_S, Unreadable, recover
 
 TOLD = b"one member alone has this"
 AT = 5000
@@ -127,3 +134,28 @@ async def test_a_close_tells_of_what_was_read_and_may_be_gone(
         assert await device.read(AT, len(TOLD)) == TOLD
         with pytest.raises(OutOfSpace, match="lost"):
             await device.release()
+
+
+@virtual
+async def test_records_that_begin_too_late_are_not_replayed() -> None:
+    """Between what the head has and what a member has some are missing, whoever lost them."""
+    member, record = str(uuid.UUID(int=1)), b"".join(empty_record())
+
+    async def fence(*_: Any, **__: Any) -> list[Any]:
+        return [1, 3, 4, False, 7, 0]  # epoch, first, last, lost, identity, room
+
+    async def read_tail(volume: int, epoch: int, first: int, size: int) -> Any:
+        lengths = [[seq, len(record)] for seq in range(first, 5)]
+        return SimpleNamespace(result=lengths, joined=lambda: record * len(lengths))
+
+    home = SimpleNamespace(
+        fence=SimpleNamespace(remote=fence), read_tail=SimpleNamespace(remote=read_tail)
+    )
+    system: Any = SimpleNamespace(
+        actor=lambda *_, **__: home, loop=asyncio.get_running_loop(), rng=random.Random(1)
+    )
+    journal = Journal(epoch=1, ensemble=(member,), extra=msgpack.packb({member: 7}))
+    with pytest.raises(Unreadable, match="lacks records before 3"):
+        await recover(system, 1, journal, 2, None, patience_s=0.0)
+    head = Head(1, bytes(24), 0, SIZE, 1, journal_seq=2)
+    assert (await recover(system, 1, journal, 2, head, patience_s=0.0)) is not None

@@ -426,7 +426,7 @@ async def test_a_process_that_ends_tells_that_its_volume_was_taken_over(
             await device.release()
         await device.client.stop()
         assert len(told) == (what == "written")
-        assert all("is over; what was not flushed before is lost" in each for each in told)
+        assert all("took it over; what was not flushed before is lost" in each for each in told)
 
 
 @virtual

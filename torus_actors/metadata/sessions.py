@@ -103,13 +103,16 @@ class SessionOperations(MetadataBase):
 
             # These revisions too: else a renewal that was delayed on its way could bring back a
             # lock that has been given up.
-            unchanged, _ = await self._touch(volume_id)
+            unchanged, touch = await self._touch(volume_id)
             compare = [
                 self._in_session(volume_id, epoch),
                 Compare(key, mod_revision=revision),
                 *unchanged,
             ]
-            if await self._settle(compare, [Put(key, new.encode(), new_lease)], mine) is not None:
+            # A lock that is made again fails others' attaches and deletes for good, or a late copy
+            # of one would apply once it is gone with its lease.
+            then = [Put(key, new.encode(), new_lease), *([] if lock else touch)]
+            if await self._settle(compare, then, mine) is not None:
                 return
             await self._check_epoch(volume_id, epoch)
 

@@ -224,6 +224,8 @@ class VolumeOperations(MetadataBase):
             await attempts.next()
             volume, revision = await self._volume(name)
             lock_key = self.keys.of(table.LOCK, volume.id)
+            # Before the lock: whoever attaches or detaches writes the epoch.
+            unchanged, _ = await self._touch(volume.id)
             lock, _revision = await self._read(lock_key, Lock)
             if lock is not None:
                 raise held(volume.name, lock)
@@ -240,6 +242,7 @@ class VolumeOperations(MetadataBase):
             compare = [
                 Compare(self.keys.of(table.VOLUME, volume.id), mod_revision=revision),
                 Compare(lock_key, mod_revision=0),
+                *unchanged,
             ]
             if await self._settle(compare, then, mine) is not None:
                 return volume

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torus_actors.errors import ActorCrashed, Invalid
+from torus_actors.errors import ActorCrashed, Invalid, TorusError
 from torus_actors.runtime.actor import LoopActor
 from torus_actors.runtime.cell import Cell, ChildSpec, GaveUp, Restart, State
 from torus_actors.runtime.messages import expose
@@ -124,13 +124,20 @@ class Supervisor(LoopActor):
 
         Raises:
             Invalid: a child of that name is already there.
+            ActorCrashed: it did not start; this supervisor lives on.
+            TorusError: its setup raised this.
         """
         spec = child_spec(child)
         if any(cell.name == spec.name for cell in self._cells):
             raise Invalid(f"{self.spec.name} already has a child {spec.name}")
         cell = self.system.cell_for(spec, self.cell.name)
         cell.on_exit = self._child_exited
-        await cell.start()
+        try:
+            await cell.start()
+        except TorusError:
+            raise
+        except Exception as error:
+            raise ActorCrashed(f"{spec.name} did not start: {error!r}") from error
         self._cells.append(cell)
         self.spec = replace(self.spec, children=(*self.spec.children, child))
 
