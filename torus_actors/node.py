@@ -256,8 +256,8 @@ class StorageNode(Process):
         """
         bridge, loop = self.system.actor("bridge"), self.system.loop
         own, end = self.peer_info().address, loop.time() + ADMITTED_S_MAX
-        others = {each for each, info in view.peers.items() if info.address == own}
-        others.discard(self.system.node_id)
+        others = {each for each, address in view.addresses().items() if address == own}
+        # Of one that has lost its disk only the name is there, for a while: nobody answers to it.
         while others and loop.time() < end:
             for each in await bridge.peers.remote():
                 if each["node"] in others and each["up"]:
@@ -265,8 +265,6 @@ class StorageNode(Process):
                         f"node {each['node'][:8]} answers at {own}: choose another address with "
                         "--advertise"
                     )
-                if each["reason"]:  # what was registered there is gone, as after a loss of its disk
-                    others.discard(each["node"])
             await asyncio.sleep(ADMITTED_LOOK_S)
 
     def _http_services(self) -> list[ChildSpec | SupervisorSpec]:

@@ -266,22 +266,23 @@ def test_a_node_that_cannot_start_says_why_in_one_line(cluster: Cluster, tmp_pat
         assert time.monotonic() - began < 15
 
 
-def test_a_node_does_not_join_under_the_address_of_another(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_a_node_does_not_join_under_the_address_of_another(tmp_path: Path) -> None:
     """Found by use: the ring had two members at one address, both of them "up"."""
-    own = ["--data-dir", str(tmp_path / "d"), "--size", "64MiB", "--auto-join"]
-    own += ["-C", cluster.metadata, "--listen", f"127.0.0.1:{free_ports(1)}"]
-    done = subprocess.run(
-        command("torus-node", "start", *own, "--advertise", cluster.address(0)),
-        capture_output=True,
-        env=environment(tmp_path),
-        check=False,
-        text=True,
-    )
-    assert done.returncode == 1, done
-    assert f"answers at {cluster.address(0)}: choose another address" in done.stderr
-    assert len(cluster.ctl_json("ring", "get")["peers"]) == 1
+    with Cluster(tmp_path) as cluster:
+        cluster.start_nodes(2)
+        own = ["--data-dir", str(tmp_path / "d"), "--size", "64MiB", "--auto-join"]
+        own += ["-C", cluster.metadata, "--listen", f"127.0.0.1:{free_ports(1)}"]
+        done = subprocess.run(
+            command("torus-node", "start", *own, "--advertise", cluster.address(1)),
+            capture_output=True,
+            env=environment(tmp_path),
+            timeout=30,
+            check=False,
+            text=True,
+        )
+        assert done.returncode == 1, done
+        assert f"answers at {cluster.address(1)}: choose another address" in done.stderr
+        assert len(cluster.ctl_json("ring", "get")["peers"]) == 2
 
 
 def test_metadata_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
