@@ -148,15 +148,18 @@ class Volumes(LoopActor):
         Returns:
             Why the last flush failed.
         """
-        failure = session.file.failure
+        # Before it is closed: by then nobody waits for a flush any more.
+        unflushed = session.has_unflushed
         told: TorusError | None = None
-        if isinstance(failure, Fenced) and session.has_unflushed:
+        if unflushed and isinstance(session.file.failure, Fenced):
             told = Fenced("another client took it over; what was not flushed before is lost")
         error: TorusError | None = None
         try:
             await close_session(session, self._meta)
         except TorusError as failed:
-            error = told = failed
+            error = failed
+            if unflushed or not isinstance(failed, Fenced):  # who took it over has all the rest
+                told = failed
         if told is not None:
             log.error("closing volume %s: %s", name, told)
             lost = self.system.heirlooms.get(NOT_CLOSED)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -683,6 +686,37 @@ def test_disk_without_any_room() -> None:
     disk.capacity_bytes = 4 * SEGMENT
     assert not store.stats().no_growth
     put(store, 1, 1, 1, b"x")
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EMFILE])
+def test_a_journal_that_cannot_make_a_file_says_why(
+    error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever room there is; and its status does not end it where the disk gives an error."""
+    disk = SimDisk(random.Random(1))
+    store = open_store(disk)
+    opened = disk.open
+
+    def denied(path: str, **options: Any) -> Any:
+        if options.get("create"):
+            raise OSError(error, os.strerror(error), path)
+        return opened(path, **options)
+
+    monkeypatch.setattr(disk, "open", denied)
+    assert isinstance(outcome(store, store.append(1, 1, 1, [b"x"])), OutOfSpace)
+    assert os.strerror(error) in store.stats().no_growth
+    monkeypatch.undo()
+    put(store, 1, 1, 1, b"x")
+    assert not store.stats().no_growth
+
+
+def test_status_of_a_full_disk_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not end the journal."""
+    disk = SimDisk(random.Random(1), capacity_bytes=SEGMENT // 2)
+    store = open_store(disk)
+    assert isinstance(outcome(store, store.append(1, 1, 1, [b"x"])), OutOfSpace)
+    monkeypatch.setattr(disk, "free_bytes", Mock(side_effect=OSError(errno.EIO, "error")))
+    assert "full" in store.stats().no_growth
 
 
 def test_waiting_is_bounded(store: JournalStore, monkeypatch: pytest.MonkeyPatch) -> None:

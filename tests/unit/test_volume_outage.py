@@ -403,10 +403,11 @@ async def test_a_volume_that_its_last_user_gives_back_in_a_stop_leaves_word_too(
 
 
 @pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("noticed", ["by its heartbeat", "by a commit", "in the end"])
 @pytest.mark.parametrize("what", ["nothing", "flushed", "written"])
 @virtual
 async def test_a_process_that_ends_tells_that_its_volume_was_taken_over(
-    what: str, served: bool
+    what: str, noticed: str, served: bool
 ) -> None:
     """What it had acknowledged, and nobody had flushed, went with the session."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
@@ -418,15 +419,55 @@ async def test_a_process_that_ends_tells_that_its_volume_was_taken_over(
         if what == "flushed":
             await device.flush()
         session = device.client.session("v")
-        session.file.fail(Fenced("session 1 of the volume is over"))
+        await cluster.meta.detach(1, session.epoch)
+        await cluster.meta.attach(1, "other", await cluster.meta.grant_lease(600))
+        if noticed == "by its heartbeat":
+            session.file.fail(Fenced("session 1 of the volume is over"))
+        elif noticed == "by a commit":
+            committed = asyncio.get_running_loop().create_future()
+            session.commit_soon(committed.set_result)
+            await committed
         system = device.client.system
         assert system is not None
         told = system.heirlooms.setdefault(NOT_CLOSED, [])
         if served:
-            await device.release()
+            with contextlib.suppress(Fenced):
+                await device.release()
         await device.client.stop()
         assert len(told) == (what == "written")
-        assert all("took it over; what was not flushed before is lost" in each for each in told)
+
+
+@pytest.mark.parametrize("where", ["blocks", "record", "commit"])
+@virtual
+async def test_what_a_flush_was_about_to_store_is_told_too(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a client that was cut off, and was taken over meanwhile: found by review."""
+    async with Cluster(nodes=3, replication=2, journals=where != "commit") as cluster:
+        device = await cluster.volume(SIZE)
+        await device.write(0, b"first")
+        await device.flush()
+        session, there = device.client.session("v"), asyncio.Event()
+
+        async def stuck(*_: Any, **__: Any) -> None:
+            there.set()
+            await asyncio.Event().wait()
+
+        if where == "record":
+            monkeypatch.setattr(session.journal, "append_soon", lambda *_: there.set())
+        else:
+            step = "make_durable" if where == "blocks" else "commit"
+            monkeypatch.setattr(session.committer, step, stuck)
+        await device.write(BLOCK, b"x" * (5 if where == "record" else BLOCK))
+        flush = asyncio.ensure_future(device.flush())
+        await there.wait()
+        session.file.fail(Fenced("session 1 of the volume is over"))
+        system = device.client.system
+        assert system is not None
+        told = system.heirlooms.setdefault(NOT_CLOSED, [])
+        await device.client.stop()
+        assert len(told) == 1
+        flush.cancel()
 
 
 @virtual

@@ -308,7 +308,7 @@ class JournalStore(JournalSpace):
                 self._step = self._last_step = step
                 return step
         if self._queue and not any(segment.reading for segment in self._segments):
-            why = self._growth_error
+            why = self._growth_error or ""
             error = OutOfSpace(f"the journal has no room, and cannot have more: {why}")
             self._give_up(lambda ticket: True, error)
             self._growth_refused = False
@@ -395,9 +395,11 @@ class JournalStore(JournalSpace):
 
     def stats(self) -> JournalStats:
         """Sizes and counts."""
-        no_growth = self._growth_error
-        if no_growth and self._disk.free_bytes() >= self.limits.segment_bytes:
-            no_growth = ""  # there is room by now; nothing was to be stored since
+        no_growth = "" if self._growth_error is None else str(self._growth_error)
+        if isinstance(self._growth_error, OutOfSpace):
+            with contextlib.suppress(OSError):
+                if self._disk.free_bytes() >= self.limits.segment_bytes:
+                    no_growth = ""  # there is room by now; nothing was to be stored since
         return JournalStats(
             volumes=len(self.volumes()),
             records=sum(segment.live_records for segment in self._segments),

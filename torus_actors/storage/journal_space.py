@@ -166,7 +166,7 @@ class JournalSpace:
         self._last_step: Step | None = None
         self._making: MakeSegment | None = None
         self._growth_refused = False
-        self._growth_error = ""
+        self._growth_error: Exception | None = None
         self._emptying: Segment | None = None
         self._moving: deque[tuple[Log, Position, Stored, Segment]] = deque()
         self._failure: str | None = None
@@ -502,7 +502,7 @@ class JournalSpace:
         self._free.append(segment)
         self._emptying = None
         self._growth_refused = False
-        self._growth_error = ""
+        self._growth_error = None
         self._reuses += 1
 
     def _filled(self, step: MakeSegment) -> None:
@@ -515,13 +515,13 @@ class JournalSpace:
         segment = Segment(index, step.file, size, generation, HEADER_SIZE)
         self._segments.append(segment)
         self._free.append(segment)
-        self._growth_error = ""
+        self._growth_error = None
 
     def _no_growth(self, step: MakeSegment, error: Exception) -> None:
         """The disk is full, say: go on with the segments that are there."""
         self._making = None
         self._growth_refused = True
-        self._growth_error = str(error)
+        self._growth_error = error
         if step.file is not None:
             step.file.close()
         with contextlib.suppress(OSError, TorusError):

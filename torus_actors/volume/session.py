@@ -370,10 +370,10 @@ class Session:
 
     @property
     def has_unflushed(self) -> bool:
-        """Whether something was written that no record and no head tells of."""
+        """Whether something was written that may be in no record and no head that counts."""
         if not self.file.was_written or self.committer.clean:
             return False
-        return not self.log.empty or self.log.needs_commit
+        return not self.log.empty or self.log.waits_for_head or self.flusher.busy
 
     @property
     def all_covered(self) -> bool:
@@ -443,7 +443,7 @@ class Session:
         )
         try:
             await self.committer.commit(force)
-        except (OutOfSpace, BlockUnavailable):
+        except (OutOfSpace, BlockUnavailable, Fenced):
             # No head has all of it. What records could tell before, they can yet.
             changes.needs_commit |= changes.committing or begins
             self.commit_failed = True
