@@ -257,6 +257,7 @@ class StorageNode(Process):
         bridge, loop = self.system.actor("bridge"), self.system.loop
         own, end = self.peer_info().address, loop.time() + ADMITTED_S_MAX
         others = {each for each, address in view.addresses().items() if address == own}
+        others.discard(self.system.node_id)
         # Of one that has lost its disk only the name is there, for a while: nobody answers to it.
         while others and loop.time() < end:
             for each in await bridge.peers.remote():

@@ -307,9 +307,9 @@ def shut_out(what: str, reasons: Sequence[str]) -> Unauthenticated:
         reasons: texts of what the handshakes raised here; at least one.
     """
     # Where some nodes are of another cluster, the secret is what keeps the others away.
-    reason = next((each for each in reasons if _OTHER_CLUSTER not in each), reasons[0])
+    reason = next((each for each in reasons if not is_other_cluster(each)), reasons[0])
     advice = "; give the --secret-file of the nodes"
-    if _OTHER_CLUSTER in reason:
+    if is_other_cluster(reason):
         advice = ""
     elif _HAS_SECRET in reason:
         advice = "; leave out the --secret-file: the nodes have none"

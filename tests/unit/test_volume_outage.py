@@ -28,6 +28,7 @@ from torus_actors.metadata.keys import HEAD
 from torus_actors.metadata.records import Head
 from torus_actors.model.refs import BlockRef
 from torus_actors.nbd.protocol import Errno
+from torus_actors.runtime import ActorSystem
 from torus_actors.storage.journal import JournalStore
 from torus_actors.storage.journal_format import segment_name
 from torus_actors.volume import journal
@@ -370,15 +371,20 @@ async def test_a_close_that_neither_commits_nor_journals_says_what_is_lost(by_to
         assert asyncio.get_running_loop().time() - before < 90.0
 
 
+async def nowhere_to_store(cluster: Cluster) -> tuple[Device, ActorSystem]:
+    """A client that wrote, and whose close can neither commit that nor have it in its journal."""
+    device = await cut_off(cluster)
+    await device.write(0, b"second")
+    await cluster.nodes[device.client.session("v").journal.members[0]].crash()
+    assert device.client.system is not None
+    return device, device.client.system
+
+
 @virtual
 async def test_a_process_that_ends_leaves_word_of_what_is_lost() -> None:
     """So that it does not end as if all was well."""
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await cut_off(cluster)
-        await device.write(0, b"second")
-        await cluster.nodes[device.client.session("v").journal.members[0]].crash()
-        system = device.client.system
-        assert system is not None
+        device, system = await nowhere_to_store(cluster)
         await device.client.stop()
         (told,) = system.heirlooms[NOT_CLOSED]
         assert told.startswith("closing volume v: ") and "is lost" in told
@@ -391,11 +397,7 @@ async def test_a_volume_that_its_last_user_gives_back_in_a_stop_leaves_word_too(
     Found by reading, with real processes: the status was 0.
     """
     async with Cluster(nodes=3, replication=2, journals=True) as cluster:
-        device = await cut_off(cluster)
-        await device.write(0, b"second")
-        await cluster.nodes[device.client.session("v").journal.members[0]].crash()
-        system = device.client.system
-        assert system is not None
+        device, system = await nowhere_to_store(cluster)
         told = system.heirlooms.setdefault(NOT_CLOSED, [])  # as `Process.stop` begins
         with pytest.raises(BlockUnavailable):
             await device.release()

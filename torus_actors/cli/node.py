@@ -161,7 +161,8 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 @click.option(
     "--size",
     type=StoreSize(),
-    help="Disk to take: 10GiB, or 80% of what is free or taken by it. Default: what it has; "
+    help="Disk to take: 10GiB, or 80% of what is free or taken by it, of which some stays free for "
+    "the rest that a node stores. Default: what it has; "
     "for a new one 10GiB, or 80% of the free space if that is less.",
 )
 @click.option(

@@ -58,9 +58,7 @@ class Unreadable(BlockUnavailable):
         remedy: what may make it readable.
     """
 
-    def __init__(
-        self, text: str, silent: Sequence[str] = (), remedy: str = "start its nodes"
-    ) -> None:
+    def __init__(self, text: str, silent: Sequence[str] = (), remedy: str = "start it") -> None:
         super().__init__(text)
         self.silent = list(silent)
         self.remedy = remedy
